@@ -1,0 +1,1 @@
+"""Paths, timestep laws, objectives, guidance and samplers: the mathematics of diffusion."""

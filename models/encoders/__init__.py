@@ -1,0 +1,1 @@
+"""Frozen encoders (text, video) behind one protocol."""

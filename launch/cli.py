@@ -1,0 +1,65 @@
+"""The `kinodit` command: dispatch only, no logic.
+
+A subcommand is a module `kinodit.launch.commands.NAME` with `HELP: str`,
+`add_arguments(parser)` and `run(args) -> int`. It is imported when it is asked for, so that
+`kinodit --help` answers before torch could have been loaded.
+
+Exit codes: 0 done, 2 the user has something to change (one line on stderr, no traceback),
+130 interrupted; a command may return others of its own. Anything else is a defect and shows
+its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import kinodit
+from kinodit.models.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+COMMANDS: dict[str, str] = {
+    "train": "train or resume a run",
+    "sample": "generate clips from a run",
+    "report": "write a run's HTML report",
+    "data": "pack, check, describe and preview shards",
+    "config": "show, describe and compare recipes",
+    "slurm": "render batch scripts",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(arguments)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the one subcommand that `arguments` names."""
+    parser = argparse.ArgumentParser(
+        prog="kinodit", description="Train multi-modal diffusion transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"kinodit {kinodit.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    asked = next((word for word in arguments if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary)
+        if name == asked:
+            command = importlib.import_module(f"kinodit.launch.commands.{name}")
+            subparser.description = command.HELP
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    return parser

@@ -18,8 +18,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 @pytest.fixture(autouse=True)
 def _no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that itself runs under torchrun or Slurm must not inherit a world from it."""
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     for name in list(os.environ):
-        if name in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}:
-            monkeypatch.delenv(name)
-        elif name.startswith(("SLURM_", "TORCHELASTIC_")):
+        if name in launcher or name.startswith(("SLURM_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)

@@ -1,0 +1,65 @@
+# `make` alone prints this list. Every target that needs the environment makes it first.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test proof lint bench docs clean extras
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := dev,demo,encoders,media,tensorboard,wandb
+# The environment is current if it was made from these very requirements.
+STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints/ci.txt | sha256sum | cut -c 1-16)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/ci.txt
+SHELL_SCRIPTS := .ci/run constraints/refresh.sh $(wildcard slurm/*.sh)
+
+# Where `make demo` writes.
+DEMO := demo
+DEMO_CONFIG := configs/t2v_tiny.yaml
+# One thread per process: two ranks share two cores.
+export OMP_NUM_THREADS ?= 1
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything the demo and the tests need
+
+$(STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	rm -f $(VENV)/.made-from-*
+	touch $@
+
+demo: setup ## make shards from real media, train on 2 ranks, sample clips, write a report
+	@test -e $(DEMO)/data/manifest.json || $(BIN)/kinodit data demo $(DEMO)/data
+	@$(BIN)/torchrun --nproc-per-node 2 -m kinodit train $(DEMO_CONFIG)
+	@$(BIN)/kinodit sample $(DEMO)/run --prompt "a red kangaroo moves left over a beach"
+	@$(BIN)/kinodit report $(DEMO)/run
+
+test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
+	$(BIN)/pytest
+
+proof: setup ## run the long proofs: trains until something has been learned (hours)
+	$(BIN)/pytest -m learning
+
+lint: setup ## ruff, mypy --strict, import contracts, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+bench: setup ## time our model against its peers (12 minutes, 1 thread)
+	$(BIN)/python benchmarks/step.py
+
+docs: setup ## check the documentation: links, and the commands it shows
+	$(BIN)/pytest tests/repo/test_docs.py
+
+clean: ## remove what was built or measured here; keeps .venv, runs/ and demo/
+	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+extras:
+	@echo $(EXTRAS)

@@ -1,0 +1,165 @@
+"""Indexes of shards: where each sample lies and what the planner needs to know of it.
+
+An index is one `INDEX_DTYPE` row per sample and nothing else, so that it can be memory-mapped. It
+is made while a shard is written, or by reading any shard that meets the record contract.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kinodit.data.record import MODALITIES, Modality, Record, RecordError, RecordMeta, parse_record
+from kinodit.data.tar import TarError, TarMember, members
+from kinodit.models.errors import UserError
+
+MAX_SAMPLE_BYTES = (1 << 32) - 1
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("num_frames", "<u4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("fps_milli", "<u4"),
+        ("duration_ms", "<u4"),
+        ("caption_chars", "<u2"),
+        ("modality", "u1"),
+        ("flags", "u1"),
+        ("crc32", "<u4"),
+    ]
+)
+FLAG_AUDIO = 1
+
+
+class ManifestError(UserError):
+    """A dataset on disk that is missing, damaged or not what its manifest says."""
+
+
+class Row(NamedTuple):
+    """One row of an index: bytes `offset` to `offset + size` of a shard hold one whole sample.
+
+    `modality` is an index into `record.MODALITIES`, `caption_chars` the length of the first
+    caption, `crc32` that of the sample's bytes, headers and padding included.
+    """
+
+    offset: int
+    size: int
+    num_frames: int
+    height: int
+    width: int
+    fps_milli: int
+    duration_ms: int
+    caption_chars: int
+    modality: int
+    flags: int
+    crc32: int
+
+    @property
+    def modality_name(self) -> Modality:
+        """The modality as in the record."""
+        return MODALITIES[self.modality]
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether the sample has sound."""
+        return bool(self.flags & FLAG_AUDIO)
+
+
+class Span(NamedTuple):
+    """The members of one sample, adjacent in a shard, and the bytes it occupies there."""
+
+    key: str
+    start: int
+    end: int
+    members: Mapping[str, TarMember]
+
+
+def spans(buffer: bytes | memoryview, *, whole: bool) -> Iterator[Span]:
+    """The samples of a shard (or of a run of whole samples cut out of one), in order.
+
+    Raises TarError or RecordError: the key and extension of a member are what is before and after
+    the *first* dot of its name, and each key may occur in one run only.
+    """
+    seen: set[str] = set()
+    key, found = "", dict[str, TarMember]()
+    start = end = 0
+    for member in members(buffer, whole=whole):
+        name, _, extension = member.name.partition(".")
+        if name != key or not found:
+            if found:
+                yield Span(key, start, end, found)
+            if name in seen:
+                raise RecordError(
+                    f"sample {name[:160]!r} at byte {member.start} was there before: the members "
+                    "of a sample must be adjacent and keys unique"
+                )
+            seen.add(name)
+            key, found, start = name, {}, member.start
+        if extension in found:
+            raise RecordError(f"sample {key[:160]!r} has two members {extension[:160]!r}")
+        found[extension] = member
+        end = member.end
+    if found:
+        yield Span(key, start, end, found)
+
+
+def read_span(buffer: bytes | memoryview, span: Span) -> Record:
+    """The record of one span of `buffer`. Raises RecordError."""
+    view = memoryview(buffer)
+    payloads = {
+        name: bytes(view[member.data : member.data + member.size])
+        for name, member in span.members.items()
+    }
+    return parse_record(span.key, payloads)
+
+
+def index_row(meta: RecordMeta, start: int, data: memoryview) -> Row:
+    """The index row of a sample of which `data` is every byte, at byte `start` of its shard."""
+    if len(data) > MAX_SAMPLE_BYTES:
+        raise RecordError(
+            f"sample {meta.id!r} has {len(data)} bytes; {MAX_SAMPLE_BYTES} are allowed"
+        )
+    caption_chars = len(meta.captions[0].text) if meta.captions else 0
+    return Row(
+        offset=start,
+        size=len(data),
+        num_frames=meta.num_frames,
+        height=meta.height,
+        width=meta.width,
+        fps_milli=round(meta.fps * 1000),
+        duration_ms=round(meta.duration_s * 1000),
+        caption_chars=min(caption_chars, (1 << 16) - 1),
+        modality=MODALITIES.index(meta.modality),
+        flags=FLAG_AUDIO if meta.has_audio else 0,
+        crc32=zlib.crc32(data),
+    )
+
+
+def build_index(tar_path: Path | str) -> NDArray[np.void]:
+    """The index of a shard, made by reading the shard itself: [samples] of `INDEX_DTYPE`.
+
+    Raises ManifestError that names the file and, where it has one, the byte offset of the fault.
+    """
+    path = Path(tar_path)
+    try:
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from error
+    if num_bytes == 0:
+        raise ManifestError(f"{path} is empty (0 bytes): it is not a tar archive")
+    view = np.memmap(path, np.uint8, "r").data
+    rows: list[Row] = []
+    try:
+        for span in spans(view, whole=True):
+            meta = read_span(view, span).meta
+            rows.append(index_row(meta, span.start, view[span.start : span.end]))
+    except (TarError, RecordError) as error:
+        raise ManifestError(f"{path}: {error}") from error
+    return np.array(rows, dtype=INDEX_DTYPE)

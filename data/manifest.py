@@ -1,0 +1,207 @@
+"""Datasets on disk: `manifest.json`, and an index beside each shard that gives random access.
+
+    DIR/manifest.json      name, shards with counts and checksums, content hash
+    DIR/000000.tar         a shard: plain tar, samples by the record contract
+    DIR/000000.idx         its index: one `INDEX_DTYPE` row per sample, nothing else
+
+The content hash names the dataset's contents: it depends on the bytes of shards and indexes and
+on their order, not on the dataset's name or place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kinodit.data.index import INDEX_DTYPE, ManifestError, Row, build_index
+
+__all__ = [
+    "INDEX_DTYPE",
+    "Dataset",
+    "Manifest",
+    "ManifestError",
+    "Row",
+    "ShardEntry",
+    "build_index",
+    "content_hash",
+]
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard of a manifest: its file name, counts, and SHA-256 of it and of its index."""
+
+    file: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_file(self) -> str:
+        """File name of the shard's index."""
+        return Path(self.file).with_suffix(".idx").name
+
+
+def content_hash(shards: Iterable[ShardEntry]) -> str:
+    """SHA-256 (hex) of the shards' contents in their order."""
+    digest = hashlib.sha256(f"kinodit dataset {SCHEMA}\n".encode())
+    for shard in shards:
+        digest.update(f"{shard.sha256} {shard.index_sha256}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`. Build one with `Manifest.of`, which fills in the content hash."""
+
+    name: str
+    shards: tuple[ShardEntry, ...]
+    content_hash: str
+    schema: int = SCHEMA
+
+    @classmethod
+    def of(cls, name: str, shards: Iterable[ShardEntry]) -> Manifest:
+        """The manifest of `shards` in this order."""
+        entries = tuple(shards)
+        return cls(name, entries, content_hash(entries))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all shards."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Reads `directory/manifest.json`. Raises ManifestError that says what is wrong."""
+        path = Path(directory) / MANIFEST_FILE
+        try:
+            document = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise ManifestError(
+                f"{directory} is not a dataset: it has no {MANIFEST_FILE} "
+                "(`kinodit data pack` makes one, `kinodit data index` adds it to existing shards)"
+            ) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ManifestError(f"{path} cannot be read: {error}") from error
+        return _parse_manifest(path, document)
+
+    def save(self, directory: Path) -> None:
+        """Writes `directory/manifest.json`, whole or not at all."""
+        path = Path(directory) / MANIFEST_FILE
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(path)
+
+
+def _parse_manifest(path: Path, document: Any) -> Manifest:
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ManifestError(f"{path} is not a manifest of schema {SCHEMA}")
+    try:
+        shards = tuple(ShardEntry(**shard) for shard in document["shards"])
+        name, claimed_hash = document["name"], document["content_hash"]
+    except (KeyError, TypeError) as error:
+        raise ManifestError(f"{path} does not have the fields of a manifest: {error}") from error
+    for shard in shards:
+        values = [getattr(shard, part.name) for part in fields(shard)]
+        if [type(value) for value in values] != [str, int, int, str, str]:
+            raise ManifestError(f"{path}: shard {shard.file!r} has a field of a wrong type")
+        if Path(shard.file).name != shard.file or not shard.file.endswith(".tar"):
+            raise ManifestError(f"{path}: shard {shard.file!r} is not a plain file name NAME.tar")
+    if not isinstance(name, str) or not name:
+        raise ManifestError(f"{path}: 'name' is {name!r}; it must be a string")
+    if claimed_hash != content_hash(shards):
+        raise ManifestError(
+            f"{path}: its content hash is {content_hash(shards)}, it says {claimed_hash!r}: "
+            "it was edited or damaged; run `kinodit data index` to write it anew"
+        )
+    return Manifest(name, shards, claimed_hash)
+
+
+class Dataset:
+    """A dataset opened for random access. Indexes are memory-mapped, shards are not opened.
+
+    Raises ManifestError at once for a missing or cut-off shard, an index that is not the one the
+    manifest names, and a dataset without samples.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self.manifest = Manifest.load(self.directory)
+        self._indexes: list[NDArray[np.void]] = []
+        self._ends: list[int] = []
+        total = 0
+        for shard in self.manifest.shards:
+            self._indexes.append(self._open_index(shard))
+            total += shard.num_samples
+            self._ends.append(total)
+        if total == 0:
+            raise ManifestError(f"dataset {self.directory} is empty: it has no samples")
+
+    @property
+    def name(self) -> str:
+        """The manifest's name of the dataset."""
+        return self.manifest.name
+
+    @property
+    def content_hash(self) -> str:
+        """The manifest's content hash."""
+        return self.manifest.content_hash
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def row(self, index: int) -> Row:
+        """The index row of sample `index`. Raises IndexError outside 0 to len - 1."""
+        shard, within = self._place(index)
+        return Row(*self._indexes[shard][within].item())
+
+    def locate(self, index: int) -> tuple[Path, int, int]:
+        """(shard file, first byte, number of bytes) of sample `index`."""
+        shard, within = self._place(index)
+        row = self._indexes[shard][within]
+        path = self.directory / self.manifest.shards[shard].file
+        return path, int(row["offset"]), int(row["size"])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One field of `INDEX_DTYPE` for all samples, in order. A copy, [len]."""
+        return np.concatenate([index[name] for index in self._indexes])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of dataset {self.name!r} with {len(self)} samples")
+        shard = bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard] - self.manifest.shards[shard].num_samples)
+
+    def _open_index(self, shard: ShardEntry) -> NDArray[np.void]:
+        tar, path = self.directory / shard.file, self.directory / shard.index_file
+        expected = {tar: shard.num_bytes, path: shard.num_samples * INDEX_DTYPE.itemsize}
+        for file, num_bytes in expected.items():
+            if not file.is_file():
+                raise ManifestError(f"{file} is missing, but {MANIFEST_FILE} lists it")
+            found = file.stat().st_size
+            if found != num_bytes:
+                raise ManifestError(
+                    f"{file} has {found} bytes, but {MANIFEST_FILE} says {num_bytes}: it was cut "
+                    "off or changed (`kinodit data validate` shows where)"
+                )
+        if shard.num_samples == 0:
+            return np.empty(0, INDEX_DTYPE)
+        index = np.memmap(path, dtype=INDEX_DTYPE, mode="r")
+        if hashlib.sha256(index.view(np.uint8).data).hexdigest() != shard.index_sha256:
+            raise ManifestError(
+                f"{path} is not the index that {MANIFEST_FILE} names: it was changed; "
+                "run `kinodit data index` to write it anew"
+            )
+        return index

@@ -1,0 +1,155 @@
+"""Strict reading of plain tar archives (USTAR and PAX), by offset.
+
+Python's tarfile ends quietly at a damaged header in the middle of an archive, so a shard would
+lose its tail without a word. Here every byte of an archive is accounted for or it is an error.
+Header layout: POSIX.1-2017, `pax`, "ustar Interchange Format".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kinodit.data.record import MAX_MEMBER_BYTES
+from kinodit.models.errors import UserError
+
+BLOCK = 512
+_ZERO_BLOCK = bytes(BLOCK)
+_MAX_PAX_BYTES = 1 << 16
+
+
+class TarError(UserError):
+    """Bytes that are not a plain tar archive; the message gives the offset within it."""
+
+
+class TarMember(NamedTuple):
+    """One regular file of an archive: its name and where it lies, in bytes from the start.
+
+    `start` is its first header block (a PAX header counts), `end` the byte after its padding.
+    """
+
+    name: str
+    start: int
+    data: int
+    size: int
+    end: int
+
+
+def members(buffer: bytes | memoryview, *, whole: bool) -> Iterator[TarMember]:
+    """The members of an archive, or of a run of whole members cut out of one (`whole=False`).
+
+    Raises TarError at a damaged header, a member that runs past the end, anything but a regular
+    file, a missing end-of-archive marker or bytes after it.
+    """
+    view = memoryview(buffer)
+    offset = 0
+    while offset < len(view):
+        block = bytes(view[offset : offset + BLOCK])
+        if block == _ZERO_BLOCK:
+            if not whole:
+                raise TarError(f"expected a tar header at byte {offset}, found zeros")
+            return _check_end(view, offset)
+        member = _read_member(view, offset)
+        yield member
+        offset = member.end
+    if whole:
+        raise TarError(
+            f"it ends at byte {offset} without an end-of-archive marker: it was cut off there"
+        )
+
+
+def _read_member(view: memoryview, start: int) -> TarMember:
+    offset = start
+    pax: dict[str, str] = {}
+    while True:
+        header = _header(view, offset)
+        size = int(pax.get("size", "0")) or _octal(header[124:136], "size", offset)
+        if size > MAX_MEMBER_BYTES:
+            raise TarError(
+                f"the header at byte {offset} claims {size} bytes; {MAX_MEMBER_BYTES} are allowed"
+            )
+        data = offset + BLOCK
+        end = data + -(-size // BLOCK) * BLOCK
+        if end > len(view):
+            raise TarError(
+                f"the member at byte {offset} needs {end} bytes, but only {len(view)} are there: "
+                "it was cut off"
+            )
+        kind = header[156:157]
+        if kind == b"x" and not pax:
+            pax = _pax(view, data, size, offset)
+            offset = end
+            continue
+        if kind not in (b"0", b"\0"):
+            raise TarError(
+                f"the member at byte {offset} is of tar type {kind!r}; only regular files are "
+                "allowed (write with `tar --format=ustar`, files only)"
+            )
+        name = pax.get("path") or _name(header, offset)
+        return TarMember(name, start, data, size, end)
+
+
+def _header(view: memoryview, offset: int) -> bytes:
+    header = bytes(view[offset : offset + BLOCK])
+    if len(header) < BLOCK:
+        raise TarError(f"it is cut off within the header at byte {offset}")
+    claimed = _octal(header[148:156], "checksum", offset)
+    actual = sum(header) - sum(header[148:156]) + 8 * 0x20
+    if claimed != actual:
+        raise TarError(
+            f"the header at byte {offset} is damaged: its checksum is {actual}, it says {claimed}"
+        )
+    if header[257:262] != b"ustar":
+        raise TarError(f"the header at byte {offset} is not of the USTAR or PAX format")
+    return header
+
+
+def _octal(text: bytes, what: str, offset: int) -> int:
+    digits = text.rstrip(b"\0 ").lstrip(b" ")
+    if not digits or digits.strip(b"01234567"):
+        raise TarError(f"there is no tar header at byte {offset}: its {what} is {text!r}")
+    return int(digits, 8)
+
+
+def _name(header: bytes, offset: int) -> str:
+    name = header[0:100].split(b"\0", 1)[0]
+    # GNU tar writes "ustar  " and keeps times where USTAR has the prefix.
+    if header[257:263] == b"ustar\0":
+        prefix = header[345:500].split(b"\0", 1)[0]
+        name = prefix + b"/" + name if prefix else name
+    try:
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise TarError(f"the member at byte {offset} has a name that is not UTF-8") from error
+
+
+def _pax(view: memoryview, data: int, size: int, offset: int) -> dict[str, str]:
+    if size > _MAX_PAX_BYTES:
+        raise TarError(f"the PAX header at byte {offset} has {size} bytes")
+    text = bytes(view[data : data + size])
+    found: dict[str, str] = {}
+    while text:
+        digits, _, _ = text.partition(b" ")
+        length = int(digits) if digits.isdigit() and len(digits) < 6 else 0
+        record = text[len(digits) + 1 : length]
+        keyword, equals, value = record.partition(b"=")
+        if not equals or not value.endswith(b"\n") or length > len(text):
+            raise TarError(f"the PAX header at byte {offset} is damaged")
+        try:
+            found[keyword.decode()] = value[:-1].decode()
+        except UnicodeDecodeError as error:
+            raise TarError(f"the PAX header at byte {offset} is not UTF-8") from error
+        text = text[length:]
+    if not found.get("size", "0").isdigit() or len(found.get("size", "0")) > 18:
+        raise TarError(f"the PAX header at byte {offset} has size {found['size']!r}")
+    return found
+
+
+def _check_end(view: memoryview, offset: int) -> None:
+    rest = view[offset:]
+    if len(rest) < 2 * BLOCK:
+        raise TarError(f"it is cut off within the end-of-archive marker at byte {offset}")
+    for start in range(0, len(rest), 1 << 20):
+        piece = bytes(rest[start : start + (1 << 20)])
+        if piece.count(0) != len(piece):
+            raise TarError(f"there are bytes after its end-of-archive marker at byte {offset}")

@@ -1,0 +1,143 @@
+"""The `data` section of a recipe: which samples, how they are decoded, how a step is filled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kinodit.models.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RangeConfig:
+    """An interval of a number, both ends included; an end that is left out is open."""
+
+    min: float | None = None
+    max: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ConfigError(f"a range has min {self.min} above max {self.max}: swap them")
+
+
+@dataclass(frozen=True)
+class WhereConfig:
+    """Which samples of a dataset take part; all conditions must hold.
+
+    modality:   "video", "image" or "audio"; all if left out
+    has_audio:  with sound (true) or without (false)
+    num_frames, duration_s, fps, height, width: of the source, before any resizing
+    scores:     numbers of the record, by name; a sample without the score does not pass
+    extra:      strings of the record that must be equal, by name; likewise. Scores and extras are
+                not in the index: asking for one reads the metadata of every sample once at start
+    """
+
+    modality: Literal["video", "image", "audio"] | None = None
+    has_audio: bool | None = None
+    num_frames: RangeConfig = field(default_factory=RangeConfig)
+    duration_s: RangeConfig = field(default_factory=RangeConfig)
+    fps: RangeConfig = field(default_factory=RangeConfig)
+    height: RangeConfig = field(default_factory=RangeConfig)
+    width: RangeConfig = field(default_factory=RangeConfig)
+    scores: dict[str, RangeConfig] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of the mixture.
+
+    path:   folder with `manifest.json`
+    weight: its share of the samples, relative to the other datasets
+    where:  which of its samples take part
+    """
+
+    path: str = ""
+    weight: float = 1.0
+    where: WhereConfig = field(default_factory=WhereConfig)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What a sample is decoded to.
+
+    height, width:    pixels; the picture is scaled to cover them, then cropped
+    num_frames:       frames of a video (an image has one)
+    fps:              frames per second of a video; source frames are picked, or held if too few
+    window:           where in a longer clip the frames begin: a keyed draw, or its first frame
+    crop:             where the crop lies: in the middle, or a keyed draw
+    use_audio:        decode the sound of videos and audio-only samples; off, it is never opened
+    audio_rate:       Hz
+    audio_channels:   1 or 2
+    max_pixels:       largest source picture, height x width; larger ones are refused unread
+    max_duration_s:   longest source, seconds; likewise
+    """
+
+    height: int = 64
+    width: int = 64
+    num_frames: int = 16
+    fps: float = 8.0
+    window: Literal["random", "first"] = "random"
+    crop: Literal["centre", "random"] = "centre"
+    use_audio: bool = False
+    audio_rate: int = 16_000
+    audio_channels: int = 1
+    max_pixels: int = 8192 * 8192
+    max_duration_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "fps", "max_pixels", "max_duration_s"):
+            _require_positive(name, getattr(self, name))
+        if not 1000 <= self.audio_rate <= 192_000:
+            raise ConfigError(f"data.audio_rate is {self.audio_rate} Hz; it must be 1000 to 192000")
+        if self.audio_channels not in (1, 2):
+            raise ConfigError(f"data.audio_channels is {self.audio_channels}; it must be 1 or 2")
+
+    @property
+    def window_s(self) -> float:
+        """Seconds that the frames of a video last."""
+        return self.num_frames / self.fps
+
+
+@dataclass(frozen=True)
+class DataConfig(DecodeConfig):
+    """The data stream: the mixture, the size of a step, and the loader.
+
+    Beside the fields of `DecodeConfig`:
+
+    datasets:         name -> dataset; the name is part of every draw's key, the path is not
+    samples_per_step: samples of one optimizer step, over all ranks
+    packs_per_step:   packs these are put into, over all ranks. Fixed by the recipe, never by the
+                      number of ranks; a rank without a pack of its own runs an empty one
+    token_budget:     most tokens of one pack, text included; left out, what the worst step needs
+    num_threads:      decoding threads of each rank
+    prefetch_steps:   steps decoded ahead of the one in use
+    cache_mib:        memory for decoded samples that are used again, per rank, MiB; 0 is none
+    on_error:         a sample that cannot be read or decoded ends the run with its name
+    """
+
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    samples_per_step: int = 8
+    packs_per_step: int = 1
+    token_budget: int | None = None
+    num_threads: int = 2
+    prefetch_steps: int = 2
+    cache_mib: int = 0
+    on_error: Literal["fail"] = "fail"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("samples_per_step", "packs_per_step", "num_threads", "prefetch_steps"):
+            _require_positive(name, getattr(self, name))
+        if self.cache_mib < 0:
+            raise ConfigError(f"data.cache_mib is {self.cache_mib}; 0 turns the cache off")
+        if self.token_budget is not None:
+            _require_positive("token_budget", self.token_budget)
+        for name, dataset in self.datasets.items():
+            if not dataset.path:
+                raise ConfigError(f"data.datasets.{name} has no path: give its folder of shards")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"data.{name} is {value}; it must be a positive number")

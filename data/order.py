@@ -1,0 +1,178 @@
+"""Order without lists: a random permutation and a mixture, each one number at a time.
+
+Both are pure functions with O(1) cost and memory in the size of a dataset, so that the place of
+any sample in a run of any length is known without replaying what came before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kinodit.models.errors import ConfigError
+from kinodit.models.random import KeyPart, generator
+
+NUM_ROUNDS = 8
+"""Rounds of the Feistel network. Four make a pseudo-random permutation of a random function (Luby
+and Rackoff, SIAM J. Comput. 17, 1988); the round function here is a mixer, so twice as many."""
+
+MAX_PERIOD = 1 << 16
+"""Slots after which a mixture repeats, at most. Finer weights are rounded to this many parts."""
+
+
+def permute(positions: NDArray[np.uint64], size: int, *key: KeyPart) -> NDArray[np.uint64]:
+    """Where a keyed random permutation of `range(size)` sends `positions`.
+
+    A Feistel network over the fewest bits that hold `size`, with cycle walking: a value outside of
+    the range is permuted again until it falls inside (Black and Rogaway, "Ciphers with arbitrary
+    finite domains", CT-RSA 2002, section 3). Fewer than two walks on average.
+
+    Args:
+        positions: uint64, any shape, each below `size`.
+        size: how many things are permuted, at least 1 and at most 2**62.
+        key: names the permutation, as in `kinodit.models.random.generator`.
+
+    Returns:
+        uint64 of the same shape.
+    """
+    num_bits = max(2, (size - 1).bit_length())
+    round_keys = _round_keys(key)
+    values = _feistel(positions, num_bits, round_keys)
+    outside = values >= size
+    while outside.any():
+        values[outside] = _feistel(values[outside], num_bits, round_keys)
+        outside = values >= size
+    return values
+
+
+@lru_cache(maxsize=256)
+def _round_keys(key: tuple[KeyPart, ...]) -> tuple[np.uint64, ...]:
+    draws = generator(*key).integers(0, 2**64, size=NUM_ROUNDS, dtype=np.uint64)
+    return tuple(np.uint64(draw) for draw in draws)
+
+
+def _feistel(
+    values: NDArray[np.uint64], num_bits: int, round_keys: Sequence[np.uint64]
+) -> NDArray[np.uint64]:
+    """An alternating Feistel network: the halves may differ by a bit and swap widths each round."""
+    narrow, wide = num_bits // 2, num_bits - num_bits // 2
+    left, right = values >> np.uint64(wide), values & np.uint64((1 << wide) - 1)
+    for index, round_key in enumerate(round_keys):
+        left_bits = narrow if index % 2 == 0 else wide
+        mixed = _mix(right ^ round_key) >> np.uint64(64 - left_bits)
+        left, right = right, left ^ mixed
+    # An even number of rounds: the widths are where they began.
+    return (left << np.uint64(wide)) | right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every bit affects all."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
+    """Whole-number shares in proportion to `weights`, with a sum of at most `MAX_PERIOD`.
+
+    Exact for weights such as 0.7 and 0.3, or 1, 2 and 5. Weights that need finer parts than
+    1 / MAX_PERIOD are rounded to them (largest remainder).
+
+    Raises:
+        ConfigError: a weight is not a positive finite number, or so small beside the others that
+            rounding would change it by more than a tenth.
+    """
+    for weight in weights:
+        if not 0 < weight < float("inf"):
+            raise ConfigError(
+                f"a dataset's weight must be a positive number, found {weight}: "
+                "give it a weight above 0, or leave the dataset out"
+            )
+    # Through the decimal text: 0.7 means seven tenths, not the nearest binary fraction.
+    exact = [Fraction(str(float(weight))) for weight in weights]
+    parts = [part / sum(exact) for part in exact]
+    period = int(np.lcm.reduce([part.denominator for part in parts], dtype=object))
+    if period <= MAX_PERIOD:
+        return tuple(int(part * period) for part in parts)
+    wanted = [part * MAX_PERIOD for part in parts]
+    shares = [int(part) for part in wanted]
+    by_remainder = sorted(range(len(wanted)), key=lambda d: (shares[d] - wanted[d], d))
+    for d in by_remainder[: MAX_PERIOD - sum(shares)]:
+        shares[d] += 1
+    for weight, share, part in zip(weights, shares, wanted, strict=True):
+        if abs(share - part) > part / 10:
+            raise ConfigError(
+                f"a dataset's weight of {weight} is {float(part) / MAX_PERIOD:.2g} of the mixture, "
+                f"and shares below about {5 / MAX_PERIOD:.0g} cannot be kept exactly: raise the "
+                "weight, or leave the dataset out"
+            )
+    return tuple(shares)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which dataset fills each slot of a run: a sequence that repeats after `period` slots.
+
+    shares:  D whole numbers, the slots of each dataset in one period
+    choice:  [period] int32, the dataset of each slot
+    ordinal: [period] int64, how many earlier slots of the period have the same dataset
+    """
+
+    shares: tuple[int, ...]
+    choice: NDArray[np.int32]
+    ordinal: NDArray[np.int64]
+
+    @property
+    def period(self) -> int:
+        """Number of slots after which the sequence repeats."""
+        return len(self.choice)
+
+    def slots(self, first: int, count: int) -> tuple[NDArray[np.int32], list[int]]:
+        """The datasets of the slots `first .. first + count`, and each one's place in its dataset.
+
+        The place counts from 0 over the whole run: the k-th slot of a dataset has place k.
+        """
+        slots = [first + offset for offset in range(count)]
+        within = np.array([slot % self.period for slot in slots], dtype=np.int64)
+        datasets = self.choice[within]
+        places = [
+            (slot // self.period) * self.shares[dataset] + int(ordinal)
+            for slot, dataset, ordinal in zip(slots, datasets, self.ordinal[within], strict=True)
+        ]
+        return datasets, places
+
+
+@lru_cache(maxsize=16)
+def mixture(shares: tuple[int, ...]) -> Mixture:
+    """The sequence of datasets whose counts stay within 1 of their shares at every prefix.
+
+    Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980,
+    theorem 1): of the datasets that are due, the one whose deadline is nearest. The count of
+    dataset d among the first n slots differs from n * share_d / period by at most
+    1 - 1 / (2 D - 2), for every n.
+    """
+    period = sum(shares)
+    slack = max(1, 2 * len(shares) - 2)
+    counts = [0] * len(shares)
+    choice = np.empty(period, dtype=np.int32)
+    ordinal = np.empty(period, dtype=np.int64)
+    for slot in range(period):
+        best, best_margin = -1, 0
+        for dataset, share in enumerate(shares):
+            deficit = slack * (share * (slot + 1) - period * counts[dataset])
+            if deficit < period and len(shares) > 1:
+                continue
+            # Slots to the deadline are margin / share; compared as cross products, exactly.
+            margin = period * (slack - 1) - deficit
+            if best < 0 or margin * shares[best] < best_margin * share:
+                best, best_margin = dataset, margin
+        choice[slot], ordinal[slot] = best, counts[best]
+        counts[best] += 1
+    choice.flags.writeable = False
+    ordinal.flags.writeable = False
+    return Mixture(shares, choice, ordinal)

@@ -1,0 +1,15 @@
+"""The encoders that a recipe can name."""
+
+from __future__ import annotations
+
+from kinodit.models.encoders.base import TextEncoderConfig, VideoCodecConfig
+from kinodit.models.encoders.byte_text import ByteTextConfig
+from kinodit.models.encoders.wavelet import WaveletConfig
+
+TEXT_ENCODERS: dict[str, type[TextEncoderConfig]] = {
+    "bytes": ByteTextConfig,
+}
+
+VIDEO_CODECS: dict[str, type[VideoCodecConfig]] = {
+    "wavelet": WaveletConfig,
+}

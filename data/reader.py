@@ -1,0 +1,129 @@
+"""Random access to the samples of a dataset: one read at a known offset, checked, then parsed."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from kinodit.data.index import read_span, spans
+from kinodit.data.manifest import Dataset
+from kinodit.data.record import Record, RecordError
+from kinodit.data.tar import TarError
+from kinodit.models.errors import UserError
+
+
+class ShardError(UserError):
+    """A shard that cannot be read, or is not what its index says; names file, sample and bytes."""
+
+
+class ShardReader:
+    """Reads samples of one dataset. Threads may share a reader; at most `max_open` files are open.
+
+    A shard is never read as a stream: a damaged sample is an error for that sample and hides no
+    other, and the order of reading is free.
+    """
+
+    def __init__(self, dataset: Dataset, max_open: int = 32) -> None:
+        self.dataset = dataset
+        self._files = _FileCache(max_open)
+
+    def read(self, index: int) -> Record:
+        """The record of sample `index`. Nothing in it is decoded or unpickled.
+
+        Raises:
+            ShardError: the shard is missing or cut off, the bytes are not those that were indexed,
+                or they are not exactly one sample of the record contract.
+        """
+        path, offset, size = self.dataset.locate(index)
+        where = f"{path}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
+        try:
+            with self._files.open(path) as descriptor:
+                span = _read_exactly(descriptor, offset, size, where)
+        except OSError as error:
+            raise ShardError(
+                f"{where} cannot be read: {error.strerror or error}. Put the shard back, or "
+                "correct the dataset's path"
+            ) from error
+        checksum, expected = zlib.crc32(span), self.dataset.row(index).crc32
+        if checksum != expected:
+            raise ShardError(
+                f"{where} was changed after it was indexed: its {size} bytes have CRC-32 "
+                f"{checksum:08x}, the index says {expected:08x}. Restore the shard, or run "
+                "`kinodit data validate` to see what is damaged"
+            )
+        try:
+            found = list(spans(span, whole=False))
+            if len(found) != 1:
+                raise RecordError(f"these bytes hold {len(found)} samples, not one")
+            return read_span(span, found[0])
+        except (TarError, RecordError) as error:
+            raise ShardError(f"{where} breaks the record contract: {error}") from error
+
+    def close(self) -> None:
+        """Closes all files that no other thread is reading."""
+        self._files.close()
+
+
+def _read_exactly(descriptor: int, offset: int, size: int, where: str) -> bytes:
+    pieces: list[bytes] = []
+    missing = size
+    while missing:
+        piece = os.pread(descriptor, missing, offset + size - missing)
+        if not piece:
+            raise ShardError(
+                f"{where} is cut off: expected {size} bytes, found {size - missing}; the file has "
+                f"{os.fstat(descriptor).st_size} bytes, and the sample ends at {offset + size}. "
+                "Copy the shard anew"
+            )
+        pieces.append(piece)
+        missing -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@dataclass
+class _OpenFile:
+    descriptor: int
+    num_users: int = 0
+
+
+class _FileCache:
+    """File descriptors by path, the longest unused closed first, none while it is in use.
+
+    The count matters: a descriptor closed under a reader may be reopened by another thread as
+    another file, and the read would return that file's bytes.
+    """
+
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._lock = Lock()
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[int]:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            self._files.move_to_end(path)
+            file.num_users += 1
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.num_users -= 1
+                self._shrink(self._max_open)
+
+    def close(self) -> None:
+        with self._lock:
+            self._shrink(0)
+
+    def _shrink(self, limit: int) -> None:
+        unused = [path for path, file in self._files.items() if not file.num_users]
+        for path in unused[: max(0, len(self._files) - limit)]:
+            os.close(self._files.pop(path).descriptor)

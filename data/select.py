@@ -1,0 +1,187 @@
+"""From a recipe's `data` section and datasets on disk to a frozen plan: filters and token costs.
+
+Filters are evaluated once. What they leave is part of the plan's fingerprint, so that a dataset
+or a filter that changed between two runs is noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kinodit.data.config import DataConfig, DecodeConfig, RangeConfig, WhereConfig
+from kinodit.data.index import FLAG_AUDIO
+from kinodit.data.manifest import Dataset
+from kinodit.data.plan import CostModel, DatasetSpec, PlanError, PlanSpec
+from kinodit.data.reader import ShardReader
+from kinodit.data.record import MODALITIES, RecordMeta
+from kinodit.data.window import FPS_SCALE, num_window_starts
+
+Mask = NDArray[np.bool_]
+
+
+def open_datasets(config: DataConfig) -> dict[str, Dataset]:
+    """The recipe's datasets, by name.
+
+    Raises:
+        PlanError: the recipe names none.
+        ManifestError: a folder is not a dataset, or its files are not what its manifest says.
+    """
+    if not config.datasets:
+        raise PlanError(
+            "data.datasets is empty: name at least one dataset, for example "
+            "data.datasets.clips.path=PATH"
+        )
+    return {name: Dataset(Path(entry.path)) for name, entry in config.datasets.items()}
+
+
+def plan_spec(
+    config: DataConfig, datasets: Mapping[str, Dataset], cost: CostModel, seed: int
+) -> PlanSpec:
+    """The frozen spec of the data order.
+
+    Raises:
+        PlanError: a dataset of which no sample can be used, or packs above the token budget.
+    """
+    return PlanSpec(
+        datasets=tuple(
+            _dataset_spec(name, datasets[name], config, cost) for name in config.datasets
+        ),
+        samples_per_step=config.samples_per_step,
+        packs_per_step=config.packs_per_step,
+        seed=seed,
+        token_budget=config.token_budget,
+        cost=cost,
+    )
+
+
+def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostModel) -> DatasetSpec:
+    where = config.datasets[name].where
+    left = np.ones(len(dataset), dtype=np.bool_)
+    selection: list[tuple[str, int]] = []
+    for text, mask in (*_usable(dataset, config), *_by_row(dataset, where)):
+        left &= mask
+        selection.append((text, int(left.sum())))
+    # Reading records is slow, so only those are read that may still pass.
+    for text, mask in _by_meta(dataset, where, np.flatnonzero(left)):
+        left &= mask
+        selection.append((text, int(left.sum())))
+    eligible = np.flatnonzero(left)
+    tokens = _tokens(dataset, config, cost)[eligible]
+    alike = len(tokens) > 0 and tokens.min() == tokens.max()
+    return DatasetSpec(
+        name=name,
+        content_hash=dataset.content_hash,
+        num_samples=len(dataset),
+        weight=config.datasets[name].weight,
+        eligible=None if len(eligible) == len(dataset) else eligible,
+        tokens=int(tokens[0]) if alike else tokens,
+        selection=tuple(selection),
+    )
+
+
+def _tokens(dataset: Dataset, config: DataConfig, cost: CostModel) -> NDArray[np.int64]:
+    """[len] the tokens of each sample at most."""
+    picture = {"video": cost.video_tokens, "image": cost.image_tokens, "audio": 0}
+    sound = cost.audio_tokens if config.use_audio else 0
+    by_modality = np.array([picture[name] for name in MODALITIES], dtype=np.int64)
+    has_audio = (dataset.column("flags") & FLAG_AUDIO).astype(np.int64)
+    tokens: NDArray[np.int64] = by_modality[dataset.column("modality")] + cost.text_tokens
+    return tokens + has_audio * sound
+
+
+def _usable(dataset: Dataset, config: DecodeConfig) -> list[tuple[str, Mask]]:
+    """What the recipe needs of a sample, whatever its filters, with the mask [len] of each.
+
+    A zero in the index means "not known": such samples pass, and are checked when decoded.
+    """
+    conditions: list[tuple[str, Mask]] = []
+    modality = dataset.column("modality")
+    if not config.use_audio:
+        text = "has a picture (data.use_audio is false)"
+        conditions.append((text, modality != MODALITIES.index("audio")))
+    frames, fps_milli = dataset.column("num_frames"), dataset.column("fps_milli")
+    # Few pairs of length and rate occur, so each is worked out once, exactly.
+    pairs = np.stack([frames, fps_milli], axis=1).astype(np.int64)
+    different, inverse = np.unique(pairs, axis=0, return_inverse=True)
+    fits = np.array(
+        [0 in pair or num_window_starts(*pair, config) > 0 for pair in different.tolist()],
+        dtype=np.bool_,
+    )
+    is_video = modality == MODALITIES.index("video")
+    text = f"a video has {config.num_frames} frames at {config.fps:g} fps"
+    conditions.append((text, ~is_video | fits[inverse.reshape(-1)]))
+    pixels = dataset.column("height").astype(np.int64) * dataset.column("width")
+    small = (pixels <= config.max_pixels) & (
+        dataset.column("duration_ms") <= config.max_duration_s * 1000
+    )
+    text = f"at most {config.max_pixels} pixels and {config.max_duration_s:g} s"
+    return [*conditions, (text, small)]
+
+
+def _by_row(dataset: Dataset, where: WhereConfig) -> list[tuple[str, Mask]]:
+    """Conditions on the index, with the mask [len] of each."""
+    conditions: list[tuple[str, Mask]] = []
+    if where.modality is not None:
+        mask = dataset.column("modality") == MODALITIES.index(where.modality)
+        conditions.append((f"modality is {where.modality}", mask))
+    if where.has_audio is not None:
+        has_audio = (dataset.column("flags") & FLAG_AUDIO).astype(np.bool_)
+        text = "has audio" if where.has_audio else "has no audio"
+        conditions.append((text, has_audio == where.has_audio))
+    ranges = {
+        "num_frames": (where.num_frames, dataset.column("num_frames")),
+        "duration_s": (where.duration_s, dataset.column("duration_ms") / 1000),
+        "fps": (where.fps, dataset.column("fps_milli") / FPS_SCALE),
+        "height": (where.height, dataset.column("height")),
+        "width": (where.width, dataset.column("width")),
+    }
+    for name, (bounds, values) in ranges.items():
+        if bounds == RangeConfig():
+            continue
+        low = -np.inf if bounds.min is None else bounds.min
+        high = np.inf if bounds.max is None else bounds.max
+        conditions.append((_range_text(name, bounds), (values >= low) & (values <= high)))
+    return conditions
+
+
+def _by_meta(
+    dataset: Dataset, where: WhereConfig, indices: NDArray[np.int64]
+) -> list[tuple[str, Mask]]:
+    """Conditions on the records of `indices`, with the mask [len] of each; one pass over them."""
+    tests: list[tuple[str, Callable[[RecordMeta], bool]]] = []
+    for name, value in where.extra.items():
+        tests.append((f"extra.{name} is {value!r}", partial(_has_extra, name, value)))
+    for name, bounds in where.scores.items():
+        tests.append((_range_text(f"scores.{name}", bounds), partial(_has_score, name, bounds)))
+    if not tests:
+        return []
+    masks = np.zeros((len(tests), len(dataset)), dtype=np.bool_)
+    reader = ShardReader(dataset)
+    for index in indices.tolist():
+        meta = reader.read(index).meta
+        masks[:, index] = [test(meta) for _, test in tests]
+    reader.close()
+    return [(text, mask) for (text, _), mask in zip(tests, masks, strict=True)]
+
+
+def _has_extra(name: str, value: str, meta: RecordMeta) -> bool:
+    return meta.extra.get(name) == value
+
+
+def _has_score(name: str, bounds: RangeConfig, meta: RecordMeta) -> bool:
+    if name not in meta.scores:
+        return False
+    above = bounds.min is None or meta.scores[name] >= bounds.min
+    return above and (bounds.max is None or meta.scores[name] <= bounds.max)
+
+
+def _range_text(name: str, bounds: RangeConfig) -> str:
+    parts = [] if bounds.min is None else [f"{name} >= {bounds.min:g}"]
+    if bounds.max is not None:
+        parts.append(f"{name} <= {bounds.max:g}")
+    return " and ".join(parts) or f"has {name}"

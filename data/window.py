@@ -1,0 +1,49 @@
+"""Which frames of a clip a recipe takes: exact arithmetic on frame numbers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import floor
+
+from kinodit.data.config import DecodeConfig
+
+FPS_SCALE = 1000
+"""Frame rates are rational numbers of thousandths, as in the index: 29.97 fps is 29970."""
+
+
+def source_rate(fps: float) -> int:
+    """Frames per second as a whole number of thousandths."""
+    return round(fps * FPS_SCALE)
+
+
+def frame_offsets(fps_milli: int, config: DecodeConfig) -> tuple[int, ...]:
+    """Source frames to take, counted from the window's first: the one on screen at j / fps.
+
+    Frame j of the clip is source frame floor(j * source rate / fps). A source of a lower rate than
+    the recipe's gives some frames twice.
+
+    Args:
+        fps_milli: the source's rate, thousandths of a frame per second, above 0.
+        config: num_frames and fps of the recipe.
+    """
+    step = Fraction(fps_milli, FPS_SCALE) / Fraction(str(config.fps))
+    return tuple(floor(j * step) for j in range(config.num_frames))
+
+
+def num_window_starts(num_frames: int, fps_milli: int, config: DecodeConfig) -> int:
+    """At how many frames of a clip the window may begin; 0 if the clip is too short for it."""
+    last = frame_offsets(fps_milli, config)[-1]
+    starts = max(0, num_frames - last)
+    return min(1, starts) if config.window == "first" else starts
+
+
+def pick_window(num_frames: int, fps_milli: int, config: DecodeConfig, u: float) -> tuple[int, ...]:
+    """The source frames of the window that begins at the fraction `u` (0 <= u < 1) of the choices.
+
+    Empty if the clip is too short.
+    """
+    starts = num_window_starts(num_frames, fps_milli, config)
+    if starts == 0:
+        return ()
+    first = floor(u * starts)
+    return tuple(first + offset for offset in frame_offsets(fps_milli, config))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from kinodit.models.encoders.base import TextEncoderConfig, VideoCodecConfig
 from kinodit.models.encoders.byte_text import ByteTextConfig
+from kinodit.models.encoders.text import TransformersTextConfig
 from kinodit.models.encoders.wavelet import WaveletConfig
 
 TEXT_ENCODERS: dict[str, type[TextEncoderConfig]] = {
     "bytes": ByteTextConfig,
+    "transformers": TransformersTextConfig,
 }
 
 VIDEO_CODECS: dict[str, type[VideoCodecConfig]] = {

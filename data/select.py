@@ -89,8 +89,10 @@ def _tokens(dataset: Dataset, config: DataConfig, cost: CostModel) -> NDArray[np
     picture = {"video": cost.video_tokens, "image": cost.image_tokens, "audio": 0}
     sound = cost.audio_tokens if config.use_audio else 0
     by_modality = np.array([picture[name] for name in MODALITIES], dtype=np.int64)
-    has_audio = (dataset.column("flags") & FLAG_AUDIO).astype(np.int64)
-    tokens: NDArray[np.int64] = by_modality[dataset.column("modality")] + cost.text_tokens
+    modality = dataset.column("modality")
+    has_audio = (dataset.column("flags") & FLAG_AUDIO).astype(np.bool_)
+    has_audio |= modality == MODALITIES.index("audio")
+    tokens: NDArray[np.int64] = by_modality[modality] + cost.text_tokens
     return tokens + has_audio * sound
 
 
@@ -109,7 +111,10 @@ def _usable(dataset: Dataset, config: DecodeConfig) -> list[tuple[str, Mask]]:
     pairs = np.stack([frames, fps_milli], axis=1).astype(np.int64)
     different, inverse = np.unique(pairs, axis=0, return_inverse=True)
     fits = np.array(
-        [0 in pair or num_window_starts(*pair, config) > 0 for pair in different.tolist()],
+        [
+            0 in (count, rate) or num_window_starts(count, rate, config) > 0
+            for count, rate in different.tolist()
+        ],
         dtype=np.bool_,
     )
     is_video = modality == MODALITIES.index("video")

@@ -1,0 +1,32 @@
+"""`kinodit train CONFIG [key=value ...]`: train, or go on where the run's folder stands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kinodit.launch.topology import process_group, read_topology
+
+HELP = (
+    "Train the recipe CONFIG. The same command resumes: a run continues from the last checkpoint "
+    "in its folder. One process, torchrun and srun take the same arguments."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG and overrides."""
+    parser.add_argument("config", type=Path, help="a recipe, for example configs/t2v_tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the recipe's last step."""
+    from kinodit.trainer.config import load_config
+    from kinodit.trainer.run import train
+
+    config = load_config(args.config, args.overrides)
+    topology = read_topology()
+    with process_group(topology, config.run.deadline_s) as device:
+        train(config, topology, device, sys.stderr)
+    return 0

@@ -1,0 +1,186 @@
+"""Sharded equals unsharded: loss, every gradient, parameters and EMA after several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kinodit.models.diffusion.objective import RectifiedFlowConfig, build_objective
+from kinodit.models.init import initialize
+from kinodit.models.mmdit import MMDiT
+from kinodit.trainer.ema import Ema, EmaConfig
+from kinodit.trainer.engine.native import NativeEngine
+from kinodit.trainer.optim import OptimConfig, build_optimizer
+from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.parallel.remat import RematConfig
+from kinodit.trainer.step import Step
+from tests.support.ranks import Ranks
+from tests.support.synthetic import synthetic_pack, tiny_model_config
+
+Array = NDArray[np.float64]
+NUM_STEPS = 20
+PACKS = [[0, 5], [1, 2, 6], [3], [4, 7]]
+FLOAT64 = PrecisionConfig("float64", "float64", "float64")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout and how a rank's packs are merged into micro-batches (0: one each)."""
+
+    world_size: int
+    dp_replicate: int = 1
+    micro_batches: int = 0
+    remat: str = "none"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run of NUM_STEPS leaves: losses, first gradients, final parameters and EMA."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Array]
+    parameters: dict[str, Array]
+    ema: dict[str, Array]
+
+
+def whole(tensor: Tensor) -> Array:
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().numpy().copy()
+
+
+def run(rank: int, world_size: int, layout: Layout) -> Trace:
+    mesh = build_mesh(
+        ParallelConfig(dp_replicate=layout.dp_replicate), world_size, rank, torch.device("cpu")
+    )
+    model = MMDiT(tiny_model_config())
+    initialize(model, seed=1)
+    with torch.no_grad():  # zeros would hide gradients
+        for index, parameter in enumerate(model.parameters()):
+            parameter += 0.02 * torch.sin(torch.arange(parameter.numel()) + index).view_as(
+                parameter
+            )
+    parallelize(
+        model,
+        mesh,
+        ParallelConfig(dp_replicate=layout.dp_replicate),
+        FLOAT64,
+        RematConfig(layout.remat),  # type: ignore[arg-type]
+        compile_blocks=False,
+    )
+    optimizer = build_optimizer(OptimConfig(lr=3e-3), model)
+    engine = NativeEngine(model, optimizer, mesh, FLOAT64)
+    ema = Ema(EmaConfig(0.9), model)
+    objective = build_objective(RectifiedFlowConfig(prediction="velocity"))
+    step = Step(engine, objective, [ema], mesh, ["video"], {"video": 0.7}, 3, 1.0)
+    losses, norms = [], []
+    gradients: dict[str, Array] = {}
+    for number in range(NUM_STEPS):
+        own = [PACKS[i] for i in range(rank, len(PACKS), world_size)]
+        own += [[]] * (-(-len(PACKS) // world_size) - len(own))
+        if layout.micro_batches:
+            per = len(own) // layout.micro_batches
+            own = [sum(own[i : i + per], []) for i in range(0, len(own), per)]
+        batches = [synthetic_pack(number, slots) for slots in own]
+        if number == 0:
+            gradients = first_gradients(step, engine, batches)
+        result = step(number, batches, 3e-3)
+        losses.append(float(mesh.sum(result.losses)))
+        norms.append(float(result.grad_norm))
+    return Trace(
+        losses,
+        norms,
+        gradients,
+        {name: whole(p) for name, p in model.named_parameters()},
+        {name: whole(p) for name, p in ema.average.items()},
+    )
+
+
+def first_gradients(step: Step, engine: NativeEngine, batches: list[Any]) -> dict[str, Array]:
+    """Gradients of step 0, by running its backward without the update."""
+    captured: dict[str, Array] = {}
+    clip = engine.clip
+
+    def capture(max_norm: float) -> Tensor:
+        captured.update({name: whole(g) for name, g in engine.gradients()})
+        raise StopIteration
+
+    engine.clip = capture  # type: ignore[method-assign]
+    with pytest.raises(StopIteration):
+        step(0, batches, 0.0)
+    engine.clip = clip  # type: ignore[method-assign]
+    for parameter in engine.model.parameters():
+        parameter.grad = None
+    return captured
+
+
+def worst(ours: dict[str, Array], theirs: dict[str, Array]) -> float:
+    """Largest difference over the largest value of any tensor."""
+    assert ours.keys() == theirs.keys()
+    scale = max(float(np.abs(value).max()) for value in theirs.values())
+    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs) / scale
+
+
+@pytest.fixture(scope="module")
+def reference() -> Trace:
+    return run(0, 1, Layout(1))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[dict[int, Ranks]]:
+    groups = {2: Ranks(2), 4: Ranks(4)}
+    yield groups
+    for group in groups.values():
+        group.close()
+
+
+def check(trace: Trace, reference: Trace) -> None:
+    assert trace.losses == pytest.approx(reference.losses, rel=1e-12)
+    assert trace.norms == pytest.approx(reference.norms, rel=1e-12)
+    assert worst(trace.gradients, reference.gradients) < 1e-12
+    assert worst(trace.parameters, reference.parameters) < 1e-12
+    assert worst(trace.ema, reference.ema) < 1e-12
+
+
+def test_training_changes_loss_and_every_parameter(reference: Trace) -> None:
+    assert reference.losses[-1] != reference.losses[0]
+    dead = [name for name, g in reference.gradients.items() if float(np.abs(g).max()) < 1e-9]
+    assert not dead
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_accumulation(micro_batches: int, reference: Trace) -> None:
+    check(run(0, 1, Layout(1, micro_batches=micro_batches)), reference)
+
+
+@pytest.mark.parametrize("remat", ["full", "every_nth"])
+def test_remat(remat: str, reference: Trace) -> None:
+    check(run(0, 1, Layout(1, remat=remat)), reference)
+
+
+LAYOUTS = {
+    "ddp2": Layout(2, dp_replicate=2),
+    "fsdp2": Layout(2),
+    "fsdp2-accumulate1": Layout(2, micro_batches=1),
+    "fsdp4": Layout(4),
+    "hsdp2x2": Layout(4, dp_replicate=2),
+    "ddp4": Layout(4, dp_replicate=4),
+    "fsdp2-remat": Layout(2, remat="full"),
+}
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout(name: str, ranks: dict[int, Ranks], reference: Trace) -> None:
+    layout = LAYOUTS[name]
+    for trace in ranks[layout.world_size].run(run, layout):
+        check(trace, reference)

@@ -1,0 +1,106 @@
+"""Decoded packs of a step -> this rank's micro-batches, and what the recipe's encoders imply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kinodit.data.encode import EncodedSample, SampleEncoder
+from kinodit.data.loader import StepData
+from kinodit.data.packing import PackSpec, StreamSpec, concatenate, pack
+from kinodit.models.encoders.base import TextEncoder, VideoCodec
+from kinodit.models.errors import ConfigError
+from kinodit.models.mmdit import ConditionConfig, MMDiTConfig
+from kinodit.models.tokens import TokenBatch
+
+TEXT, VIDEO, POOLED = "text", "video", "text_pooled"
+
+
+def pack_spec(text: TextEncoder, codec: VideoCodec, patch: tuple[int, int, int]) -> PackSpec:
+    """What packs of a text-to-video run look like: a text and a video stream."""
+    streams = (
+        StreamSpec(TEXT, text.token_dim),
+        StreamSpec(VIDEO, codec.latent_channels, patch),
+    )
+    return PackSpec(streams, {POOLED: text.pooled_dim})
+
+
+def fit_model(config: MMDiTConfig, spec: PackSpec) -> MMDiTConfig:
+    """The model with the channels that the encoders and the patch give.
+
+    Raises:
+        ConfigError: the model's streams or conditions are not those of the data.
+    """
+    names = [stream.name for stream in spec.streams]
+    if list(config.streams) != names:
+        raise ConfigError(
+            f"model.streams are {list(config.streams)}, the data has {names} (in this order): "
+            "name the same streams"
+        )
+    unknown = [name for name in config.conditions if name not in spec.conditions]
+    if unknown:
+        raise ConfigError(
+            f"model.conditions has {unknown[0]!r}; the data brings {sorted(spec.conditions)}"
+        )
+    streams = {
+        stream.name: replace(config.streams[stream.name], in_channels=stream.token_channels)
+        for stream in spec.streams
+    }
+    conditions = {name: ConditionConfig(dim=spec.conditions[name]) for name in config.conditions}
+    return replace(config, streams=streams, conditions=conditions)
+
+
+@dataclass
+class BatchSource:
+    """Encodes and packs in the training process, on its device.
+
+    micro_batches: forward passes that this rank's packs are merged into; 0: one for each pack
+    dtype:         of the clean latents
+    """
+
+    encoder: SampleEncoder
+    spec: PackSpec
+    micro_batches: int
+    dtype: torch.dtype
+
+    def batches(self, data: StepData) -> list[TokenBatch]:
+        """This rank's micro-batches of a step.
+
+        Raises:
+            ConfigError: the rank's packs do not divide into `micro_batches`.
+        """
+        packs = [self._cast(pack(self.encoder.encode(part), self.spec)) for part in data.packs]
+        if not self.micro_batches:
+            return packs
+        if len(packs) % self.micro_batches:
+            raise ConfigError(
+                f"engine.micro_batches={self.micro_batches} does not divide the {len(packs)} "
+                "packs that each rank has: change it, or data.packs_per_step"
+            )
+        size = len(packs) // self.micro_batches
+        return [concatenate(packs[i : i + size]) for i in range(0, len(packs), size)]
+
+    def fixed(self, data: StepData, *, shuffle_captions: bool) -> list[TokenBatch]:
+        """The packs of a validation step; optionally each clip with the next one's caption."""
+        batches = []
+        for part in data.packs:
+            samples = self.encoder.encode(part)
+            batches.append(
+                self._cast(pack(_rotated(samples) if shuffle_captions else samples, self.spec))
+            )
+        return batches
+
+    def _cast(self, batch: TokenBatch) -> TokenBatch:
+        return batch.with_latents(
+            {name: tokens.latents.to(self.dtype) for name, tokens in batch.modalities.items()}
+        )
+
+
+def _rotated(samples: Sequence[EncodedSample]) -> list[EncodedSample]:
+    """Each sample with the text of the next one in the pack."""
+    return [
+        replace(sample, text=other.text, conditions=other.conditions)
+        for sample, other in zip(samples, [*samples[1:], *samples[:1]], strict=True)
+    ]

@@ -1,0 +1,286 @@
+"""A run's configuration: the sections' dataclasses, composed; a recipe, merged, checked, frozen.
+
+A recipe is YAML that holds only differences from the defaults. It is merged in two passes, since
+a *choice* (an objective, a codec, ...) is a field whose `name` decides its dataclass: first the
+names are read, then everything is merged against the schema that they select.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
+
+from kinodit.data.config import DataConfig
+from kinodit.models.diffusion.objective import ObjectiveConfig, RectifiedFlowConfig
+from kinodit.models.encoders.base import TextEncoderConfig, VideoCodecConfig
+from kinodit.models.encoders.registry import TEXT_ENCODERS, VIDEO_CODECS
+from kinodit.models.errors import ConfigError
+from kinodit.models.mmdit import MMDiTConfig
+from kinodit.models.presets import PRESETS
+from kinodit.trainer.checkpoint import CheckpointConfig
+from kinodit.trainer.ema import EmaConfig
+from kinodit.trainer.evaluate import EvalConfig
+from kinodit.trainer.generate import SampleConfig
+from kinodit.trainer.optim import OptimConfig, ScheduleConfig
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.remat import RematConfig
+from kinodit.trainer.redact import redact
+from kinodit.trainer.sinks import LogConfig
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """name: of the run and, under out_dir, of its folder; seed: of weights, data order and noise;
+    steps: optimizer steps; deadline_s: how long a collective may wait before the run is given up.
+    """
+
+    name: str = "run"
+    out_dir: str = "runs"
+    seed: int = 0
+    steps: int = 1000
+    deadline_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"run.steps={self.steps}: must be at least 1")
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"run.name={self.name!r}: must be a plain folder name")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.out_dir) / self.name
+
+
+@dataclass(frozen=True)
+class VideoModality:
+    """codec: pixels <-> latents; patch: latent frames, rows and columns in one token."""
+
+    codec: VideoCodecConfig = field(default_factory=VIDEO_CODECS["wavelet"])
+    patch: tuple[int, int, int] = (1, 2, 2)
+
+    def __post_init__(self) -> None:
+        if min(self.patch) < 1:
+            raise ConfigError(f"modalities.video.patch={list(self.patch)}: each must be at least 1")
+
+
+@dataclass(frozen=True)
+class TextModality:
+    """encoder: captions -> features."""
+
+    encoder: TextEncoderConfig = field(default_factory=TEXT_ENCODERS["bytes"])
+
+
+@dataclass(frozen=True)
+class ModalitiesConfig:
+    """How each modality becomes tokens."""
+
+    video: VideoModality = field(default_factory=VideoModality)
+    text: TextModality = field(default_factory=TextModality)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """name: which engine shards, reduces and updates; compile: torch.compile each block."""
+
+    name: Literal["native"] = "native"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run. Sections are documented where they are defined."""
+
+    run: RunSection = field(default_factory=RunSection)
+    modalities: ModalitiesConfig = field(default_factory=ModalitiesConfig)
+    model: MMDiTConfig = field(default_factory=lambda: PRESETS["tiny"])
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=RectifiedFlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: dict[str, EmaConfig] = field(default_factory=dict)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    remat: RematConfig = field(default_factory=RematConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+CHOICES: dict[str, Mapping[str, type]] = {
+    "objective": {"rectified_flow": RectifiedFlowConfig},
+    "modalities.video.codec": VIDEO_CODECS,
+    "modalities.text.encoder": TEXT_ENCODERS,
+}
+
+MAY_CHANGE_ON_RESUME = (
+    "run.out_dir",
+    "run.deadline_s",
+    "parallel.",
+    "remat.",
+    "engine.",
+    "checkpoint.",
+    "log.",
+    "eval.",
+    "sample.",
+    "data.num_threads",
+    "data.prefetch_steps",
+    "data.cache_mib",
+    "data.micro_batches",
+)
+"""Keys that leave the loss curve as it is, so that a run may go on with other values."""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The recipe at `path` with `overrides` ("key=value" each), complete and checked.
+
+    Raises:
+        ConfigError: no such file, not YAML, unknown key, wrong type, or a value that does not fit.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from error
+    try:
+        recipe = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path} holds a {type(recipe).__name__}; a recipe is a mapping")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        raw = OmegaConf.merge(OmegaConf.create(recipe), OmegaConf.from_dotlist(list(overrides)))
+        assert isinstance(raw, DictConfig)
+        return _build(raw)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _build(raw: DictConfig) -> RunConfig:
+    """Merge `raw` against the schema that its choices and its model preset select."""
+    schema = OmegaConf.structured(RunConfig)
+    for key, options in CHOICES.items():
+        name = OmegaConf.select(raw, f"{key}.name")
+        if name is None:
+            continue
+        if name not in options:
+            raise ConfigError(f"{key}.name={name!r}: there is {', '.join(sorted(options))}")
+        _replace(schema, key, options[name])
+    preset = OmegaConf.select(raw, "model.preset")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"model.preset={preset!r}: there is {', '.join(sorted(PRESETS))}")
+        _replace(schema, "model", PRESETS[preset])
+        del raw.model["preset"]
+    return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(schema, raw)))
+
+
+def _replace(schema: DictConfig, key: str, value: Any) -> None:
+    """Put the dataclass (or instance) `value` at `key` of a read-only schema."""
+    parent_key, _, last = key.rpartition(".")
+    parent = OmegaConf.select(schema, parent_key) if parent_key else schema
+    with flag_override(parent, "readonly", False):
+        OmegaConf.update(parent, last, OmegaConf.structured(value), merge=False)
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """OmegaConf's sentence and the full key, on one line."""
+    lines = str(error).splitlines()
+    key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), "")
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dicts and lists of every field."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=False)
+    assert isinstance(container, dict)
+    return cast(dict[str, Any], container)
+
+
+def config_to_yaml(config: RunConfig, *, redact_secrets: bool = True) -> str:
+    """The complete recipe as YAML; values of keys that look like secrets are replaced."""
+    plain = config_to_dict(config)
+    return yaml.safe_dump(redact(plain) if redact_secrets else plain, sort_keys=False)
+
+
+@dataclass(frozen=True)
+class SchemaRow:
+    """One key of the schema."""
+
+    key: str
+    type: str
+    default: str
+    doc: str
+
+
+def schema() -> list[SchemaRow]:
+    """Every key with its type and default; choices are listed once per option."""
+    rows = list(_rows(RunConfig(), ""))
+    for key, options in CHOICES.items():
+        for option in options.values():
+            rows += list(_rows(option(), f"{key}."))
+    return list({(row.key, row.type, row.default): row for row in rows}.values())
+
+
+def _rows(instance: Any, prefix: str) -> Iterator[SchemaRow]:
+    doc = (type(instance).__doc__ or "").strip()
+    for entry in dataclasses.fields(instance):
+        value = getattr(instance, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from _rows(value, f"{prefix}{entry.name}.")
+        else:
+            yield SchemaRow(f"{prefix}{entry.name}", str(entry.type), repr(value), doc)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of every key whose value differs; None where a key is absent."""
+    before, after = flatten(old), flatten(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return [
+        (key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    ]
+
+
+def check_resumable(saved_yaml: str, config: RunConfig, where: Path) -> None:
+    """Refuse to go on in the folder of a run with another recipe.
+
+    Raises:
+        ConfigError: a key differs that would change the loss curve; all of them are listed.
+    """
+    saved = yaml.safe_load(saved_yaml)
+    current = yaml.safe_load(config_to_yaml(config))
+    changed = [
+        f"{key}: was {old}, is {new}"
+        for key, old, new in differences(saved, current)
+        if not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{where} holds a run of another recipe ({'; '.join(changed)}): choose another "
+            "run.name, or undo these changes"
+        )

@@ -1,0 +1,68 @@
+"""Exponential moving averages of the parameters, sharded as the parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kinodit.models.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """decay: per step, once warmed up; early steps use min(decay, (1 + step) / (10 + step))."""
+
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ConfigError(f"ema.decay={self.decay}: must be in [0, 1)")
+
+    def decay_at(self, step: int) -> float:
+        """Decay after the update of step `step` (0-based)."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+
+class Ema:
+    """One average of a model's parameters, in the parameters' dtype and placement."""
+
+    def __init__(self, config: EmaConfig, model: nn.Module) -> None:
+        """Start from the present parameters of `model`."""
+        self.config = config
+        self._parameters = dict(model.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the parameters, after the update of step `step`."""
+        weight = 1.0 - self.config.decay_at(step)
+        averages = [_local(tensor) for tensor in self.average.values()]
+        parameters = [_local(parameter) for parameter in self._parameters.values()]
+        torch._foreach_lerp_(averages, parameters, weight)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside the context the model computes with the average instead of its parameters."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            ours, theirs = _local(self.average[name]), _local(parameter)
+            kept = theirs.clone()
+            theirs.copy_(ours)
+            ours.copy_(kept)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor.detach()

@@ -1,0 +1,67 @@
+"""What the trainer asks of an engine, whichever library is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kinodit.models.tokens import TokenBatch
+
+Predictions = Mapping[str, Tensor]
+Forward = Callable[[TokenBatch], Predictions]
+"""The model under the engine's sharding and precision: batch -> name -> [N, C]."""
+
+
+class Engine(Protocol):
+    """Owns the model's parameters, their gradients and the optimizer.
+
+    One optimizer step is: `forward_backward` for each micro-batch (`last` for the last one), then
+    `clip`, then `step`. Gradients are sums over micro-batches and ranks, never means. All ranks
+    make the same calls in the same order.
+    """
+
+    device: torch.device
+    model: nn.Module
+
+    def forward_backward(
+        self, batch: TokenBatch, loss: Callable[[Predictions], Tensor], *, last: bool
+    ) -> Tensor:
+        """Forward on `batch`, then backward from the scalar `loss(predictions)`, detached.
+
+        Gradients are reduced over ranks when `last`.
+        """
+        ...
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Global gradient norm (scalar), after scaling gradients to at most `max_norm` (if > 0)."""
+        ...
+
+    def step(self, lr: float) -> None:
+        """One optimizer update at rate `lr`; drops the gradients."""
+        ...
+
+    def inference(self) -> AbstractContextManager[Forward]:
+        """A forward without gradients. Collective: every rank makes the same number of calls."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, whole gradient) of every parameter, after the last `forward_backward`.
+
+        Collective, and each gradient is gathered whole: for certificates and tests.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer moments by canonical name, sharded as they live.
+
+        Keys: `model/NAME`, `optim/MOMENT/NAME`. Loading writes into these tensors in place.
+        """
+        ...
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Tell the optimizer how many updates the loaded state has behind it."""
+        ...

@@ -1,0 +1,124 @@
+"""The training loop: steps, and what happens between them on a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from kinodit.data.loader import Loader, StepData
+from kinodit.models.mmdit import MMDiTConfig
+from kinodit.trainer import checkpoint
+from kinodit.trainer.batches import BatchSource
+from kinodit.trainer.config import RunConfig
+from kinodit.trainer.ema import Ema
+from kinodit.trainer.engine.base import Engine
+from kinodit.trainer.metrics import Row, Window, pack_flops
+from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.progress import Progress
+from kinodit.trainer.sinks import Sinks
+from kinodit.trainer.state import TrainState
+from kinodit.trainer.step import Step
+
+
+@dataclass
+class Loop:
+    """Everything one run needs between its first and its last step.
+
+    evaluate: step -> validation row; generate: step -> entries of a samples folder. Both are
+    collective. Sinks and progress exist on rank 0 only.
+    """
+
+    config: RunConfig
+    model_config: MMDiTConfig
+    mesh: Mesh
+    engine: Engine
+    emas: Sequence[Ema]
+    step: Step
+    source: BatchSource
+    loader: Loader
+    evaluate: Callable[[int], Row] | None
+    generate: Callable[[int], list[dict[str, object]]] | None
+    sinks: Sinks | None
+    progress: Progress | None
+    peak_flops: float
+
+    def run(self, state: TrainState) -> TrainState:
+        """Train from `state` to the recipe's last step (or `run.stop_after_steps`); saves there."""
+        config = self.config
+        end = config.run.steps
+        if config.run.stop_after_steps:
+            end = min(end, state.step + config.run.stop_after_steps)
+        window = Window(self.step.modalities)
+        steps = iter(self.loader)
+        saved = state.step
+        while state.step < end:
+            window, state = self._one_step(window, state, steps)
+            done = state.step
+            if self.evaluate is not None and _due(done, config.eval.every_steps, end):
+                with window.clock.measure("eval"):
+                    self._report(self.evaluate(done))
+            if self.generate is not None and _due(done, config.sample.every_steps, end):
+                with window.clock.measure("eval"):
+                    self._show(done)
+            if _due(done, config.checkpoint.every_steps, end):
+                with window.clock.measure("checkpoint"):
+                    self.save(state)
+                saved = done
+        if saved != state.step:
+            self.save(state)
+        return state
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint. Collective."""
+        tensors = checkpoint.collect(self.engine, self.emas)
+        path = checkpoint.save(
+            self.config.run.folder, state, tensors, self.mesh, self.config.checkpoint.keep_last
+        )
+        if self.sinks is not None:
+            self.sinks.event("checkpoint", state.step, path.name)
+
+    def _one_step(
+        self, window: Window, state: TrainState, steps: Iterator[StepData]
+    ) -> tuple[Window, TrainState]:
+        config, clock = self.config, window.clock
+        with clock.measure("data"):
+            data = next(steps)
+        assert data.step == state.step, "the loader and the trainer disagree about the step"
+        with clock.measure("encode"):
+            batches = self.source.batches(data)
+        lr = config.optim.lr * config.schedule.factor(state.step, config.run.steps)
+        with clock.measure("compute"):
+            result = self.step(state.step, batches, lr)
+        tokens = sum(batch.num_tokens for batch in batches)
+        samples = sum(batch.num_segments for batch in batches)
+        flops = sum(3 * pack_flops(self.model_config, batch) for batch in batches)
+        window.add(result, tokens, samples, flops)
+        state = replace(
+            state,
+            step=state.step + 1,
+            num_tokens=state.num_tokens + result.counts.num_tokens,
+            num_samples=state.num_samples + result.counts.num_samples,
+        )
+        if not _due(state.step, config.log.every_steps, config.run.steps):
+            return window, state
+        row = window.row(state.step, lr, self.mesh, self.peak_flops, config.objective.loss_weights)
+        self._report(row)
+        return Window(self.step.modalities), state
+
+    def _report(self, row: Row) -> None:
+        if self.sinks is not None:
+            self.sinks.metrics(row)
+        if self.progress is not None:
+            self.progress.update(row)
+
+    def _show(self, step: int) -> None:
+        assert self.generate is not None
+        entries = self.generate(step)
+        if self.sinks is not None:
+            self.sinks.media(step, entries)
+            self.sinks.event("sample", step, f"{len(entries)} clips")
+
+
+def _due(done: int, every: int, end: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after `done`."""
+    return every > 0 and (done % every == 0 or done == end)

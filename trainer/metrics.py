@@ -1,0 +1,173 @@
+"""What a run measures: losses reduced over ranks, rates, MFU, and where the time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.step import NUM_NOISE_BINS, StepResult
+
+Row = dict[str, object]
+
+PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+"""Dense bf16 tensor-core peaks of the vendors' data sheets, by a part of the device's name."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s of one rank: a data-sheet figure on CUDA, a measured matrix product on a CPU.
+
+    0 where neither is known; MFU is then reported as 0.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = (peak for part, peak in PEAK_TFLOPS_BF16.items() if part in name)
+        factor = {torch.bfloat16: 1.0, torch.float32: 0.5}.get(dtype, 0.0)
+        return next(known, 0.0) * factor * 1e12
+    size = 768
+    a = torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+@dataclass
+class Clock:
+    """Seconds spent per activity since the last `take`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, activity: str) -> Iterator[None]:
+        """Add the time inside the context to `activity`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(activity, time.perf_counter() - start)
+
+    def add(self, activity: str, seconds: float) -> None:
+        """Add `seconds` to `activity`."""
+        self.seconds[activity] = self.seconds.get(activity, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far; starts anew."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+@dataclass
+class Window:
+    """Steps since the last logged row; sums stay on the device until the row is made."""
+
+    modalities: Sequence[str]
+    clock: Clock = field(default_factory=Clock)
+    losses: Tensor | None = None
+    bin_errors: Tensor | None = None
+    bin_counts: Tensor | None = None
+    grad_norm: Tensor | None = None
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_samples: int = 0
+    flops: float = 0.0
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: StepResult, num_tokens: int, num_samples: int, flops: float) -> None:
+        """Add one step of this rank: its tokens, samples and model FLOPs."""
+        first = self.losses is None
+        self.losses = result.losses if first else self.losses + result.losses
+        self.bin_errors = result.bin_errors if first else self.bin_errors + result.bin_errors
+        self.bin_counts = result.bin_counts if first else self.bin_counts + result.bin_counts
+        self.grad_norm = result.grad_norm
+        self.num_steps += 1
+        self.num_tokens += num_tokens
+        self.num_samples += num_samples
+        self.flops += flops
+
+    def row(
+        self, step: int, lr: float, mesh: Mesh, peak: float, loss_weights: Mapping[str, float]
+    ) -> Row:
+        """The row of metrics.jsonl for the steps in this window. Collective: all ranks call it.
+
+        `peak` is one rank's peak FLOP/s. Losses are means over the steps of the window.
+        """
+        assert self.losses is not None and self.bin_errors is not None
+        assert self.bin_counts is not None and self.grad_norm is not None
+        seconds = self.clock.take()
+        elapsed_s = time.perf_counter() - self.started_s
+        host = torch.tensor(
+            [float(self.num_tokens), float(self.num_samples), self.flops], dtype=torch.float64
+        )
+        sums = mesh.sum(
+            torch.cat(
+                [
+                    self.losses,
+                    self.bin_errors.flatten(),
+                    self.bin_counts.flatten(),
+                    host.to(self.losses.device),
+                ]
+            )
+        ).tolist()
+        count, bins = len(self.modalities), len(self.modalities) * NUM_NOISE_BINS
+        losses = [value / self.num_steps for value in sums[:count]]
+        errors = sums[count : count + bins]
+        counts = sums[count + bins : count + 2 * bins]
+        tokens, samples, flops = sums[count + 2 * bins :]
+        per_step = {name: value / self.num_steps for name, value in seconds.items()}
+        row: Row = {
+            "kind": "train",
+            "step": step,
+            "time_s": time.time(),
+            "loss": sum(losses),
+            "lr": lr,
+            "grad_norm": float(self.grad_norm),
+            "step_s": elapsed_s / self.num_steps,
+            "data_wait_s": per_step.get("data", 0.0),
+            "encode_s": per_step.get("encode", 0.0),
+            "compute_s": per_step.get("compute", 0.0),
+            "checkpoint_s": per_step.get("checkpoint", 0.0),
+            "eval_s": per_step.get("eval", 0.0),
+            "tokens": int(tokens),
+            "tokens_per_s": tokens / elapsed_s,
+            "samples_per_s": samples / elapsed_s,
+            "flops": flops / self.num_steps,
+            "mfu": flops / elapsed_s / (peak * mesh.dp_size) if peak else 0.0,
+            "memory_gib": _peak_memory_gib(mesh.device),
+        }
+        for name, value in zip(self.modalities, losses, strict=True):
+            weight = loss_weights.get(name, 1.0)
+            row[f"loss/{name}"] = value / weight if weight else 0.0
+        row["noise_bins"] = {
+            name: _bins(
+                errors[index * NUM_NOISE_BINS : (index + 1) * NUM_NOISE_BINS],
+                counts[index * NUM_NOISE_BINS : (index + 1) * NUM_NOISE_BINS],
+            )
+            for index, name in enumerate(self.modalities)
+        }
+        return row
+
+
+def _bins(errors: Sequence[float], counts: Sequence[float]) -> list[list[float]]:
+    """[t_low, t_high, mean error, count] of the bins that saw a token."""
+    return [
+        [index / NUM_NOISE_BINS, (index + 1) / NUM_NOISE_BINS, error / count, count]
+        for index, (error, count) in enumerate(zip(errors, counts, strict=True))
+        if count
+    ]
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

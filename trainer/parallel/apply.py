@@ -1,0 +1,73 @@
+"""The one place where a model meets its mesh, and the order in which that happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from kinodit.models.block import JointBlock, SingleBlock
+from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
+from kinodit.trainer.parallel.remat import RematConfig, apply_remat
+from kinodit.trainer.parallel.shard import shard
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """params: dtype of parameters and optimizer state; compute: of forward and backward;
+    reduce: of gradient sums between ranks. float64 is for proofs.
+    """
+
+    params: Literal["float32", "float64"] = "float32"
+    compute: Literal["bfloat16", "float32", "float64"] = "float32"
+    reduce: Literal["float32", "float64", "bfloat16"] = "float32"
+
+    @property
+    def params_dtype(self) -> torch.dtype:
+        """dtype of parameters, gradients and optimizer state."""
+        return DTYPES[self.params]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of forward and backward."""
+        return DTYPES[self.compute]
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """dtype in which gradients are summed over ranks."""
+        return DTYPES[self.reduce]
+
+
+def model_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of `model` in order: the units of recomputation, compilation and sharding."""
+    return [part for part in model.modules() if isinstance(part, JointBlock | SingleBlock)]
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    remat: RematConfig,
+    compile_blocks: bool,
+) -> None:
+    """Recompute -> compile -> shard, in place. One process with one dtype stays a plain module."""
+    blocks = model_blocks(model)
+    model.to(dtype=precision.params_dtype)
+    apply_remat(remat, blocks)
+    if compile_blocks:
+        for block in blocks:
+            block.compile()
+    if mesh.device_mesh is not None:
+        shard(
+            model,
+            mesh.device_mesh,
+            blocks,
+            precision.compute_dtype,
+            precision.reduce_dtype,
+            parallel.reshard_after_forward,
+        )

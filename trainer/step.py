@@ -1,0 +1,150 @@
+"""One optimizer step: noised micro-batches, the step-wide token-weighted loss, clip, update, EMA.
+
+    loss = sum_m lambda_m * sum_tokens weight * mean_channels(error^2) / N_m
+
+N_m counts the tokens of modality m that have a loss in the *whole* step (all ranks, all
+micro-batches), and is known before the first backward: so the loss and its gradient do not depend
+on how the step is cut into ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kinodit.models.diffusion.objective import NoisedBatch, Objective
+from kinodit.models.tokens import Role, TokenBatch
+from kinodit.trainer.ema import Ema
+from kinodit.trainer.engine.base import Engine, Predictions
+from kinodit.trainer.parallel.mesh import Mesh
+
+NUM_NOISE_BINS = 10
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Counts over all ranks and micro-batches of a step.
+
+    loss_tokens: modality -> N_m, its tokens that have a loss
+    num_tokens:  tokens of all modalities
+    num_samples: segments
+    """
+
+    loss_tokens: Mapping[str, int]
+    num_tokens: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step produced, still on the device; sums are over this rank only.
+
+    losses:     [M] this rank's share of each modality's loss, modalities in sorted order
+    bin_errors: [M, NUM_NOISE_BINS] sum of token errors by noise level
+    bin_counts: [M, NUM_NOISE_BINS] number of those tokens
+    grad_norm:  scalar, global, before clipping
+    counts:     over all ranks
+    """
+
+    losses: Tensor
+    bin_errors: Tensor
+    bin_counts: Tensor
+    grad_norm: Tensor
+    counts: StepCounts
+
+
+def loss_tokens(tokens_weight: Tensor, role: Tensor) -> Tensor:
+    """[N] bool: which tokens have a loss."""
+    return (role == int(Role.NOISED)) & (tokens_weight > 0)
+
+
+def count_step(batches: Sequence[TokenBatch], modalities: Sequence[str], mesh: Mesh) -> StepCounts:
+    """Count this rank's `batches` (on the host) and sum over ranks. Collective."""
+    ours = [
+        sum(
+            int(loss_tokens(b.modalities[name].weight, b.modalities[name].role).sum())
+            for b in batches
+        )
+        for name in modalities
+    ]
+    ours += [sum(b.num_tokens for b in batches), sum(b.num_segments for b in batches)]
+    *tokens, num_tokens, num_samples = mesh.sum(torch.tensor(ours, device=mesh.device)).tolist()
+    return StepCounts(dict(zip(modalities, tokens, strict=True)), num_tokens, num_samples)
+
+
+class Step:
+    """The optimizer step of one run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        emas: Sequence[Ema],
+        mesh: Mesh,
+        modalities: Sequence[str],
+        loss_weights: Mapping[str, float],
+        seed: int,
+        max_grad_norm: float,
+    ) -> None:
+        """`modalities` are those with a loss; `loss_weights` their lambda_m (1 if absent)."""
+        self._engine = engine
+        self._objective = objective
+        self._emas = emas
+        self._mesh = mesh
+        self.modalities = sorted(modalities)
+        self._loss_weights = loss_weights
+        self._seed = seed
+        self._max_grad_norm = max_grad_norm
+
+    def __call__(self, step: int, batches: Sequence[TokenBatch], lr: float) -> StepResult:
+        """Update the model with `batches`, this rank's micro-batches of the step, on the host."""
+        counts = count_step(batches, self.modalities, self._mesh)
+        shape = (len(self.modalities), NUM_NOISE_BINS)
+        device = self._engine.device
+        errors, tokens = torch.zeros(2, *shape, device=device, dtype=torch.float64).unbind()
+        losses = torch.zeros(len(self.modalities), device=device, dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            noised = self._objective.corrupt(batch, self._seed)
+            noised = noised.to(device)
+
+            def loss(predictions: Predictions, noised: NoisedBatch = noised) -> Tensor:
+                per_token = self._objective.errors(predictions, noised)
+                self._bin(per_token, noised.batch, errors, tokens)
+                terms = self._terms(per_token, noised.batch, counts)
+                losses.add_(torch.stack([term.detach().to(losses.dtype) for term in terms]))
+                return torch.stack(terms).sum()
+
+            self._engine.forward_backward(noised.batch, loss, last=index == len(batches) - 1)
+        grad_norm = self._engine.clip(self._max_grad_norm)
+        self._engine.step(lr)
+        for ema in self._emas:
+            ema.update(step)
+        return StepResult(losses, errors, tokens, grad_norm, counts)
+
+    def _terms(
+        self, per_token: Mapping[str, Tensor], batch: TokenBatch, counts: StepCounts
+    ) -> list[Tensor]:
+        """The loss of each modality, its part that comes from `batch`."""
+        terms = []
+        for name in self.modalities:
+            error = per_token[name]
+            weight = batch.modalities[name].weight.to(error.dtype)
+            scale = self._loss_weights.get(name, 1.0) / max(1, counts.loss_tokens[name])
+            terms.append((error * weight).sum() * scale)
+        return terms
+
+    def _bin(
+        self, per_token: Mapping[str, Tensor], batch: TokenBatch, errors: Tensor, tokens: Tensor
+    ) -> None:
+        """Add each token's error to the bin of its noise level, without a host sync."""
+        for row, name in enumerate(self.modalities):
+            part = batch.modalities[name]
+            t = batch.level_t[part.level]
+            index = (t * NUM_NOISE_BINS).long().clamp_(0, NUM_NOISE_BINS - 1)
+            has_loss = loss_tokens(part.weight, part.role).to(errors.dtype)
+            error = per_token[name].detach().to(errors.dtype)
+            errors[row].index_add_(0, index, error * has_loss)
+            tokens[row].index_add_(0, index, has_loss)

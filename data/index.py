@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.probe import MediumError, probe, with_facts
 from kinodit.data.record import MODALITIES, Modality, Record, RecordError, RecordMeta, parse_record
 from kinodit.data.tar import TarError, TarMember, members
 from kinodit.models.errors import UserError
@@ -145,6 +146,8 @@ def index_row(meta: RecordMeta, start: int, data: memoryview) -> Row:
 def build_index(tar_path: Path | str) -> NDArray[np.void]:
     """The index of a shard, made by reading the shard itself: [samples] of `INDEX_DTYPE`.
 
+    A medium is opened only where the record does not say its size and length.
+
     Raises ManifestError that names the file and, where it has one, the byte offset of the fault.
     """
     path = Path(tar_path)
@@ -158,8 +161,17 @@ def build_index(tar_path: Path | str) -> NDArray[np.void]:
     rows: list[Row] = []
     try:
         for span in spans(view, whole=True):
-            meta = read_span(view, span).meta
+            meta = _known_meta(read_span(view, span))
             rows.append(index_row(meta, span.start, view[span.start : span.end]))
-    except (TarError, RecordError) as error:
+    except (TarError, RecordError, MediumError) as error:
         raise ManifestError(f"{path}: {error}") from error
     return np.array(rows, dtype=INDEX_DTYPE)
+
+
+def _known_meta(record: Record) -> RecordMeta:
+    if record.meta.is_probed or record.medium is None:
+        return record.meta
+    try:
+        return with_facts(record.meta, probe(*record.medium))
+    except MediumError as error:
+        raise MediumError(f"sample {record.key!r}: {error}") from error

@@ -1,0 +1,147 @@
+"""From a folder or table of captioned media to a dataset: `kinodit data pack`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kinodit.data.manifest import Manifest
+from kinodit.data.probe import MediumError, modality_of, probe, with_facts
+from kinodit.data.record import MAX_MEMBER_BYTES, Record, RecordError, RecordMeta
+from kinodit.data.source import MEMBER_OF_SUFFIX, Source, SourceError, SourceItem
+from kinodit.data.writer import DEFAULT_SHARD_BYTES, DatasetWriter
+from kinodit.models.errors import MissingExtraError, UserError
+
+MAX_REPORTED = 10
+
+
+class PackError(UserError):
+    """Media that could not be packed; the message lists them."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a pack is: media looked at, of how many, bytes written, media that were bad."""
+
+    done: int
+    total: int
+    num_bytes: int
+    num_bad: int
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was packed, and why each of the others was not."""
+
+    manifest: Manifest
+    num_bytes: int
+    bad: tuple[str, ...]
+    ignored: dict[str, int] = field(default_factory=dict)
+
+
+def pack(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    name: str = "",
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    skip_bad: bool = False,
+    allow_uncaptioned: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> PackReport:
+    """Packs the media of `source` into a new dataset at `destination`.
+
+    Raises PackError, and writes nothing, if a medium is bad and `skip_bad` is not set; up to
+    `MAX_REPORTED` of them are looked for, so that one run shows them together.
+    """
+    items = Source(source)
+    bad: list[str] = []
+    with DatasetWriter(destination, name or Path(destination).name, shard_bytes) as writer:
+        for done, item in enumerate(items, 1):
+            try:
+                if isinstance(item, SourceError):
+                    raise item
+                record = _record(item, allow_uncaptioned)
+                if skip_bad or not bad:
+                    writer.write(record)
+            except (SourceError, PackError, RecordError) as error:
+                bad.append(str(error))
+                if not skip_bad and len(bad) == MAX_REPORTED:
+                    break
+            progress(Progress(done, len(items), writer.num_bytes, len(bad)))
+        if bad and (not skip_bad or len(bad) == len(items)):
+            raise PackError(_describe(bad, len(items), skip_bad))
+    return PackReport(
+        Manifest.load(Path(destination)), writer.num_bytes, tuple(bad), dict(items.ignored)
+    )
+
+
+def _describe(bad: list[str], total: int, skip_bad: bool) -> str:
+    lines = "\n  ".join(bad[:MAX_REPORTED])
+    if skip_bad:
+        return f"none of the {total} media can be packed:\n  {lines}"
+    more = " (there may be more)" if len(bad) == MAX_REPORTED else ""
+    return (
+        f"{len(bad)} of {total} media cannot be packed{more}; nothing was written. Mend them, or "
+        f"leave such media out with --skip-bad:\n  {lines}"
+    )
+
+
+def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
+    if not item.captions and not allow_uncaptioned:
+        raise PackError(
+            f"{item.name}: it has no caption (a .txt or .json file beside it, or a 'caption' in "
+            "the table); --allow-uncaptioned packs it without"
+        )
+    suffix = item.path.suffix.lower()
+    extension = MEMBER_OF_SUFFIX[suffix]
+    try:
+        if item.path.stat().st_size > MAX_MEMBER_BYTES:
+            raise PackError(f"{item.name}: it has more than {MAX_MEMBER_BYTES >> 20} MiB")
+        data = item.path.read_bytes()
+        if suffix in (".mov", ".mkv", ".avi"):
+            data = remux(data)
+        facts = probe(extension, data)
+    except (OSError, MediumError) as error:
+        raise PackError(f"{item.name}: {error}") from error
+    meta = RecordMeta(
+        id=item.name,
+        modality=modality_of(extension),
+        captions=item.captions,
+        scores=item.scores,
+        extra=item.extra,
+        source=item.source,
+        licence=item.licence,
+        sha256={extension: hashlib.sha256(data).hexdigest()},
+    )
+    return Record(item.key, with_facts(meta, facts), {extension: data})
+
+
+def remux(data: bytes) -> bytes:
+    """The first video and the first audio stream of a container, copied into an mp4.
+
+    Raises MediumError if there is no video or an mp4 cannot hold the streams.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MissingExtraError("PyAV", "media", "reading video and sound") from error
+    target = io.BytesIO()
+    try:
+        with av.open(io.BytesIO(data)) as source, av.open(target, "w", format="mp4") as sink:
+            streams = [*source.streams.video[:1], *source.streams.audio[:1]]
+            if not source.streams.video:
+                raise MediumError("there is no video stream in it")
+            copies = {stream.index: sink.add_stream_from_template(stream) for stream in streams}
+            for packet in source.demux(streams):
+                if packet.dts is not None:
+                    packet.stream = copies[packet.stream.index]
+                    sink.mux(packet)
+    except (OSError, ValueError, av.FFmpegError) as error:
+        if isinstance(error, MediumError):
+            raise
+        raise MediumError(f"its streams cannot be copied into an mp4: {error}") from error
+    return target.getvalue()

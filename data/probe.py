@@ -1,0 +1,122 @@
+"""What a medium is: size, length, rate and sound, read from its bytes with PyAV and Pillow."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+
+from kinodit.data.record import MAX_SIDE, MEDIA_MEMBERS, Modality, RecordMeta
+from kinodit.models.errors import MissingExtraError, UserError
+
+MAX_PIXELS = 1 << 27
+
+
+class MediumError(UserError):
+    """Bytes that are not the medium they claim to be, or that are damaged."""
+
+
+@dataclass(frozen=True)
+class MediumFacts:
+    """Width and height in pixels, fps in frames per second, duration in seconds, rate in Hz."""
+
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    num_frames: int = 0
+    duration_s: float = 0.0
+    has_audio: bool = False
+    sample_rate: int = 0
+
+
+def modality_of(extension: str) -> Modality:
+    """The modality of a media member. Raises MediumError for any other extension."""
+    for modality, extensions in MEDIA_MEMBERS.items():
+        if extension in extensions:
+            return modality
+    raise MediumError(f"{extension!r} is not the extension of a medium")
+
+
+def probe(extension: str, data: bytes) -> MediumFacts:
+    """Facts about a medium. All its packets are read, its first frame is decoded.
+
+    Raises MediumError if it cannot be opened or decoded, if packets are missing from its end, or
+    if it is larger than any clip may be.
+    """
+    modality = modality_of(extension)
+    if modality == "image":
+        return _probe_image(data)
+    return _probe_container(data, modality)
+
+
+def with_facts(meta: RecordMeta, facts: MediumFacts) -> RecordMeta:
+    """`meta` with size, length and sound as probed."""
+    return replace(meta, **vars(facts))
+
+
+def _probe_image(data: bytes) -> MediumFacts:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("Pillow", "media", "reading images") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            _check_size(*image.size)
+            image.load()
+            return MediumFacts(width=image.width, height=image.height, num_frames=1)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediumError(
+            "it is damaged or not a JPEG, PNG or WebP image"
+            + (f": {error}" if "BytesIO" not in str(error) else "")
+        ) from error
+
+
+def _probe_container(data: bytes, modality: Modality) -> MediumFacts:
+    try:
+        import av
+    except ImportError as error:
+        raise MissingExtraError("PyAV", "media", "reading video and sound") from error
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            audio = container.streams.audio[0] if container.streams.audio else None
+            video = container.streams.video[0] if container.streams.video else None
+            if modality == "video" and video is None:
+                raise MediumError("there is no video stream in it")
+            if modality == "audio" and audio is None:
+                raise MediumError("there is no audio stream in it")
+            stream = video if modality == "video" else audio
+            end_s, packets, decoded = 0.0, 0, False
+            for packet in container.demux(stream):
+                if packet.size:
+                    packets += 1
+                    start = packet.pts if packet.pts is not None else packet.dts
+                    length = (start or 0) + (packet.duration or 0) - (stream.start_time or 0)
+                    end_s = max(end_s, float(length * packet.time_base))
+                if not decoded:
+                    decoded = bool(packet.decode())
+            if not decoded:
+                raise MediumError("not one frame of it can be decoded")
+            if modality == "audio":
+                return MediumFacts(
+                    duration_s=end_s, has_audio=True, sample_rate=audio.codec_context.sample_rate
+                )
+            if video.frames and packets < video.frames:
+                raise MediumError(f"it is cut off: {packets} of {video.frames} frames are there")
+            _check_size(video.codec_context.width, video.codec_context.height)
+            return MediumFacts(
+                width=video.codec_context.width,
+                height=video.codec_context.height,
+                fps=float(video.average_rate or video.guessed_rate or 0),
+                num_frames=packets,
+                duration_s=end_s,
+                has_audio=audio is not None,
+                sample_rate=audio.codec_context.sample_rate if audio is not None else 0,
+            )
+    except (OSError, av.FFmpegError) as error:
+        raise MediumError(f"it cannot be opened or decoded: {error.strerror}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise MediumError(
+            f"it is {width}x{height}; at most {MAX_SIDE} a side and {MAX_PIXELS} pixels are allowed"
+        )

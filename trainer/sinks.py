@@ -41,7 +41,9 @@ _log = logging.getLogger("kinodit")
 
 @dataclass(frozen=True)
 class LogConfig:
-    """every_steps: steps in one row of metrics; wandb: "offline" writes a run that `wandb sync`
+    """What is logged, and where to beside metrics.jsonl.
+
+    every_steps: steps in one row of metrics; wandb: "offline" writes a run that `wandb sync`
     uploads later; wandb_project: where it goes; tensorboard: also write event files.
     """
 
@@ -254,6 +256,7 @@ class WandbSink:
         self._resolved_config = resolved_config
 
     def open(self) -> None:
+        """Start the run, or another part of it after a resume."""
         import wandb
 
         assert self._config.wandb != "off"
@@ -283,9 +286,11 @@ class WandbSink:
         )
 
     def metrics(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of one row."""
         self._run.log(scalars(row), step=int(row["step"]))
 
     def media(self, step: int, samples: Sequence[tuple[Path, str]]) -> None:
+        """Log clips with their prompts."""
         import wandb
 
         clips = [(path, prompt) for path, prompt in samples if path.suffix == ".mp4"]
@@ -302,6 +307,7 @@ class WandbSink:
         self._run.log(media, step=step)
 
     def close(self) -> None:
+        """Flush and end."""
         self._run.finish()
 
 
@@ -312,15 +318,18 @@ class TensorBoardSink:
         self._folder, self._purge_step = run_dir / "tensorboard", purge_step
 
     def open(self) -> None:
+        """Start a new event file."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
 
     def metrics(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of one row."""
         for name, value in scalars(row).items():
             self._writer.add_scalar(name, value, int(row["step"]), walltime=row.get("time_s"))
 
     def media(self, step: int, samples: Sequence[tuple[Path, str]]) -> None:
+        """Log clips with their prompts."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         for index, (path, prompt) in enumerate(samples):
@@ -332,4 +341,5 @@ class TensorBoardSink:
             self._writer._get_file_writer().add_summary(summary, step)
 
     def close(self) -> None:
+        """Flush and end."""
         self._writer.close()

@@ -35,7 +35,7 @@ COMMANDS: dict[str, str] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(arguments)
+    parser = build_parser(arguments)
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of the one subcommand that `arguments` names."""
     parser = argparse.ArgumentParser(
         prog="kinodit", description="Train multi-modal diffusion transformers."

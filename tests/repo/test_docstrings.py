@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tests.repo.test_layout import ROOT, python_files
 
-SHAPE = re.compile(r"\[[^\[\]]*[A-Za-z0-9_*.]+[^\[\]]*\]|\bscalar\b|\b0-d\b")
+SHAPE = re.compile(r"\[[^\[\]]*[A-Za-z0-9_*.]+[^\[\]]*\]|\bscalar\b|\b0-d\b|\bshaped?\b|\bshapes\b")
 SUFFIXED = re.compile(r"_[A-Z]{1,6}$")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -51,18 +51,32 @@ class StreamSpec:
 
 
 @dataclass(frozen=True)
+class PackSpec:
+    """What every pack of a run has in common, so that an empty one looks like the others.
+
+    streams:    in the order of the joint sequence (the model's)
+    conditions: name -> D, the condition vectors of each segment
+    levels_per: noise levels are drawn per segment, or per row of patches in time ("frame")
+    """
+
+    streams: tuple[StreamSpec, ...]
+    conditions: Mapping[str, int] = field(default_factory=dict)
+    levels_per: LevelsPer = "segment"
+
+
+@dataclass(frozen=True)
 class EncodedSample:
     """One sample as the model's inputs, before packing.
 
-    latents:        modality -> [C, t, h, w] float; one the sample does not have is left out
-    latent_frame_s: modality -> seconds from one latent frame to the next
-    text:           stream -> [L, C] float, features of the caption
-    conditions:     name -> [D] float
+    latents:    modality -> [C, t, h, w] float; a modality the sample does not have is left out
+    seconds:    modality -> seconds from one latent frame to the next
+    text:       stream -> [L, C] float, features of the caption
+    conditions: name -> [D] float
     """
 
     key: SampleKey
     latents: Mapping[str, Tensor]
-    latent_frame_s: Mapping[str, float]
+    seconds: Mapping[str, float]
     text: Mapping[str, Tensor]
     conditions: Mapping[str, Tensor]
 
@@ -97,17 +111,10 @@ def patchify(latents: Tensor, patch: Patch) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: Patch) -> Tensor:
-    """[N, C * pt * ph * pw] -> [C, t, h, w]: the inverse of `patchify`.
-
-    Args:
-        tokens: one per patch, in the order of `patchify`.
-        grid: latent frames, rows and columns (t, h, w).
-        patch: (pt, ph, pw).
-    """
-    t, h, w = patch_grid((1, *grid), patch)
-    pt, ph, pw = patch
+    """[N, C * pt * ph * pw] with N = t * h * w patches of `grid` -> [C, t * pt, h * ph, w * pw]."""
+    (t, h, w), (pt, ph, pw) = grid, patch
     cells = tokens.reshape(t, h, w, -1, pt, ph, pw)
-    return cells.permute(3, 0, 4, 1, 5, 2, 6).reshape(-1, *grid)
+    return cells.permute(3, 0, 4, 1, 5, 2, 6).reshape(-1, t * pt, h * ph, w * pw)
 
 
 def positions(grid: tuple[int, int, int], patch_s: float) -> Tensor:
@@ -121,84 +128,69 @@ def positions(grid: tuple[int, int, int], patch_s: float) -> Tensor:
     return torch.cartesian_prod(t * patch_s, h, w).reshape(-1, 3)
 
 
-@dataclass(frozen=True)
-class Packer:
-    """Packs samples; holds what every pack of a run has in common.
+def pack(samples: Sequence[EncodedSample], spec: PackSpec) -> TokenBatch:
+    """One pack of `samples`, each a segment, without padding.
 
-    streams:    in the order of the joint sequence (the model's)
-    conditions: name -> D, the condition vectors of each segment
-    levels_per: noise levels are drawn per segment, or per row of patches in time ("frame")
+    Latents become noised tokens of weight 1, text clean tokens of weight 0 at position (0, 0, 0).
+    A segment's rows of the table of noise levels are adjacent; with levels per frame its row r is
+    for patches at time r, and text has row 0. Levels are 0 until an objective draws them. Latents
+    stay on their device; everything else is on the host, where the layout is computed.
+
+    Raises:
+        ConfigError: latents that do not divide into patches, or channels that are not the spec's.
     """
-
-    streams: tuple[StreamSpec, ...]
-    conditions: Mapping[str, int] = field(default_factory=dict)
-    levels_per: LevelsPer = "segment"
-
-    @property
-    def patches(self) -> dict[str, Patch]:
-        """The patch of every stream that has one."""
-        return {stream.name: stream.patch for stream in self.streams if stream.patch is not None}
-
-    def pack(self, samples: Sequence[EncodedSample]) -> TokenBatch:
-        """One pack of `samples`, each a segment, without padding; a filler if there are none.
-
-        Latents become noised tokens of weight 1, text clean tokens of weight 0 at position
-        (0, 0, 0). A segment's rows of the table of noise levels are adjacent; with levels per
-        frame its row r is for patches at time r, and text has row 0. Levels are 0 until an
-        objective draws them. Latents stay on their device; everything else is on the host, where
-        the layout is computed.
-
-        Raises:
-            ConfigError: latents do not divide into patches, or channels are not the streams'.
-        """
-        if not samples:
-            return self.filler()
-        parts: dict[str, list[ModalityTokens]] = {stream.name: [] for stream in self.streams}
-        level_segment: list[int] = []
-        for segment, sample in enumerate(samples):
-            first_level, num_levels = len(level_segment), 1
-            for stream in self.streams:
-                latents, position, times = _tokens(sample, stream)
+    if not samples:
+        return filler(spec)
+    parts: dict[str, list[ModalityTokens]] = {stream.name: [] for stream in spec.streams}
+    level_segment: list[int] = []
+    for segment, sample in enumerate(samples):
+        first_level, num_levels = len(level_segment), 1
+        for stream in spec.streams:
+            latents, position, times = _tokens(sample, stream)
+            if spec.levels_per == "frame" and stream.patch is not None and len(times):
+                num_levels = max(num_levels, int(times.max()) + 1)
+                level = first_level + times
+            else:
                 level = torch.full((len(latents),), first_level)
-                if self.levels_per == "frame" and len(times):
-                    level += times
-                    num_levels = max(num_levels, int(times[-1]) + 1)
-                tokens = _stream_tokens(latents, position, level, segment, stream)
-                parts[stream.name].append(tokens)
-            level_segment += [segment] * num_levels
-        modalities = {name: _join(tokens) for name, tokens in parts.items()}
-        return TokenBatch(
-            modalities=modalities,
-            level_segment=torch.tensor(level_segment),
-            level_t=torch.zeros(len(level_segment)),
-            conditions={
-                name: _conditions(samples, name, size) for name, size in self.conditions.items()
-            },
-            layout=build_layout(list(modalities.values())),
-            samples=tuple(sample.key for sample in samples),
-        )
+            parts[stream.name].append(_stream_tokens(latents, position, level, segment, stream))
+        level_segment += [segment] * num_levels
+    modalities = {name: _join(tokens) for name, tokens in parts.items()}
+    return TokenBatch(
+        modalities=modalities,
+        level_segment=torch.tensor(level_segment),
+        level_t=torch.zeros(len(level_segment)),
+        conditions={
+            name: _conditions(samples, name, size) for name, size in spec.conditions.items()
+        },
+        layout=build_layout(list(modalities.values())),
+        samples=tuple(sample.key for sample in samples),
+    )
 
-    def filler(self) -> TokenBatch:
-        """An empty pack: no segments, no tokens, and the streams and channels of the others."""
-        none = torch.zeros(0, dtype=torch.int64)
-        modalities = {
-            stream.name: _stream_tokens(
-                torch.zeros(0, stream.token_channels), torch.zeros(0, 3), none, 0, stream
-            )
-            for stream in self.streams
-        }
-        return TokenBatch(
-            modalities=modalities,
-            level_segment=none,
-            level_t=torch.zeros(0),
-            conditions={name: torch.zeros(0, size) for name, size in self.conditions.items()},
-            layout=build_layout(list(modalities.values())),
-            samples=(),
+
+def filler(spec: PackSpec) -> TokenBatch:
+    """An empty pack: no segments and no tokens, with the streams and channels of the others."""
+    modalities = {
+        stream.name: _stream_tokens(
+            torch.zeros(0, stream.token_channels),
+            torch.zeros(0, 3),
+            torch.zeros(0, dtype=torch.int64),
+            0,
+            stream,
         )
+        for stream in spec.streams
+    }
+    return TokenBatch(
+        modalities=modalities,
+        level_segment=torch.zeros(0, dtype=torch.int64),
+        level_t=torch.zeros(0),
+        conditions={name: torch.zeros(0, size) for name, size in spec.conditions.items()},
+        layout=build_layout(list(modalities.values())),
+        samples=(),
+    )
 
 
 def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
-    """One pack with the segments of all `batches` in their order: what `Packer.pack` of all gives.
+    """One pack with the segments of all `batches` in their order: what `pack` of all would give.
 
     Each segment keeps its groups and their visibility. The batches must be on the host, and have
     the same streams and conditions.
@@ -249,7 +241,7 @@ def _tokens(sample: EncodedSample, stream: StreamSpec) -> tuple[Tensor, Tensor, 
     latents = sample.latents[stream.name]
     _check_channels(sample, stream, latents.shape[0])
     grid = patch_grid(latents.shape, stream.patch)
-    position = positions(grid, sample.latent_frame_s[stream.name] * stream.patch[0])
+    position = positions(grid, sample.seconds[stream.name] * stream.patch[0])
     times = torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2])
     return patchify(latents, stream.patch), position, times
 

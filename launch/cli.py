@@ -5,14 +5,15 @@ A subcommand is a module `kinodit.launch.commands.NAME` with `HELP: str`,
 `kinodit --help` answers before torch could have been loaded.
 
 Exit codes: 0 done, 2 the user has something to change (one line on stderr, no traceback),
-130 interrupted; a command may return others of its own. Anything else is a defect and shows
-its traceback.
+130 interrupted, 141 the reader of a pipe went away; a command may return others of its own.
+Anything else is a defect and shows its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from kinodit.models.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 COMMANDS: dict[str, str] = {
     "train": "train or resume a run",
@@ -38,13 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(arguments)
     args = parser.parse_args(arguments)
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # `kinodit ... | head`: what is still buffered has nobody to go to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -104,7 +104,7 @@ def unsafe_calls(tree: ast.Module) -> Iterator[str]:
                 ("allow_pickle", True),
                 ("shell", True),
             }:
-                yield f"{node.lineno}: {keyword.arg}={value}"
+                yield f"{node.lineno}: {keyword.arg}={value!r}"
 
 
 def unfinished(tree: ast.Module) -> Iterator[str]:

@@ -25,7 +25,9 @@ def tensor_arguments(function: Function) -> Iterator[str]:
 
 def without_shapes(tree: ast.Module) -> Iterator[str]:
     """Public functions and methods whose tensors have neither described nor suffixed shapes."""
-    for parent in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))):
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    parents: list[ast.Module | ast.ClassDef] = [tree, *classes]
+    for parent in parents:
         if isinstance(parent, ast.ClassDef) and parent.name.startswith("_"):
             continue
         class_text = (ast.get_docstring(parent) or "") if isinstance(parent, ast.ClassDef) else ""

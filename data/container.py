@@ -1,0 +1,102 @@
+"""Opening media from untrusted bytes: one demuxer per extension, limits before anything decodes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from math import floor
+from typing import Any
+
+from kinodit.data.config import DecodeConfig
+from kinodit.data.record import Record
+from kinodit.models.errors import MissingExtraError, UserError
+
+DEMUXERS = {
+    "mp4": "mov",
+    "webm": "matroska",
+    "jpg": "jpeg_pipe",
+    "png": "png_pipe",
+    "webp": "webp_pipe",
+    "flac": "flac",
+    "wav": "wav",
+    "opus": "ogg",
+}
+"""FFmpeg's demuxer of each media member. Never probed: a playlist or a concat script under the
+name of a clip would be opened as what it is, and may name other files and URLs."""
+
+
+class DecodeError(UserError):
+    """A medium that cannot be decoded to what the recipe asks; names sample, member and reason."""
+
+
+@contextmanager
+def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
+    """The record's medium as an open `av.container.InputContainer`.
+
+    Whatever goes wrong within the block is raised as DecodeError with the sample's name.
+
+    Raises:
+        DecodeError: no medium, not the format its name says, damaged, or above `max_pixels` or
+            `max_duration_s` of the recipe.
+        MissingExtraError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MissingExtraError("PyAV", "media", "decoding clips") from error
+    medium = record.medium
+    if medium is None:
+        raise DecodeError(f"sample {record.key!r} has no medium: it holds tensors only")
+    name, payload = medium
+    where = f"sample {record.key!r}, member {name!r}"
+    # FFmpeg decodes a frame to learn a picture's format, so its limit holds from the first byte.
+    limits = {"max_pixels": str(config.max_pixels)}
+    try:
+        with av.open(
+            io.BytesIO(payload),
+            format=DEMUXERS[name],
+            options={"protocol_whitelist": ""},
+            stream_options=[limits] * 8,
+        ) as container:
+            _check_limits(container, config)
+            yield container
+    except DecodeError as error:
+        raise DecodeError(f"{where}: {error}") from error.__cause__
+    except (av.FFmpegError, OSError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DecodeError(
+            f"{where} cannot be decoded ({reason}): its {len(payload)} bytes are damaged or not "
+            f"{name}; `kinodit data validate` finds such samples"
+        ) from error
+
+
+def seek_to(container: Any, stream: Any, ticks: Fraction) -> None:
+    """Moves to a keyframe at or before `ticks` of the stream's clock, counted from its start.
+
+    A container that cannot seek stays where it is; decoding then begins there.
+    """
+    import av
+
+    with suppress(av.FFmpegError):
+        container.seek((stream.start_time or 0) + floor(ticks), stream=stream)
+
+
+def _check_limits(container: Any, config: DecodeConfig) -> None:
+    seconds = (container.duration or 0) / 1_000_000
+    if seconds > config.max_duration_s:
+        raise DecodeError(
+            f"it lasts {seconds:.1f} s; data.max_duration_s allows {config.max_duration_s:g}"
+        )
+    for stream in container.streams.video:
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width < 1 or height < 1:
+            raise DecodeError(
+                "its picture size cannot be read: it is damaged, or above data.max_pixels "
+                f"({config.max_pixels})"
+            )
+        if width * height > config.max_pixels:
+            raise DecodeError(
+                f"it is {width} x {height} pixels; data.max_pixels allows {config.max_pixels}"
+            )

@@ -1,0 +1,57 @@
+"""Decoded sound at the recipe's rate, cut to exactly the seconds of the frames it goes with."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kinodit.data.config import DecodeConfig
+from kinodit.data.container import DecodeError, seek_to
+
+PREROLL_S = 0.5
+"""How far before the window decoding begins after a seek: codecs need a few packets to settle
+(Opus asks for 80 ms, RFC 7845 section 4.6)."""
+
+
+def num_audio_samples(config: DecodeConfig) -> int:
+    """Sound samples per channel that belong to the frames of one clip."""
+    return round(config.window_s * config.audio_rate)
+
+
+def decode_audio(container: Any, start_s: float, config: DecodeConfig) -> Tensor:
+    """[channels, samples] float32: `window_s` seconds of the container's sound from `start_s`.
+
+    Where the source has no sound (it starts later or ends sooner), there is silence.
+    """
+    import av
+
+    if not container.streams.audio:
+        raise DecodeError("there is no sound in it")
+    stream = container.streams.audio[0]
+    stream.codec_context.thread_count = 1
+    rate, total = config.audio_rate, num_audio_samples(config)
+    first = round(start_s * rate)
+    out: NDArray[np.float32] = np.zeros((config.audio_channels, total), dtype=np.float32)
+    if start_s > 2 * PREROLL_S:
+        seek_to(container, stream, Fraction(start_s - PREROLL_S) / stream.time_base)
+    layout = "mono" if config.audio_channels == 1 else "stereo"
+    resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    for source in (*container.decode(stream), None):
+        for frame in resampler.resample(source):
+            start = round(float(frame.pts * frame.time_base) * rate) - first
+            _place(out, frame.to_ndarray(), start)
+            if start >= total:
+                return torch.from_numpy(out)
+    return torch.from_numpy(out)
+
+
+def _place(out: NDArray[np.float32], block: NDArray[np.float32], start: int) -> None:
+    """Copies the part of `block` that lies within `out` when it begins at `start`."""
+    low, high = max(0, start), min(out.shape[1], start + block.shape[1])
+    if low < high:
+        out[:, low:high] = block[:, low - start : high - start]

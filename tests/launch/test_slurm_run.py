@@ -25,6 +25,11 @@ COMMANDS = {
         "env >trainer.env\n"
         'mkdir -p "runs/t/checkpoints/step-00000010.tmp-x"\n'
         "[[ $PLAN != *save* ]] || mkdir -p runs/t/checkpoints/step-00000010\n"
+        "if [[ $PLAN == late ]]; then\n"
+        "    trap 'sleep 0.5; mkdir runs/t/checkpoints/step-00000020; exit 7' USR1\n"
+        "    touch started\n"
+        "    while :; do sleep 0.05; done\n"
+        "fi\n"
         "touch started\n"
         "[[ $PLAN != *exit* ]] || exit ${PLAN##*exit}\n"
         # The process itself must get the signal, and sleep must not outlive it.
@@ -122,6 +127,13 @@ def test_out_of_time_after_a_checkpoint_goes_back_to_the_queue(lab: Lab) -> None
     assert ".tmp" not in said
     assert code == 128 + signal.SIGUSR1
     assert (lab.folder / "scancel.log").read_text() == "--signal=USR1 41.0\n"
+
+
+def test_a_step_that_saves_on_the_signal_is_waited_for(lab: Lab) -> None:
+    code, said = lab.signalled("late", signal.SIGUSR1)
+    assert code == 7
+    assert lab.requeued
+    assert "step-00000020" in said
 
 
 def test_out_of_time_without_a_checkpoint_does_not_loop(lab: Lab) -> None:

@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +53,16 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path for path in found if (path / STATE_FILE).is_file())
 
 
-def collect(engine: Engine, emas: Sequence[Ema]) -> dict[str, Tensor]:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, from its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def collect(engine: Engine, emas: Mapping[str, Ema]) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by canonical name, as it lives."""
     tensors = engine.state()
-    for index, ema in enumerate(emas):
-        tensors |= {f"ema/{index}/{name}": value for name, value in ema.average.items()}
+    for label, ema in emas.items():
+        tensors |= {f"ema/{label}/{name}": value for name, value in ema.average.items()}
     return tensors
 
 
@@ -74,7 +81,8 @@ def save(
     token = mesh.broadcast_object(uuid.uuid4().hex[:8])
     temporary = final.with_name(f"{final.name}.tmp-{token}")
     try:
-        dcp.save(dict(tensors), checkpoint_id=temporary, no_dist=mesh.dp_size == 1)
+        with _alone_on_purpose():
+            dcp.save(dict(tensors), checkpoint_id=temporary, no_dist=mesh.dp_size == 1)
         if mesh.dp_index == 0:
             (temporary / STATE_FILE).write_text(state.to_json())
             _sync(temporary)
@@ -110,12 +118,21 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
         CheckpointError: an entry is missing or has another shape.
     """
     try:
-        dcp.load(dict(tensors), checkpoint_id=path, no_dist=mesh.dp_size == 1)
+        with _alone_on_purpose():
+            dcp.load(dict(tensors), checkpoint_id=path, no_dist=mesh.dp_size == 1)
     except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(
             f"cannot load {path} into this model: {reason}. Was it written with another recipe?"
         ) from error
+
+
+@contextmanager
+def _alone_on_purpose() -> Iterator[None]:
+    """Without DCP's warning that a single process is saving: it is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _sync(folder: Path) -> None:

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from kinodit.data.config import DataConfig
-from kinodit.models.diffusion.objective import ObjectiveConfig, RectifiedFlowConfig
+from kinodit.models.diffusion.objective import OBJECTIVES, ObjectiveConfig, RectifiedFlowConfig
+from kinodit.models.diffusion.timesteps import SHIFTS, TIMESTEPS
 from kinodit.models.encoders.base import TextEncoderConfig, VideoCodecConfig
 from kinodit.models.encoders.registry import TEXT_ENCODERS, VIDEO_CODECS
 from kinodit.models.errors import ConfigError
@@ -38,14 +39,20 @@ from kinodit.trainer.sinks import LogConfig
 
 @dataclass(frozen=True)
 class RunSection:
-    """name: of the run and, under out_dir, of its folder; seed: of weights, data order and noise;
-    steps: optimizer steps; deadline_s: how long a collective may wait before the run is given up.
+    """The run as a whole.
+
+    name, out_dir:    the run's folder is OUT_DIR/NAME
+    seed:             of weights, data order and every draw
+    steps:            optimizer steps
+    stop_after_steps: save and end after so many steps of this start; 0: go on to the end
+    deadline_s:       seconds a collective may wait before the run is given up
     """
 
     name: str = "run"
     out_dir: str = "runs"
     seed: int = 0
     steps: int = 1000
+    stop_after_steps: int = 0
     deadline_s: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -89,10 +96,20 @@ class ModalitiesConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """name: which engine shards, reduces and updates; compile: torch.compile each block."""
+    """How steps are executed; none of it changes the loss curve.
+
+    name:          which engine shards, reduces and updates
+    compile:       torch.compile each block
+    micro_batches: forward passes that a rank's packs are merged into; 0: one for each pack
+    """
 
     name: Literal["native"] = "native"
     compile: bool = False
+    micro_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 0:
+            raise ConfigError(f"engine.micro_batches={self.micro_batches}: must not be negative")
 
 
 @dataclass(frozen=True)
@@ -118,10 +135,15 @@ class RunConfig:
 
 
 CHOICES: dict[str, Mapping[str, type]] = {
-    "objective": {"rectified_flow": RectifiedFlowConfig},
+    "objective": OBJECTIVES,
+    "objective.timesteps": TIMESTEPS,
+    "objective.shift": SHIFTS,
     "modalities.video.codec": VIDEO_CODECS,
     "modalities.text.encoder": TEXT_ENCODERS,
 }
+
+CONFIG_FILE = "config.yaml"
+"""The resolved recipe, in the run's folder."""
 
 MAY_CHANGE_ON_RESUME = (
     "run.out_dir",
@@ -136,7 +158,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.num_threads",
     "data.prefetch_steps",
     "data.cache_mib",
-    "data.micro_batches",
+    "run.stop_after_steps",
 )
 """Keys that leave the loss curve as it is, so that a run may go on with other values."""
 

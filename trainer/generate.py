@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -167,8 +167,3 @@ class Generator:
             return {name: self.objective.velocity(predictions[name], noised, name) for name in x}
 
         return velocity
-
-
-def with_overrides(config: SampleConfig, **changes: object) -> SampleConfig:
-    """The config with the changes that are not None (those a command line gave)."""
-    return replace(config, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kinodit.data.loader import Loader, StepData
@@ -32,7 +32,7 @@ class Loop:
     model_config: MMDiTConfig
     mesh: Mesh
     engine: Engine
-    emas: Sequence[Ema]
+    emas: Mapping[str, Ema]
     step: Step
     source: BatchSource
     loader: Loader
@@ -54,6 +54,8 @@ class Loop:
         while state.step < end:
             window, state = self._one_step(window, state, steps)
             done = state.step
+            if self.progress is not None:
+                self.progress.step(done)
             if self.evaluate is not None and _due(done, config.eval.every_steps, end):
                 with window.clock.measure("eval"):
                     self._report(self.evaluate(done))
@@ -109,7 +111,7 @@ class Loop:
         if self.sinks is not None:
             self.sinks.metrics(row)
         if self.progress is not None:
-            self.progress.update(row)
+            self.progress.metrics(row)
 
     def _show(self, step: int) -> None:
         assert self.generate is not None

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kinodit.models.flops import forward_flops
+from kinodit.models.mmdit import MMDiTConfig
+from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.step import NUM_NOISE_BINS, StepResult
 
@@ -171,3 +174,14 @@ def _peak_memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def pack_flops(config: MMDiTConfig, batch: TokenBatch) -> int:
+    """FLOPs of one forward pass over a pack."""
+    return forward_flops(
+        config,
+        {name: tokens.num_tokens for name, tokens in batch.modalities.items()},
+        num_pairs=batch.layout.num_pairs,
+        num_segments=batch.num_segments,
+        num_levels=batch.level_t.shape[0],
+    )

@@ -22,14 +22,12 @@ class TrainState:
     num_samples:   samples consumed
     num_tokens:    tokens consumed, of all modalities
     plan:          fingerprint of the data plan's spec
-    run_id:        the run's name for loggers, kept over resumes
     """
 
     step: int
     num_samples: int
     num_tokens: int
     plan: str
-    run_id: str
 
     def to_json(self) -> str:
         """One JSON object with a format number."""

@@ -18,8 +18,11 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """params: dtype of parameters and optimizer state; compute: of forward and backward;
-    reduce: of gradient sums between ranks. float64 is for proofs.
+    """Number formats; float64 is for proofs.
+
+    params:  of parameters, gradients and optimizer state
+    compute: of forward and backward
+    reduce:  of sums of gradients over ranks
     """
 
     params: Literal["float32", "float64"] = "float32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kinodit.models.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,15 @@ class Mesh:
         if self.dp_size > 1:
             dist.barrier()
 
-    def gather_objects(self, value: object) -> list[object]:
+    def gather_objects(self, value: T) -> list[T]:
         """Every rank's `value`, by rank, on every rank. For small host-side objects."""
         if self.dp_size == 1:
             return [value]
-        values: list[object] = [None] * self.dp_size
+        values: list[T | None] = [None] * self.dp_size
         dist.all_gather_object(values, value)
-        return values
+        return cast(list[T], values)
 
-    def broadcast_object(self, value: object) -> object:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's `value` on every rank."""
         if self.dp_size == 1:
             return value

@@ -1,0 +1,95 @@
+"""`kinodit sample RUN --prompt TEXT ...`: clips from a run's last checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kinodit.launch.topology import process_group, read_topology
+from kinodit.models.errors import UserError
+
+if TYPE_CHECKING:
+    from kinodit.trainer.generate import SampleConfig
+
+HELP = (
+    "Write a clip (mp4, or PNG for one frame) for each prompt and a contact sheet. Under torchrun "
+    "the prompts are shared out over the ranks; the clips are the same."
+)
+
+
+class SampleError(UserError):
+    """The request leaves nothing to sample."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN, prompts and what differs from the recipe's sampling."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--prompts", type=Path, help="a text file with one prompt per line")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: RUN/samples/manual)")
+    parser.add_argument("--seed", type=int, help="of the initial noise")
+    parser.add_argument("--steps", type=int, help="steps of the time grid")
+    parser.add_argument("--method", choices=("euler", "heun"), help="integrator")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
+    parser.add_argument("--rescale", type=float, help="share of guidance rescaling, 0 to 1")
+    parser.add_argument(
+        "--interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="noise levels at which guidance acts",
+    )
+    parser.add_argument("--ema", help="name of the average to use; '' for the plain parameters")
+    parser.add_argument("--step", type=int, help="checkpoint of this step (default: the last)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample; prints where the clips are."""
+    from kinodit.trainer.sampling import load_run, sample_run
+
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        try:
+            prompts += [line.strip() for line in args.prompts.read_text().splitlines()]
+        except OSError as error:
+            raise SampleError(f"cannot read {args.prompts}: {error.strerror}") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    config = load_run(args.run_dir)
+    prompts = prompts or list(config.sample.prompts)
+    if not prompts:
+        raise SampleError("no prompt: give --prompt TEXT or --prompts FILE")
+    folder = args.out or args.run_dir / "samples" / "manual"
+    topology = read_topology()
+    with process_group(topology, config.run.deadline_s) as device:
+        settings = settings_of(args, config.sample)
+        entries = sample_run(
+            args.run_dir, config, settings, prompts, folder, args.step, topology, device
+        )
+    if topology.is_main:
+        print(f"{len(entries)} clip(s) in {folder}, side by side in {folder / 'sheet.png'}")
+    sys.stdout.flush()
+    return 0
+
+
+def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfig:
+    """The recipe's sampling with what the command line gives instead."""
+    sampler = {"steps": args.steps, "method": args.method}
+    guidance = {
+        "scale": args.guidance,
+        "rescale": args.rescale,
+        "interval": tuple(args.interval) if args.interval else None,
+    }
+    return replace(
+        defaults,
+        seed=defaults.seed if args.seed is None else args.seed,
+        ema=defaults.ema if args.ema is None else args.ema,
+        sampler=replace(defaults.sampler, **_given(sampler)),
+        guidance=replace(defaults.guidance, **_given(guidance)),
+    )
+
+
+def _given(values: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in values.items() if value is not None}

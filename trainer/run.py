@@ -1,0 +1,281 @@
+"""`train(config)`: build a run in the order a reader expects, then hand over to the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from kinodit.data.encode import SampleEncoder
+from kinodit.data.loader import Loader
+from kinodit.data.manifest import Dataset
+from kinodit.data.plan import CostModel, PlanSpec
+from kinodit.data.select import open_datasets, plan_spec
+from kinodit.models.encoders.base import EncoderError, VideoCodec, build_text_encoder
+from kinodit.models.encoders.wavelet import WaveletCodec, fit_standardisation
+from kinodit.trainer import checkpoint
+from kinodit.trainer.batches import VIDEO, BatchSource
+from kinodit.trainer.config import (
+    CONFIG_FILE,
+    RunConfig,
+    check_resumable,
+    config_to_dict,
+    config_to_yaml,
+)
+from kinodit.trainer.evaluate import Evaluator
+from kinodit.trainer.gallery import Gallery
+from kinodit.trainer.loop import Loop
+from kinodit.trainer.metrics import peak_flops
+from kinodit.trainer.parallel.mesh import Mesh, build_mesh
+from kinodit.trainer.progress import Progress
+from kinodit.trainer.setup import (
+    CODEC_FILE,
+    Parts,
+    build_codec,
+    build_parts,
+    master_dtype,
+)
+from kinodit.trainer.sinks import Sinks, require_extras
+from kinodit.trainer.state import CheckpointError, TrainState
+from kinodit.trainer.step import Step
+from kinodit.trainer.topology import Topology
+
+NUM_CODEC_SAMPLES = 64
+VALIDATION_SEED_OFFSET = 1
+
+
+def train(
+    config: RunConfig, topology: Topology, device: torch.device, stream: TextIO
+) -> TrainState:
+    """Train to the recipe's last step, from the last checkpoint in the run's folder if any.
+
+    Progress goes to `stream` on rank 0. Collective: every rank calls it, with its own topology
+    and device, inside the run's process group.
+
+    Raises:
+        UserError: whatever in the recipe, the data or the run's folder the user has to change.
+    """
+    require_extras(config.log)
+    mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
+    run_dir = config.run.folder
+    resumed_from = _open_run(run_dir, config, mesh)
+    datasets = open_datasets(config.data)
+    text = build_text_encoder(config.modalities.text.encoder, device)
+    codec = _fitted_codec(config, run_dir, datasets, mesh)
+    spec = plan_spec(config.data, datasets, _cost(config, codec, text), config.run.seed)
+    encoder = SampleEncoder(text, codec, config.run.seed, config.objective.condition_dropout)
+    parts = build_parts(config, mesh, encoder, codec)
+    state = (
+        _restore(resumed_from, spec, parts)
+        if resumed_from
+        else TrainState(0, 0, 0, spec.fingerprint)
+    )
+    source = BatchSource(
+        encoder, parts.pack_spec, config.engine.micro_batches, master_dtype(config)
+    )
+    with ExitStack() as stack:
+        sinks = progress = None
+        if topology.is_main:
+            sinks = Sinks(
+                run_dir,
+                config.log,
+                None,
+                resumed_from is not None,
+                config_to_dict(config),
+                resume_step=state.step,
+                world_size=topology.world_size,
+            )
+            stack.callback(sinks.close)
+            sinks.event("resume" if resumed_from else "start", state.step, _headline(parts, spec))
+            progress = Progress(stream, config.run.steps, start_step=state.step)
+            stack.callback(progress.close)
+        evaluate = _evaluator(config, parts, encoder, codec, text, mesh)
+        loader = Loader(
+            spec, datasets, config.data, mesh.dp_index, mesh.dp_size, start_step=state.step
+        )
+        stack.callback(loader.close)
+        state = Loop(
+            config=config,
+            model_config=parts.model_config,
+            mesh=mesh,
+            engine=parts.engine,
+            emas=parts.emas,
+            step=_step(config, parts),
+            source=source,
+            loader=loader,
+            evaluate=evaluate,
+            generate=(
+                Gallery(config, parts, master_dtype(config)).at_step
+                if config.sample.every_steps and config.sample.prompts
+                else None
+            ),
+            sinks=sinks,
+            progress=progress,
+            peak_flops=peak_flops(device, config.precision.compute_dtype),
+        ).run(state)
+        if sinks is not None:
+            sinks.event("stop", state.step, f"{state.num_samples} samples seen")
+    return state
+
+
+def _open_run(run_dir: Path, config: RunConfig, mesh: Mesh) -> Path | None:
+    """Make or enter the run's folder; the checkpoint to resume from, the same on all ranks."""
+    found = None
+    if mesh.dp_index == 0:
+        saved = run_dir / CONFIG_FILE
+        if saved.is_file():
+            check_resumable(saved.read_text(), config, run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        saved.write_text(config_to_yaml(config))
+        checkpoints = checkpoint.find_checkpoints(run_dir)
+        found = checkpoints[-1] if checkpoints else None
+    return mesh.broadcast_object(found)
+
+
+def _restore(path: Path, spec: PlanSpec, parts: Parts) -> TrainState:
+    """Load a checkpoint into the engine and the averages; where the run goes on.
+
+    Raises:
+        CheckpointError: it cannot be read, or the data is not what it was trained on.
+    """
+    state = checkpoint.load_state(path)
+    if state.plan != spec.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on another data plan ({state.plan[:12]} there, "
+            f"{spec.fingerprint[:12]} now): the shards, filters or encoders changed; restore them, "
+            "or start a run of another name"
+        )
+    tensors = checkpoint.collect(parts.engine, parts.emas)
+    checkpoint.load(path, tensors, parts.mesh)
+    parts.engine.set_num_steps(state.step)
+    return state
+
+
+def _fitted_codec(
+    config: RunConfig, run_dir: Path, datasets: dict[str, Dataset], mesh: Mesh
+) -> VideoCodec:
+    """The codec; statistics that it lacks are measured by rank 0 and kept in the run's folder."""
+    codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
+    if isinstance(codec, WaveletCodec) and codec.standardisation is None:
+        if mesh.dp_index == 0:
+            videos = _first_videos(config, datasets, codec)
+            fitted = fit_standardisation(codec, videos)
+            assert fitted.standardisation is not None
+            fitted.standardisation.save(run_dir / CODEC_FILE)
+        mesh.barrier()
+        codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
+    return codec
+
+
+def _first_videos(
+    config: RunConfig, datasets: dict[str, Dataset], codec: VideoCodec
+) -> Sequence[torch.Tensor]:
+    """Clips of the first samples of the data order."""
+    data = dataclasses.replace(
+        config.data,
+        samples_per_step=NUM_CODEC_SAMPLES,
+        packs_per_step=1,
+        token_budget=None,
+        prefetch_steps=1,
+    )
+    spec = plan_spec(data, datasets, CostModel(1, 1), config.run.seed)
+    loader = Loader(spec, datasets, data, 0, 1, start_step=0)
+    try:
+        (pack,) = next(iter(loader)).packs
+    finally:
+        loader.close()
+    return [sample.video for sample in pack if sample.video is not None]
+
+
+def _cost(config: RunConfig, codec: VideoCodec, text: object) -> CostModel:
+    """Tokens of a sample at most: what the plan balances and budgets."""
+    patch = config.modalities.video.patch
+    per_patch = patch[0] * patch[1] * patch[2]
+
+    def tokens(num_frames: int) -> int:
+        t, h, w = codec.latent_shape(num_frames, config.data.height, config.data.width)
+        return t * h * w // per_patch
+
+    video_tokens = tokens(config.data.num_frames)
+    try:
+        image_tokens = tokens(1)
+    except EncoderError:
+        # This codec has no images: one that turns up is refused, by name, when it is encoded.
+        image_tokens = video_tokens
+    return CostModel(
+        video_tokens=video_tokens,
+        image_tokens=image_tokens,
+        text_tokens=getattr(text, "max_tokens", 0),
+        tokenizer=str(getattr(text, "fingerprint", "")) + codec.fingerprint,
+    )
+
+
+def _step(config: RunConfig, parts: Parts) -> Step:
+    modalities = [name for name, stream in parts.model_config.streams.items() if stream.output]
+    return Step(
+        engine=parts.engine,
+        objective=parts.objective,
+        emas=list(parts.emas.values()),
+        mesh=parts.mesh,
+        modalities=modalities,
+        loss_weights=config.objective.loss_weights,
+        seed=config.run.seed,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+
+
+def _evaluator(
+    config: RunConfig,
+    parts: Parts,
+    encoder: SampleEncoder,
+    codec: VideoCodec,
+    text: object,
+    mesh: Mesh,
+) -> Evaluator | None:
+    """Measures validation loss on a fixed step of its own plan; None if the recipe has none."""
+    if not config.eval.every_steps:
+        return None
+    per_pack = -(-config.data.samples_per_step // config.data.packs_per_step)
+    data = dataclasses.replace(
+        config.data,
+        datasets=config.eval.datasets or config.data.datasets,
+        samples_per_step=config.eval.num_samples,
+        packs_per_step=-(-config.eval.num_samples // per_pack),
+        token_budget=None,
+        prefetch_steps=1,
+    )
+    datasets = open_datasets(data)
+    seed = config.run.seed + VALIDATION_SEED_OFFSET
+    spec = plan_spec(data, datasets, _cost(config, codec, text), seed)
+    loader = Loader(spec, datasets, data, mesh.dp_index, mesh.dp_size, start_step=0)
+    try:
+        packs = next(iter(loader))
+    finally:
+        loader.close()
+    whole = SampleEncoder(encoder.text_encoder, codec, seed, 0.0)
+    source = BatchSource(whole, parts.pack_spec, 0, master_dtype(config))
+    return Evaluator(
+        engine=parts.engine,
+        objective=parts.objective,
+        emas=parts.emas,
+        ema=config.eval.ema,
+        mesh=mesh,
+        modalities=[VIDEO],
+        levels=config.objective.validation_levels,
+        seed=seed,
+        batches=source.fixed(packs, shuffle_captions=False),
+        shuffled=(
+            source.fixed(packs, shuffle_captions=True) if config.eval.shuffled_captions else None
+        ),
+    )
+
+
+def _headline(parts: Parts, spec: PlanSpec) -> str:
+    """One line that says what is being trained on what."""
+    count = sum(p.numel() for p in parts.engine.model.parameters())
+    sizes = ", ".join(f"{d.name}: {d.num_eligible} samples" for d in spec.datasets)
+    return f"{count / 1e6:.1f} M parameters; {sizes}; {parts.mesh.dp_size} rank(s)"

@@ -1,0 +1,103 @@
+"""What a run is made of, built in the order a reader expects: encoders, model, engine, averages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kinodit.data.encode import SampleEncoder
+from kinodit.data.packing import PackSpec
+from kinodit.models.diffusion.objective import Objective, TokenShape, build_objective
+from kinodit.models.encoders.base import VideoCodec, VideoCodecConfig
+from kinodit.models.encoders.wavelet import WaveletConfig
+from kinodit.models.init import initialize
+from kinodit.models.mmdit import MMDiT, MMDiTConfig
+from kinodit.trainer.batches import fit_model, pack_spec
+from kinodit.trainer.config import RunConfig
+from kinodit.trainer.ema import Ema
+from kinodit.trainer.engine.base import Engine
+from kinodit.trainer.engine.native import NativeEngine
+from kinodit.trainer.generate import ClipShape, Generator
+from kinodit.trainer.optim import build_optimizer
+from kinodit.trainer.parallel.apply import parallelize
+from kinodit.trainer.parallel.mesh import Mesh
+
+CODEC_FILE = "codec.json"
+"""Measured statistics of the codec, in the run folder: sampling needs what training used."""
+
+
+@dataclass
+class Parts:
+    """Everything of a run that does not depend on its position."""
+
+    codec: VideoCodec
+    encoder: SampleEncoder
+    pack_spec: PackSpec
+    model_config: MMDiTConfig
+    objective: Objective
+    engine: Engine
+    emas: dict[str, Ema]
+    mesh: Mesh
+
+    def generator(self, dtype: torch.dtype) -> Generator:
+        """Draws clips with this run's model, shared out over the ranks."""
+        return Generator(
+            engine=self.engine,
+            objective=self.objective,
+            encoder=self.encoder,
+            spec=self.pack_spec,
+            dtype=dtype,
+            rank=self.mesh.dp_index,
+            num_ranks=self.mesh.dp_size,
+        )
+
+
+def build_codec(config: VideoCodecConfig, run_dir: Path, device: torch.device) -> VideoCodec:
+    """The codec of a run; a wavelet without statistics of its own takes those the run measured."""
+    measured = run_dir / CODEC_FILE
+    if isinstance(config, WaveletConfig) and config.standardisation is None and measured.is_file():
+        config = replace(config, standardisation=str(measured))
+    return config.build(device)
+
+
+def build_parts(config: RunConfig, mesh: Mesh, encoder: SampleEncoder, codec: VideoCodec) -> Parts:
+    """Model, objective, engine and averages for the given encoders. Collective."""
+    spec = pack_spec(encoder.text_encoder, codec, config.modalities.video.patch)
+    model_config = fit_model(config.model, spec)
+    shapes = {
+        name: TokenShape(stream.in_channels, model_config.stream_width(name))
+        for name, stream in model_config.streams.items()
+        if stream.output
+    }
+    objective = build_objective(config.objective, shapes)
+    model = MMDiT(model_config)
+    initialize(model, config.run.seed)
+    model.to(mesh.device)
+    parallelize(model, mesh, config.parallel, config.precision, config.remat, config.engine.compile)
+    optimizer = build_optimizer(config.optim, model)
+    engine = NativeEngine(model, optimizer, mesh, config.precision)
+    emas = {name: Ema(ema, model) for name, ema in config.ema.items()}
+    return Parts(codec, encoder, spec, model_config, objective, engine, emas, mesh)
+
+
+def clip_shape(config: RunConfig) -> ClipShape:
+    """The clips that the recipe trains on."""
+    data = config.data
+    return ClipShape(data.num_frames, data.height, data.width, data.fps)
+
+
+def sampling_shift(config: RunConfig, parts: Parts) -> float:
+    """The time grid's shift: that of training, for a clip of the recipe's shape."""
+    shape = clip_shape(config)
+    grid = parts.codec.latent_shape(shape.num_frames, shape.height, shape.width)
+    patch = config.modalities.video.patch
+    num_tokens = grid[0] * grid[1] * grid[2] // (patch[0] * patch[1] * patch[2])
+    shift = getattr(config.objective, "shift", None)
+    return 1.0 if shift is None else float(shift.factor(num_tokens))
+
+
+def master_dtype(config: RunConfig) -> torch.dtype:
+    """dtype in which latents are noised and velocities integrated: at least float32."""
+    return torch.promote_types(config.precision.compute_dtype, torch.float32)

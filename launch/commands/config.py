@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from itertools import groupby
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _describe(prefix: str) -> int:
         sections = ", ".join(dict.fromkeys(row.key.split(".")[0] for row in rows))
         raise ConfigError(f"there is no key {prefix!r}, nor one below it; sections: {sections}")
     for doc, group in groupby(chosen, key=lambda row: row.doc):
-        print("\n".join(f"# {' '.join(line.split())}" for line in doc.splitlines() if line.strip()))
+        print("\n".join(f"# {line}" for line in inspect.cleandoc(doc).splitlines() if line))
         for row in group:
             print(f"{row.key}: {row.type} = {row.default}")
         print()

@@ -222,11 +222,17 @@ def _fill(
     """
     stream = container.streams.video[0]
     origin = stream.start_time or 0
+    # Rounding by whole numbers: fractions cost as much as decoding a small frame.
+    ticks, frames = per_frame.as_integer_ratio()
+
+    def number_at(pts: int) -> int:
+        return (2 * (pts - origin) * frames + ticks) // (2 * ticks)
+
     done, held, shown_until = 0, None, 0
     for frame in container.decode(stream):
         if frame.pts is None:
             raise DecodeError("its frames have no time stamps")
-        number = round((frame.pts - origin) / per_frame)
+        number = number_at(frame.pts)
         if held is None and number > wanted[0] and not from_start:
             return False
         while done < len(wanted) and wanted[done] <= number:
@@ -236,7 +242,7 @@ def _fill(
         if done == len(wanted):
             return True
         held = frame
-        shown_until = round((frame.pts + (frame.duration or 0) - origin) / per_frame)
+        shown_until = number_at(frame.pts + (frame.duration or 0))
     while done < len(wanted) and held is not None and wanted[done] < shown_until:
         canvas.put(done, held, stream.sample_aspect_ratio)
         done += 1

@@ -53,30 +53,49 @@ class Canvas:
             source = source[::-1]
         scale = max(height / source[0], width / source[1])
         scaled = (max(height, round(source[0] * scale)), max(width, round(source[1] * scale)))
-        raw = _to_rgb(frame, scaled if quarter_turns % 2 == 0 else scaled[::-1])
-        upright = np.rot90(raw, quarter_turns)
+        raw = _scaler().to_rgb(frame, scaled if quarter_turns % 2 == 0 else scaled[::-1])
+        upright = np.rot90(raw, quarter_turns) if quarter_turns else raw
         top = round((scaled[0] - height) * self._crop[0])
         left = round((scaled[1] - width) * self._crop[1])
         out[:] = upright[top : top + height, left : left + width]
 
 
-def _to_rgb(frame: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """`frame` as [rows, columns, 3] of `size`; may share memory with the decoder's buffers."""
-    from av.video.reformatter import Interpolation, VideoReformatter
+class _Scaler:
+    """Scales frames and converts them to RGB, keeping its tables from one frame to the next.
 
-    # One per thread: it keeps its scaler between frames, which PyAV's per-frame conversion
-    # (`to_ndarray(format=...)`) builds anew each time at twice the cost of the conversion.
-    if not hasattr(_thread, "reformatter"):
-        _thread.reformatter = VideoReformatter()
-    # Bit-exact: the scaler's results then do not depend on the processor's vector instructions.
-    picture = _thread.reformatter.reformat(
-        frame,
-        width=size[1],
-        height=size[0],
-        format="rgb24",
-        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
-        threads=1,
-    )
-    plane = picture.planes[0]
-    rows: NDArray[np.uint8] = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
-    return rows[: size[0], : size[1] * 3].reshape(*size, 3)
+    PyAV's own per-frame conversion (`to_ndarray(format=...)`) builds them anew each time, at twice
+    the cost of the conversion itself.
+    """
+
+    def __init__(self) -> None:
+        from av import VideoFormat
+        from av.video.reformatter import Interpolation, VideoReformatter
+
+        self._reformatter = VideoReformatter()
+        self._rgb = VideoFormat("rgb24")
+        # Bit-exact: results must not depend on the processor. Exact rounding is free when scaling,
+        # but where only colours are converted it switches off a path that is ten times as fast.
+        self._keep = Interpolation.BITEXACT | Interpolation.BICUBIC
+        self._enlarge = self._keep | Interpolation.ACCURATE_RND
+        self._shrink = Interpolation.BITEXACT | Interpolation.ACCURATE_RND | Interpolation.AREA
+
+    def to_rgb(self, frame: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """`frame` as [rows, columns, 3] of `size`; a view of the picture's own memory."""
+        how = self._keep
+        if size[0] < frame.height:
+            how = self._shrink
+        elif size != (frame.height, frame.width):
+            how = self._enlarge
+        picture = self._reformatter.reformat(
+            frame, width=size[1], height=size[0], format=self._rgb, interpolation=how, threads=1
+        )
+        plane = picture.planes[0]
+        return np.ndarray((*size, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
+
+
+def _scaler() -> _Scaler:
+    """This thread's scaler."""
+    if not hasattr(_thread, "scaler"):
+        _thread.scaler = _Scaler()
+    scaler: _Scaler = _thread.scaler
+    return scaler

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from kinodit.models.attention import AttentionOp
 from kinodit.models.mlp import MLP, Activation
 from kinodit.models.modulation import Modulation, gated_add, modulated_norm
-from kinodit.models.norm import RMSNorm
+from kinodit.models.norm import HeadNorm
 from kinodit.models.rope import rotate
 from kinodit.models.tokens import AttentionLayout
 
-Rotary = tuple[Tensor, Tensor] | None
+Rotary = Tensor | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Context:
 
     condition: [K, c], activated
     level:     stream -> [N] int64, each token's row of `condition`
-    rotary:    stream -> cosines and sines [N, P], or None for a stream that is not rotated
+    rotary:    stream -> cosines and sines [N, P, 2], or None for a stream that is not rotated
     layout:    who attends to whom
     attend:    the attention op
     """
@@ -66,7 +66,7 @@ class Context:
         return replace(
             self,
             level={ALL: torch.cat(list(self.level.values()))},
-            rotary={ALL: merge_tables(self.rotary, self.level)},
+            rotary={ALL: merged_table(self.rotary, self.level)},
         )
 
 
@@ -74,18 +74,18 @@ ALL = "all"
 """The name of the one stream that single blocks see."""
 
 
-def merge_tables(rotary: Mapping[str, Rotary], level: Mapping[str, Tensor]) -> Rotary:
-    """The tables of all streams one after the other; streams without one are turned by 0."""
-    known = [tables for tables in rotary.values() if tables is not None]
+def merged_table(rotary: Mapping[str, Rotary], level: Mapping[str, Tensor]) -> Rotary:
+    """The tables of all streams one after the other; a stream without one is turned by 0."""
+    known = [table for table in rotary.values() if table is not None]
     if not known:
         return None
-    like = known[0][0]
-    cosines, sines = [], []
-    for name, tables in rotary.items():
-        shape = (level[name].shape[0], like.shape[1])
-        cosines.append(like.new_ones(shape) if tables is None else tables[0])
-        sines.append(like.new_zeros(shape) if tables is None else tables[1])
-    return torch.cat(cosines), torch.cat(sines)
+    like = known[0]
+    pairs = (1, like.shape[1])
+    unturned = torch.stack((like.new_ones(pairs), like.new_zeros(pairs)), dim=-1)
+    tables = []
+    for name, table in rotary.items():
+        tables.append(unturned.expand(level[name].shape[0], -1, -1) if table is None else table)
+    return torch.cat(tables)
 
 
 @torch.compiler.disable
@@ -107,8 +107,8 @@ class Projections(nn.Module):
         self.q = nn.Linear(width, inner, bias=options.qkv_bias)
         self.k = nn.Linear(width, inner_kv, bias=options.qkv_bias)
         self.v = nn.Linear(width, inner_kv, bias=options.qkv_bias)
-        self.q_norm = RMSNorm(options.head_dim, options.norm_eps) if options.qk_norm else None
-        self.k_norm = RMSNorm(options.head_dim, options.norm_eps) if options.qk_norm else None
+        self.q_norm = HeadNorm(options.head_dim, options.norm_eps) if options.qk_norm else None
+        self.k_norm = HeadNorm(options.head_dim, options.norm_eps) if options.qk_norm else None
         self.out = nn.Linear(inner, width, bias=out_bias) if has_out else None
 
     def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +116,8 @@ class Projections(nn.Module):
         heads = (-1, self.head_dim)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
+            q, k = self.q_norm(q, rotary), self.k_norm(k, rotary)
+        elif rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
 

@@ -19,7 +19,7 @@ from kinodit.models.embed import NUM_FREQUENCIES, VectorMLP, timestep_features
 from kinodit.models.errors import ConfigError
 from kinodit.models.mlp import Activation, hidden_width
 from kinodit.models.modulation import Modulation, modulated_norm
-from kinodit.models.rope import RopeConfig, rotary_tables, sincos_2d
+from kinodit.models.rope import RopeConfig, rotary_table, sincos_2d
 from kinodit.models.tokens import TokenBatch
 
 
@@ -252,7 +252,7 @@ class MMDiT(nn.Module):
                 x[name] = x[name] + table.to(x[name].dtype)
             rotary[name] = None
             if stream.position == "rope":
-                rotary[name] = rotary_tables(
+                rotary[name] = rotary_table(
                     self.config.rope,
                     self.config.dim_of_head,
                     tokens.position,

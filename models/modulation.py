@@ -2,17 +2,19 @@
 
 adaLN-Zero is Peebles and Xie, "Scalable diffusion models with transformers" (arXiv 2212.09748),
 section 3.2. The rows are computed once per row of the batch's table of noise levels, never per
-token, and looked up by each token.
+token, and looked up by each token; the backward sums over each row's tokens. No [N, d] copy of a
+shift, scale or gate outlives the op that looked it up.
 
 Shape legend: N tokens, d width, c width of the condition, K rows of the noise-level table.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
-from kinodit.models.norm import layer_norm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class Modulation(nn.Module):
@@ -29,16 +31,108 @@ class Modulation(nn.Module):
         return out
 
 
-def per_token(rows: Tensor, level: Tensor) -> Tensor:
-    """Rows [K, d] of each token's noise level: [N, d], or [1, d] when there is one row for all."""
-    return rows if rows.shape[0] == 1 else rows[level]
-
-
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, level: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift; `x` [N, d], `shift` and `scale` [K, d], `level` [N]."""
-    return torch.addcmul(per_token(shift, level), layer_norm(x, eps), per_token(1 + scale, level))
+    """LayerNorm(x) * (1 + scale) + shift; `x` [N, d], `shift` and `scale` [K, d], `level` [N].
+
+    The norm has no weights of its own, and takes its statistics in at least float32.
+    """
+    shift, scale = shift.to(x.dtype), scale.to(x.dtype)
+    if scale.shape[0] == 1:
+        # One level for all tokens: they are the norm's weight and bias, fused in its kernel.
+        return F.layer_norm(x, x.shape[-1:], (1 + scale)[0], shift[0], eps)
+    if torch.compiler.is_compiling():
+        normed = F.layer_norm(x, x.shape[-1:], None, None, eps)
+        return torch.addcmul(per_token(shift, level), normed, per_token(1 + scale, level))
+    out: Tensor = _ModulatedNorm.apply(x, shift, scale, level, eps)
+    return out
 
 
 def gated_add(x: Tensor, gate: Tensor, branch: Tensor, level: Tensor) -> Tensor:
     """x + gate * branch; `x` and `branch` [N, d], `gate` [K, d], `level` [N]."""
-    return torch.addcmul(x, per_token(gate, level), branch)
+    gate = gate.to(branch.dtype)
+    if torch.compiler.is_compiling():
+        return x + per_token(gate, level) * branch
+    out: Tensor = _GatedAdd.apply(x, gate, branch, level)
+    return out
+
+
+def per_token(rows: Tensor, level: Tensor) -> Tensor:
+    """Rows [K, d] of each token's noise level: [N, d], or [1, d] when there is one row for all."""
+    if rows.shape[0] == 1:
+        return rows
+    out: Tensor = _Lookup.apply(rows, level)
+    return out
+
+
+def segment_sum(x: Tensor, level: Tensor, num_rows: int) -> Tensor:
+    """[K, d] sums of `x` [N, d] over the tokens of each level, accumulated in at least float32."""
+    if x.device.type == "cpu":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        sums = wide.new_zeros(num_rows, x.shape[1]).index_add_(0, level, wide)
+        return sums.to(x.dtype)
+    # On a GPU index_add is atomic: slow on few rows, and of no fixed order. A product with the
+    # one-hot matrix is neither.
+    rows = torch.arange(num_rows, device=x.device)
+    return (rows[:, None] == level[None]).to(x.dtype) @ x
+
+
+class _Lookup(torch.autograd.Function):
+    """rows[level], whose backward is a segment sum instead of a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, level: Tensor) -> Tensor:
+        ctx.save_for_backward(level)
+        ctx.num_rows = rows.shape[0]
+        return rows.index_select(0, level)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (level,) = ctx.saved_tensors
+        return segment_sum(grad, level, ctx.num_rows), None
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    """`modulated_norm` that keeps x, its statistics and the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, level: Tensor, eps: float
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(x, mean, rstd, scale, level)
+        out = normed.mul_((1 + scale).index_select(0, level))
+        return out.add_(shift.index_select(0, level))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, scale, level = ctx.saved_tensors
+        grad_shift = segment_sum(grad, level, scale.shape[0])
+        wide = x.to(mean.dtype)
+        normed = ((wide - mean) * rstd).to(x.dtype)
+        grad_scale = segment_sum(normed.mul_(grad), level, scale.shape[0])
+        grad_normed = (1 + scale).index_select(0, level).mul_(grad)
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )
+        return grad_x, grad_shift, grad_scale, None, None
+
+
+class _GatedAdd(torch.autograd.Function):
+    """`gated_add` that keeps the branch and the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor, level: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, branch, level)
+        if gate.shape[0] == 1:
+            return torch.addcmul(x, gate, branch)
+        return gate.index_select(0, level).mul_(branch).add_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, branch, level = ctx.saved_tensors
+        if gate.shape[0] == 1:
+            grad_gate = (grad * branch).sum(0, keepdim=True)
+            return grad, grad_gate, grad * gate, None
+        grad_gate = segment_sum(grad * branch, level, gate.shape[0])
+        return grad, grad_gate, gate.index_select(0, level).mul_(grad), None

@@ -104,15 +104,15 @@ def axis_frequencies(
     return torch.maximum(interpolated, plain * factor ** (-pair * dim / target_K1))
 
 
-def rotary_tables(
+def rotary_table(
     config: RopeConfig,
     head_dim: int,
     position: Tensor,
     level: Tensor,
     level_t: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, P] of the angles of tokens at `position` ([N, 3]: s, row, column).
+) -> Tensor:
+    """[N, P, 2] cosines and sines of the angles of tokens at `position` ([N, 3]: s, row, column).
 
     `level` ([N]) is each token's row of `level_t` ([K]), which only `time_aware` looks at.
     Computed in `dtype`, which should be float32 at least.
@@ -128,19 +128,23 @@ def rotary_tables(
             frequency = frequency[level]
         angles.append(position_N3[:, axis, None] * units[axis] * frequency)
     angles_NP = torch.cat(angles, dim=-1)
-    return angles_NP.cos(), angles_NP.sin()
+    return torch.stack((angles_NP.cos(), angles_NP.sin()), dim=-1)
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """`x` [N, H, D] with every adjacent pair of channels turned by its token's angle.
 
-    Computed in at least float32 and returned in the dtype of `x`.
+    `rotary` is [N, P, 2], cosines and sines. Computed in its dtype, returned in that of `x`.
     """
-    cos_NP, sin_NP = tables
-    pairs_NHP2 = x.to(cos_NP.dtype).unflatten(-1, (-1, 2))
-    real, imaginary = pairs_NHP2.unbind(-1)
-    cos, sin = cos_NP[:, None], sin_NP[:, None]
-    turned = torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+    pairs_NHP2 = x.to(rotary.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        real, imaginary = pairs_NHP2.unbind(-1)
+        cos, sin = rotary[:, None].unbind(-1)
+        turned = torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
+    else:
+        # One pass in eager mode; a compiler has no code for complex numbers.
+        turn = torch.view_as_complex(rotary)[:, None]
+        turned = torch.view_as_real(torch.view_as_complex(pairs_NHP2) * turn)
     return turned.flatten(-2).to(x.dtype)
 
 

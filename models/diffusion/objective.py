@@ -28,7 +28,7 @@ from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch
 Prediction = Literal["velocity", "x0"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What every objective has.
 
@@ -58,7 +58,7 @@ class ObjectiveConfig:
         return self.loss_weights.get(modality, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RectifiedFlowConfig(ObjectiveConfig):
     """Rectified flow: straight paths, squared error of the velocity.
 
@@ -216,12 +216,6 @@ def build_objective(
 def resolve_prediction(shape: TokenShape) -> Prediction:
     """x0 where a token has more channels than the stream is wide, else velocity."""
     return "x0" if shape.channels > shape.width else "velocity"
-
-
-def drops_condition(probability: float, seed: int, key: SampleKey, condition: str = "text") -> bool:
-    """Whether a sample is trained without a condition (its caption becomes the empty one)."""
-    draw = uniform(sample_generator(seed, key, f"condition_dropout/{condition}"))
-    return draw < probability
 
 
 def noised_rows(batch: TokenBatch) -> Tensor:

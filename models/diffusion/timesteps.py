@@ -22,7 +22,7 @@ from kinodit.models.errors import ConfigError
 MODE_SCALE_RANGE = (-1.0, 2.0 / (math.pi - 2.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TimestepsConfig(ABC):
     """The law of the noise level in training."""
 
@@ -33,7 +33,7 @@ class TimestepsConfig(ABC):
         """Levels in [0, 1] of the shape and dtype of `u` (in [0, 1])."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UniformTimesteps(TimestepsConfig):
     """t uniform in [0, 1)."""
 
@@ -44,7 +44,7 @@ class UniformTimesteps(TimestepsConfig):
         return u
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogitNormalTimesteps(TimestepsConfig):
     """t = sigmoid(mean + std z), z standard normal (arXiv 2403.03206, section 3.1)."""
 
@@ -64,7 +64,7 @@ class LogitNormalTimesteps(TimestepsConfig):
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModeTimesteps(TimestepsConfig):
     """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u) (arXiv 2403.03206, equation 20).
 
@@ -94,7 +94,7 @@ TIMESTEPS: dict[str, type[TimestepsConfig]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShiftConfig(ABC):
     """By how much levels move towards noise, given the number of tokens of a sample."""
 
@@ -105,7 +105,7 @@ class ShiftConfig(ABC):
         """The shift a of a sample that has `num_tokens` noised tokens."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FixedShift(ShiftConfig):
     """The same shift for every sample; 1 leaves levels as they are, 3 is SD3's at 1024 px."""
 
@@ -121,7 +121,7 @@ class FixedShift(ShiftConfig):
         return self.value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenShift(ShiftConfig):
     """a = sqrt(m / n), m tokens of the sample against n (arXiv 2403.03206, equation 23).
 

@@ -81,7 +81,7 @@ class VideoCodec(Protocol):
         """Latents [C, t, h, w] to uint8 [T, H, W, 3] on the codec's device."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig(ABC):
     """Which text encoder, and its settings."""
 
@@ -92,7 +92,7 @@ class TextEncoderConfig(ABC):
         """The encoder on `device`. Raises EncoderError or MissingExtraError."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VideoCodecConfig(ABC):
     """Which video codec, and its settings."""
 

@@ -22,7 +22,7 @@ BEGIN = 256
 """The token before the first byte, so that the empty caption has a token too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ByteTextConfig(TextEncoderConfig):
     """dim: features per token; max_tokens: longer captions are cut; seed: of the embedding."""
 

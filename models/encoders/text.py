@@ -24,7 +24,7 @@ from kinodit.models.errors import ConfigError, MissingExtraError
 CAPTION = "{caption}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransformersTextConfig(TextEncoderConfig):
     """A text encoder in a local folder.
 

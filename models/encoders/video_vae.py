@@ -49,7 +49,7 @@ FAMILIES = {
 """Classes that a folder's config.json may name; all others are refused."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiffusersVaeConfig(VideoCodecConfig):
     """A diffusers autoencoder in a local folder.
 

@@ -35,7 +35,7 @@ from kinodit.models.errors import ConfigError
 MAX_LEVELS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WaveletConfig(VideoCodecConfig):
     """The wavelet codec.
 

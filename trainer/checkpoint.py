@@ -78,7 +78,7 @@ def save(
         plain = [name for name, value in tensors.items() if not isinstance(value, DTensor)]
         assert not plain, f"per-rank tensors would be de-duplicated: {plain[:3]}"
     final = run_dir / "checkpoints" / f"step-{state.step:08d}"
-    token = mesh.broadcast_object(uuid.uuid4().hex[:8])
+    token = mesh.from_main(lambda: uuid.uuid4().hex[:8])
     temporary = final.with_name(f"{final.name}.tmp-{token}")
     try:
         with _alone_on_purpose():

@@ -95,5 +95,5 @@ class Evaluator:
                     counted = loss_tokens(tokens.weight, tokens.role)
                     sums[0, row, column] += (errors[name] * counted).sum()
                     sums[1, row, column] += counted.sum()
-        error, count = self.mesh.sum(sums).cpu()
+        error, count = self.mesh.sum(sums).cpu().unbind()
         return error / count.clamp(min=1)

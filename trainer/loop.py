@@ -54,8 +54,6 @@ class Loop:
         while state.step < end:
             window, state = self._one_step(window, state, steps)
             done = state.step
-            if self.progress is not None:
-                self.progress.step(done)
             if self.evaluate is not None and _due(done, config.eval.every_steps, end):
                 with window.clock.measure("eval"):
                     self._report(self.evaluate(done))
@@ -101,6 +99,8 @@ class Loop:
             num_tokens=state.num_tokens + result.counts.num_tokens,
             num_samples=state.num_samples + result.counts.num_samples,
         )
+        if self.progress is not None:
+            self.progress.step(state.step)
         if not _due(state.step, config.log.every_steps, config.run.steps):
             return window, state
         row = window.row(state.step, lr, self.mesh, self.peak_flops, config.objective.loss_weights)

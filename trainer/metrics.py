@@ -73,9 +73,7 @@ class Window:
 
     modalities: Sequence[str]
     clock: Clock = field(default_factory=Clock)
-    losses: Tensor | None = None
-    bin_errors: Tensor | None = None
-    bin_counts: Tensor | None = None
+    sums: Tensor | None = None
     grad_norm: Tensor | None = None
     num_steps: int = 0
     num_tokens: int = 0
@@ -85,10 +83,9 @@ class Window:
 
     def add(self, result: StepResult, num_tokens: int, num_samples: int, flops: float) -> None:
         """Add one step of this rank: its tokens, samples and model FLOPs."""
-        first = self.losses is None
-        self.losses = result.losses if first else self.losses + result.losses
-        self.bin_errors = result.bin_errors if first else self.bin_errors + result.bin_errors
-        self.bin_counts = result.bin_counts if first else self.bin_counts + result.bin_counts
+        parts = (result.losses, result.bin_errors.flatten(), result.bin_counts.flatten())
+        sums = torch.cat(parts)
+        self.sums = sums if self.sums is None else self.sums + sums
         self.grad_norm = result.grad_norm
         self.num_steps += 1
         self.num_tokens += num_tokens
@@ -102,23 +99,13 @@ class Window:
 
         `peak` is one rank's peak FLOP/s. Losses are means over the steps of the window.
         """
-        assert self.losses is not None and self.bin_errors is not None
-        assert self.bin_counts is not None and self.grad_norm is not None
+        assert self.sums is not None and self.grad_norm is not None
         seconds = self.clock.take()
         elapsed_s = time.perf_counter() - self.started_s
         host = torch.tensor(
             [float(self.num_tokens), float(self.num_samples), self.flops], dtype=torch.float64
         )
-        sums = mesh.sum(
-            torch.cat(
-                [
-                    self.losses,
-                    self.bin_errors.flatten(),
-                    self.bin_counts.flatten(),
-                    host.to(self.losses.device),
-                ]
-            )
-        ).tolist()
+        sums = mesh.sum(torch.cat([self.sums, host.to(self.sums.device)])).tolist()
         count, bins = len(self.modalities), len(self.modalities) * NUM_NOISE_BINS
         losses = [value / self.num_steps for value in sums[:count]]
         errors = sums[count : count + bins]

@@ -62,7 +62,7 @@ def train(
     require_extras(config.log)
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
     run_dir = config.run.folder
-    resumed_from = _open_run(run_dir, config, mesh)
+    resumed_from = mesh.from_main(lambda: _open_run(run_dir, config))
     datasets = open_datasets(config.data)
     text = build_text_encoder(config.modalities.text.encoder, device)
     codec = _fitted_codec(config, run_dir, datasets, mesh)
@@ -122,18 +122,15 @@ def train(
     return state
 
 
-def _open_run(run_dir: Path, config: RunConfig, mesh: Mesh) -> Path | None:
-    """Make or enter the run's folder; the checkpoint to resume from, the same on all ranks."""
-    found = None
-    if mesh.dp_index == 0:
-        saved = run_dir / CONFIG_FILE
-        if saved.is_file():
-            check_resumable(saved.read_text(), config, run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        saved.write_text(config_to_yaml(config))
-        checkpoints = checkpoint.find_checkpoints(run_dir)
-        found = checkpoints[-1] if checkpoints else None
-    return mesh.broadcast_object(found)
+def _open_run(run_dir: Path, config: RunConfig) -> Path | None:
+    """Make or enter the run's folder; the checkpoint to resume from, if any. Rank 0 only."""
+    saved = run_dir / CONFIG_FILE
+    if saved.is_file():
+        check_resumable(saved.read_text(), config, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved.write_text(config_to_yaml(config))
+    checkpoints = checkpoint.find_checkpoints(run_dir)
+    return checkpoints[-1] if checkpoints else None
 
 
 def _restore(path: Path, spec: PlanSpec, parts: Parts) -> TrainState:
@@ -161,19 +158,20 @@ def _fitted_codec(
     """The codec; statistics that it lacks are measured by rank 0 and kept in the run's folder."""
     codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
     if isinstance(codec, WaveletCodec) and codec.standardisation is None:
-        if mesh.dp_index == 0:
-            videos = _first_videos(config, datasets, codec)
-            fitted = fit_standardisation(codec, videos)
+        unfitted = codec
+
+        def measure() -> None:
+            videos = _first_videos(config, datasets)
+            fitted = fit_standardisation(unfitted, videos)
             assert fitted.standardisation is not None
             fitted.standardisation.save(run_dir / CODEC_FILE)
-        mesh.barrier()
+
+        mesh.from_main(measure)
         codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
     return codec
 
 
-def _first_videos(
-    config: RunConfig, datasets: dict[str, Dataset], codec: VideoCodec
-) -> Sequence[torch.Tensor]:
+def _first_videos(config: RunConfig, datasets: dict[str, Dataset]) -> Sequence[torch.Tensor]:
     """Clips of the first samples of the data order."""
     data = dataclasses.replace(
         config.data,

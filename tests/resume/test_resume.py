@@ -80,7 +80,9 @@ def assert_equal_bits(ours: Arrays, theirs: Arrays) -> None:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("resume")
-    return tiny_recipe(root, write_dataset(root), run={"steps": STEPS, "out_dir": str(root / "runs")})
+    return tiny_recipe(
+        root, write_dataset(root), run={"steps": STEPS, "out_dir": str(root / "runs")}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,26 @@ def test_four_ranks_resume_bit_equal(dp_replicate: int, recipe: Path, four: Rank
         four.run(run_case, Start(recipe, cut, stop_after, dp_replicate))
     assert_equal_bits(final_tensors(recipe, cut), final_tensors(recipe, whole))
     assert metrics(recipe, cut) == metrics(recipe, whole)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("dp_replicate", [1, 4])
+def test_evaluating_and_sampling_leave_training_alone(
+    dp_replicate: int, recipe: Path, four: Ranks
+) -> None:
+    plain, watched = f"plain{dp_replicate}", f"watched{dp_replicate}"
+    four.run(run_case, Start(recipe, plain, dp_replicate=dp_replicate))
+    extra = (
+        "eval.every_steps=2",
+        "eval.num_samples=5",
+        "eval.ema=main",
+        "sample.every_steps=3",
+        "sample.prompts=[a red square moves left]",
+        "sample.ema=main",
+        "sample.sampler.steps=2",
+    )
+    four.run(run_case, Start(recipe, watched, dp_replicate=dp_replicate, overrides=extra))
+    assert_equal_bits(final_tensors(recipe, watched), final_tensors(recipe, plain))
 
 
 @pytest.mark.gloo

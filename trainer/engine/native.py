@@ -15,7 +15,7 @@ from kinodit.trainer.engine.base import Forward, Predictions
 from kinodit.trainer.optim import Optimizer
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.parallel.shard import set_gradient_sync
+from kinodit.trainer.parallel.shard import reshard, set_gradient_sync
 
 
 class NativeEngine:
@@ -43,7 +43,7 @@ class NativeEngine:
         """See `Engine`."""
         set_gradient_sync(self.model, last)
         value = loss(self._forward(batch))
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value.detach()
 
     def clip(self, max_norm: float) -> Tensor:
@@ -69,6 +69,7 @@ class NativeEngine:
             with torch.no_grad():
                 yield self._forward
         finally:
+            reshard(self.model)
             self.model.train()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from kinodit.models.errors import ConfigError
+from kinodit.models.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -92,13 +93,24 @@ class Mesh:
         dist.all_gather_object(values, value)
         return cast(list[T], values)
 
-    def broadcast_object(self, value: T) -> T:
-        """Rank 0's `value` on every rank."""
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, on every rank. Collective.
+
+        An error for the user on rank 0 is raised on all ranks, so that none is left waiting.
+        """
         if self.dp_size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+            return function()
+        answer: list[tuple[T | None, UserError | None]] = [(None, None)]
+        if self.dp_index == 0:
+            try:
+                answer = [(function(), None)]
+            except UserError as error:
+                answer = [(None, error)]
+        dist.broadcast_object_list(answer, src=0)
+        value, failure = answer[0]
+        if failure is not None:
+            raise failure
+        return cast(T, value)
 
 
 def build_mesh(config: ParallelConfig, world_size: int, rank: int, device: torch.device) -> Mesh:

@@ -6,6 +6,7 @@ the first step, which changes the order of summation and with it the last bits o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +28,8 @@ def shard(
     Gradients are reduced by SUM, never averaged: the loss is already divided by counts of the
     whole step. (A divide factor of 1 alone selects an operation that gloo lacks.)
     """
+    # Blocks hand on views of one joint tensor; nothing writes into a block's output.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
     for block in blocks:
         fully_shard(
@@ -39,6 +42,16 @@ def shard(
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered parameters.
+
+    A forward without backward leaves the outermost unit gathered, where it would hide later
+    changes of the shards (an average swapped out, a checkpoint loaded).
+    """
+    for unit in units(model):
+        unit.reshard()
 
 
 def units(model: nn.Module) -> Iterator[FSDPModule]:

@@ -166,6 +166,31 @@ def segment_ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return ends.pin_memory().to(device, non_blocking=True)
 
 
+def attend_within(q: Tensor, k: Tensor, v: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """Attention among the tokens of one stream, each segment by itself: [N, H, D] -> [N, H, D].
+
+    `segment` [N] is non-decreasing. A layout has no lengths of a single stream, so they are counted
+    here: on the host for a CPU, on the device otherwise, never with a sync.
+    """
+    if q.shape[0] == 0:
+        return q + k.sum() + v.sum()
+    if q.device.type == "cpu":
+        counts = torch.bincount(segment, minlength=num_segments).tolist()
+        lengths = tuple(count for count in counts if count)
+        alone = tuple((index,) for index in range(len(lengths)))
+        return by_segment(q, k, v, Visibility(lengths, alone))
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        rows = torch.arange(num_segments + 1, device=segment.device)
+        ends = torch.searchsorted(segment, rows).to(torch.int32)
+        out: Tensor = varlen_attn(q, k, v, ends, ends, q.shape[0], q.shape[0])
+        return out
+    mask = segment[:, None] == segment[None]
+    q_HND, k_HND, v_HND = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q_HND, k_HND, v_HND, attn_mask=mask).transpose(0, 1)
+
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Visibility], Tensor]
 
 KERNELS: dict[tuple[str, bool], Kernel] = {

@@ -12,33 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from kinodit.models.attention import AttentionOp
-from kinodit.models.mlp import MLP, Activation
-from kinodit.models.modulation import Modulation, gated_add, modulated_norm
-from kinodit.models.norm import HeadNorm
+from kinodit.models.config import MMDiTConfig
+from kinodit.models.mlp import MLP
+from kinodit.models.modulation import AdaNorm, Modulation, Rows, gated_add
+from kinodit.models.norm import HeadNorm, RMSNorm
 from kinodit.models.rope import rotate
 from kinodit.models.tokens import AttentionLayout
 
 Rotary = Tensor | None
 
-
-@dataclass(frozen=True)
-class BlockOptions:
-    """What all blocks of a model have in common (see `MMDiTConfig` for the meaning)."""
-
-    condition_width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    qk_norm: bool
-    qkv_bias: bool
-    bias: bool
-    activation: Activation
-    norm_eps: float
+ALL = "all"
+"""The name of the one stream that single blocks see."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,7 @@ class Context:
     reach the rotary tables.
 
     condition: [K, c], activated
+    shared:    stream -> [K, parts * d], rows of the modulation that all blocks share; may be empty
     level:     stream -> [N] int64, each token's row of `condition`
     rotary:    stream -> cosines and sines [N, P, 2], or None for a stream that is not rotated
     layout:    who attends to whom
@@ -56,6 +47,7 @@ class Context:
     """
 
     condition: Tensor
+    shared: Mapping[str, Tensor]
     level: Mapping[str, Tensor]
     rotary: Mapping[str, Rotary]
     layout: AttentionLayout
@@ -68,10 +60,6 @@ class Context:
             level={ALL: torch.cat(list(self.level.values()))},
             rotary={ALL: merged_table(self.rotary, self.level)},
         )
-
-
-ALL = "all"
-"""The name of the one stream that single blocks see."""
 
 
 def merged_table(rotary: Mapping[str, Rotary], level: Mapping[str, Tensor]) -> Rotary:
@@ -97,22 +85,27 @@ def call_attention(
 
 
 class Projections(nn.Module):
-    """Queries, keys and values of one stream, and the way back to its width."""
+    """Queries, keys and values of one stream, and the way back to its width.
 
-    def __init__(self, width: int, options: BlockOptions, has_out: bool, out_bias: bool) -> None:
+    Separate matrices, so that each can be cut by heads; how many heads there are is read off the
+    weights' output, so that a cut model runs the same code.
+    """
+
+    def __init__(self, width: int, config: MMDiTConfig, has_out: bool, out_bias: bool) -> None:
         super().__init__()
-        self.head_dim = options.head_dim
-        inner = options.num_heads * options.head_dim
-        inner_kv = options.num_kv_heads * options.head_dim
-        self.q = nn.Linear(width, inner, bias=options.qkv_bias)
-        self.k = nn.Linear(width, inner_kv, bias=options.qkv_bias)
-        self.v = nn.Linear(width, inner_kv, bias=options.qkv_bias)
-        self.q_norm = HeadNorm(options.head_dim, options.norm_eps) if options.qk_norm else None
-        self.k_norm = HeadNorm(options.head_dim, options.norm_eps) if options.qk_norm else None
+        self.head_dim = config.dim_of_head
+        inner = config.num_heads * self.head_dim
+        inner_kv = config.kv_heads * self.head_dim
+        has_norm = config.qk_norm == "rms"
+        self.q = nn.Linear(width, inner, bias=config.qkv_bias)
+        self.k = nn.Linear(width, inner_kv, bias=config.qkv_bias)
+        self.v = nn.Linear(width, inner_kv, bias=config.qkv_bias)
+        self.q_norm = HeadNorm(self.head_dim, config.norm_eps) if has_norm else None
+        self.k_norm = HeadNorm(self.head_dim, config.norm_eps) if has_norm else None
         self.out = nn.Linear(inner, width, bias=out_bias) if has_out else None
 
     def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """`x` [N, d] -> q [N, H, D], k and v [N, H_kv, D]; H is what the weights hold."""
+        """`x` [N, d] -> q [N, H, D], k and v [N, H_kv, D]."""
         heads = (-1, self.head_dim)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -125,67 +118,82 @@ class Projections(nn.Module):
 class StreamLayer(nn.Module):
     """One stream's share of a joint block.
 
-    `is_last` leaves out everything after attention: the stream has no output that could use it
-    (SD3's `pre_only` context block).
+    `is_last` leaves out everything after attention: nothing could use it.
     """
 
-    def __init__(self, width: int, hidden: int, options: BlockOptions, is_last: bool) -> None:
+    def __init__(self, width: int, config: MMDiTConfig, is_last: bool) -> None:
         super().__init__()
-        self.eps = options.norm_eps
-        self.modulation = Modulation(options.condition_width, width, 2 if is_last else 6)
-        self.attention = Projections(width, options, not is_last, options.bias)
-        self.mlp = None if is_last else MLP(width, hidden, options.activation, options.bias)
+        self.modulation = Modulation(
+            config.width_of_condition,
+            width,
+            1 if is_last else 2,
+            has_shift=config.modulation == "shift_scale_gate",
+            has_gate=not is_last,
+            rank=config.modulation_rank,
+        )
+        self.attention_prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
+        self.attention = Projections(width, config, not is_last, config.bias)
+        self.mlp: MLP | None = None
+        if not is_last:
+            self.mlp_prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
+            self.mlp = MLP(width, config.hidden(width), config.activation, config.bias)
+        has_postnorm = config.sandwich_norm and not is_last
+        self.attention_postnorm = RMSNorm(width, config.norm_eps) if has_postnorm else None
+        self.mlp_postnorm = RMSNorm(width, config.norm_eps) if has_postnorm else None
 
     def before(
-        self, x: Tensor, modulation: tuple[Tensor, ...], level: Tensor, rotary: Rotary
+        self, x: Tensor, rows: list[Rows], level: Tensor, rotary: Rotary
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`x` [N, d] -> this stream's q, k, v."""
-        shift, scale = modulation[:2]
-        return self.attention(modulated_norm(x, shift, scale, level, self.eps), rotary)
+        q, k, v = self.attention(self.attention_prenorm(x, rows[0], level), rotary)
+        return q, k, v
 
-    def after(
-        self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], level: Tensor
-    ) -> Tensor:
+    def after(self, x: Tensor, attended: Tensor, rows: list[Rows], level: Tensor) -> Tensor:
         """`x` [N, d] and `attended` [N, H, D] -> [N, d]."""
         if self.mlp is None or self.attention.out is None:
             return x
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x = gated_add(x, gate, self.attention.out(attended.flatten(-2)), level)
-        normed = modulated_norm(x, mlp_shift, mlp_scale, level, self.eps)
-        return gated_add(x, mlp_gate, self.mlp(normed), level)
+        branch = self.attention.out(attended.flatten(-2))
+        x = self._add(x, branch, rows[0], self.attention_postnorm, level)
+        branch = self.mlp(self.mlp_prenorm(x, rows[1], level))
+        return self._add(x, branch, rows[1], self.mlp_postnorm, level)
+
+    @staticmethod
+    def _add(
+        x: Tensor, branch: Tensor, rows: Rows, postnorm: RMSNorm | None, level: Tensor
+    ) -> Tensor:
+        assert rows.gate is not None
+        branch = branch if postnorm is None else postnorm(branch)
+        return gated_add(x, rows.gate, branch, level)
 
 
 class JointBlock(nn.Module):
     """Streams with weights of their own that attend to each other's tokens."""
 
-    def __init__(
-        self,
-        widths: Mapping[str, int],
-        hidden: Mapping[str, int],
-        options: BlockOptions,
-        without_output: frozenset[str] = frozenset(),
-    ) -> None:
+    def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
         self.streams = nn.ModuleDict(
             {
-                name: StreamLayer(width, hidden[name], options, name in without_output)
-                for name, width in widths.items()
+                name: StreamLayer(config.stream_width(name), config, config.is_last(name, index))
+                for name in config.streams
             }
         )
 
     def forward(self, x: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
         """`x`: stream -> [N, d] -> the same."""
-        layers: dict[str, StreamLayer] = dict(self.streams.items())  # type: ignore[arg-type]
-        modulation = {name: layer.modulation(context.condition) for name, layer in layers.items()}
+        layers = {name: cast(StreamLayer, layer) for name, layer in self.streams.items()}
+        rows = {
+            name: layer.modulation(context.condition, context.shared.get(name))
+            for name, layer in layers.items()
+        }
         parts = [
-            layer.before(x[name], modulation[name], context.level[name], context.rotary[name])
+            layer.before(x[name], rows[name], context.level[name], context.rotary[name])
             for name, layer in layers.items()
         ]
         q, k, v = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         joint = call_attention(context.attend, q, k, v, context.layout)
         attended = torch.split(joint, [x[name].shape[0] for name in layers])
         return {
-            name: layer.after(x[name], part, modulation[name], context.level[name])
+            name: layer.after(x[name], part, rows[name], context.level[name])
             for (name, layer), part in zip(layers.items(), attended, strict=True)
         }
 
@@ -193,20 +201,30 @@ class JointBlock(nn.Module):
 class SingleBlock(nn.Module):
     """One set of weights for the tokens of all streams; attention and MLP side by side."""
 
-    def __init__(self, width: int, hidden: int, options: BlockOptions) -> None:
+    def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.eps = options.norm_eps
-        self.modulation = Modulation(options.condition_width, width, 3)
-        self.attention = Projections(width, options, has_out=True, out_bias=False)
-        self.mlp = MLP(width, hidden, options.activation, options.bias)
+        width = config.stream_width(next(iter(config.streams)))
+        self.modulation = Modulation(
+            config.width_of_condition,
+            width,
+            1,
+            has_shift=config.modulation == "shift_scale_gate",
+            rank=config.modulation_rank,
+        )
+        self.prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
+        # One bias for the sum of both ways out: the MLP's.
+        self.attention = Projections(width, config, has_out=True, out_bias=False)
+        self.mlp = MLP(width, config.hidden(width), config.activation, config.bias)
+        self.postnorm = RMSNorm(width, config.norm_eps) if config.sandwich_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`x` [J, d] -> [J, d]; `context` must be the merged one."""
         level = context.level[ALL]
-        shift, scale, gate = self.modulation(context.condition)
-        normed = modulated_norm(x, shift, scale, level, self.eps)
+        (rows,) = self.modulation(context.condition, context.shared.get(ALL))
+        normed = self.prenorm(x, rows, level)
         q, k, v = self.attention(normed, context.rotary[ALL])
         attended = call_attention(context.attend, q, k, v, context.layout)
-        assert self.attention.out is not None
+        assert self.attention.out is not None and rows.gate is not None
         branch = self.attention.out(attended.flatten(-2)) + self.mlp(normed)
-        return gated_add(x, gate, branch, level)
+        branch = branch if self.postnorm is None else self.postnorm(branch)
+        return gated_add(x, rows.gate, branch, level)

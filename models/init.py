@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from kinodit.models.random import generator, normal
 
 RULES: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)modulation\.", "zero"),
+    (r"modulation\.down\.weight$", "xavier"),
+    (r"modulation\.", "zero"),
     (r"^heads\.[^.]+\.linear\.", "zero"),
     (r"\.bias$", "zero"),
     (r"norm\.weight$", "one"),
     (r"^condition\..*\.weight$", "normal"),
+    (r"\.refiner\.(time|pooled)\..*\.weight$", "normal"),
     (r"\.weight$", "xavier"),
 )
 """(pattern searched in the parameter's name, rule): the first that matches decides."""

@@ -18,7 +18,7 @@ Activation = Literal["gelu_tanh", "silu", "swiglu"]
 def hidden_width(width: int, ratio: float, activation: Activation) -> int:
     """Hidden width of an MLP. A gated one has three matrices: 2/3 of the ratio, in steps of 16."""
     hidden = round(width * ratio)
-    return 16 * round(hidden * 2 / 3 / 16) if activation == "swiglu" else hidden
+    return 16 * max(1, round(hidden * 2 / 3 / 16)) if activation == "swiglu" else hidden
 
 
 class MLP(nn.Module):

@@ -10,25 +10,88 @@ Shape legend: N tokens, d width, c width of the condition, K rows of the noise-l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kinodit.models.norm import RMSNorm
+
+
+class Rows(NamedTuple):
+    """What the condition does to one branch, [K, d] each; `shift` and `gate` may be left out."""
+
+    shift: Tensor | None
+    scale: Tensor
+    gate: Tensor | None
+
 
 class Modulation(nn.Module):
-    """A linear map from the activated condition to `parts` vectors of the stream's width."""
+    """From the activated condition to the rows of `branches` branches of a stream.
 
-    def __init__(self, condition_width: int, width: int, parts: int) -> None:
+    With a shift (adaLN-Zero) a branch has shift, scale, gate in this order; without (Next-DiT,
+    arXiv 2406.18583, section 2.1) scale, gate, and the gate goes through tanh. `rank` above 0 is
+    adaLN-LoRA (FiTv2, arXiv 2410.13925): a product of two thin matrices, to which `forward` adds
+    the rows of a matrix shared by all blocks.
+    """
+
+    def __init__(
+        self,
+        condition_width: int,
+        width: int,
+        branches: int,
+        *,
+        has_shift: bool = True,
+        has_gate: bool = True,
+        rank: int = 0,
+    ) -> None:
         super().__init__()
-        self.parts = parts
-        self.linear = nn.Linear(condition_width, parts * width)
+        self.branches, self.has_shift, self.has_gate = branches, has_shift, has_gate
+        parts = branches * (1 + has_shift + has_gate)
+        self.down = nn.Linear(condition_width, rank, bias=False) if rank else None
+        self.linear = nn.Linear(rank or condition_width, parts * width)
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """`condition` [K, c], activated -> `parts` tensors [K, d]."""
-        out: tuple[Tensor, ...] = self.linear(condition).chunk(self.parts, dim=-1)
-        return out
+    def forward(self, condition: Tensor, shared: Tensor | None = None) -> list[Rows]:
+        """`condition` [K, c], `shared` [K, at least parts * d] -> the rows of each branch."""
+        if self.down is not None:
+            condition = self.down(condition)
+        rows = self.linear(condition)
+        if shared is not None:
+            rows = rows + shared[:, : rows.shape[1]]
+        return [self._branch(part) for part in rows.chunk(self.branches, dim=-1)]
+
+    def _branch(self, rows: Tensor) -> Rows:
+        parts = list(rows.chunk(1 + self.has_shift + self.has_gate, dim=-1))
+        shift = parts.pop(0) if self.has_shift else None
+        scale = parts.pop(0)
+        gate = parts.pop(0) if self.has_gate else None
+        if gate is not None and not self.has_shift:
+            gate = gate.tanh()
+        return Rows(shift, scale, gate)
+
+
+class AdaNorm(nn.Module):
+    """The norm before a branch, shifted and scaled by the condition.
+
+    `kind` "layer" has no weights of its own, "rms" has.
+    """
+
+    def __init__(self, width: int, eps: float, kind: Literal["layer", "rms"]) -> None:
+        super().__init__()
+        self.eps = eps
+        self.norm = RMSNorm(width, eps) if kind == "rms" else None
+
+    def forward(self, x: Tensor, rows: Rows, level: Tensor) -> Tensor:
+        """`x` [N, d], `level` [N] -> [N, d]."""
+        if self.norm is None and rows.shift is not None:
+            return modulated_norm(x, rows.shift, rows.scale, level, self.eps)
+        if self.norm is None:
+            normed = F.layer_norm(x, x.shape[-1:], None, None, self.eps)
+        else:
+            normed = self.norm(x)
+        normed = normed * per_token(1 + rows.scale, level)
+        return normed if rows.shift is None else normed + per_token(rows.shift, level)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, level: Tensor, eps: float) -> Tensor:

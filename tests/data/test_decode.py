@@ -1,0 +1,267 @@
+"""Decoding gives exactly the frames, pixels and sound asked for, or an error that says why."""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from kinodit.data.config import DecodeConfig
+from kinodit.data.decode import DecodedMedia, DecodeError, decode, pick_view
+from kinodit.data.record import Record
+from kinodit.data.window import pick_window, source_rate
+from tests.data.clips import (
+    RATE,
+    barcode,
+    clip_bytes,
+    image_bytes,
+    image_record,
+    read_barcode,
+    sound_bytes,
+    sound_record,
+    video_record,
+)
+
+CONFIG = DecodeConfig(height=48, width=64, num_frames=5, fps=8.0)
+US = [0.0, 0.13, 0.37, 0.5, 0.77, 0.999]
+
+
+def numbers(media: DecodedMedia) -> list[int]:
+    assert media.video is not None
+    return [read_barcode(picture) for picture in media.video.numpy()]
+
+
+@pytest.fixture(scope="module")
+def clip() -> Record:
+    """100 frames at 24 fps with B-frames, a keyframe every 12, and a tone from 1.5 s on."""
+    data = clip_bytes(100, 24, onset=24_000)
+    return video_record("clip", data, 100, 24.0, has_audio=True)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "webm"])
+@pytest.mark.parametrize("fps", [24, 25, 30, Fraction(30_000, 1001)])
+def test_frames_are_exactly_those_of_the_window(fps: Fraction | int, extension: str) -> None:
+    data = clip_bytes(90, fps, extension=extension, keyframe_every=16)
+    record = video_record("clip", data, 90, float(fps), extension=extension)
+    for wanted_fps in (8.0, 12.5, 24.0, 60.0):
+        config = replace(CONFIG, fps=wanted_fps, num_frames=7)
+        for u in US:
+            media = decode(record, config, u)
+            expected = pick_window(90, source_rate(float(fps)), config, u)
+            assert numbers(media) == list(expected)
+            assert media.start_s == pytest.approx(expected[0] / fps, abs=1e-4)
+            assert media.fps == wanted_fps
+            assert media.view == pick_view(record.meta, config, u, (0.5, 0.5))
+
+
+def test_a_clip_whose_facts_are_unknown_is_decoded_by_what_the_file_says(clip: Record) -> None:
+    unknown = replace(clip, meta=replace(clip.meta, num_frames=0, fps=0.0, width=0, height=0))
+    for u in US:
+        assert numbers(decode(unknown, CONFIG, u)) == numbers(decode(clip, CONFIG, u))
+    assert pick_view(unknown.meta, CONFIG, 0.5, (0.5, 0.5)) is None
+
+
+def test_frames_of_a_variable_rate_stay_on_screen_until_the_next() -> None:
+    times = [0, 1, 2, 8, 9, 10, 20, 21, 30, 40]
+    data = clip_bytes(10, 24, times=times)
+    shown = [max(i for i, t in enumerate(times) if t <= moment) for moment in range(41)]
+    record = video_record("uneven", data, 41, 24.0)
+    config = replace(CONFIG, fps=24.0, num_frames=12)
+    for u in US:
+        first = pick_window(41, source_rate(24.0), config, u)[0]
+        assert numbers(decode(record, config, u)) == shown[first : first + 12]
+
+
+def test_the_picture_is_scaled_to_cover_and_cropped() -> None:
+    # A gradient along each axis tells where every pixel came from.
+    rows, columns = np.mgrid[0:90, 0:160]
+    picture = np.stack([rows * 2, columns * 1.5, np.zeros_like(rows)], -1).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    record = image_record("gradient", buffer.getvalue(), width=160, height=90)
+
+    def corners(config: DecodeConfig, crop: tuple[float, float]) -> Any:
+        video = decode(record, config, 0.0, crop).video
+        assert video is not None and video.shape == (1, config.height, config.width, 3)
+        return video[0, [0, -1], [0, -1], :2].tolist()
+
+    square = DecodeConfig(height=90, width=90)
+    assert corners(square, (0.0, 0.0)) == [[0, 52], [178, 186]], "35 columns cut on each side"
+    anywhere = replace(square, crop="random")
+    assert corners(anywhere, (0.5, 0.0)) == [[0, 0], [178, 133]]
+    assert corners(anywhere, (0.5, 0.999)) == [[0, 105], [178, 238]]
+    half = np.array(corners(DecodeConfig(height=45, width=45), (0.0, 0.0)))
+    assert np.abs(half - [[1, 53], [177, 185]]).max() <= 3
+    tall = np.array(corners(DecodeConfig(height=180, width=90), (0.0, 0.0)))
+    assert np.abs(tall - [[0, 86], [178, 153]]).max() <= 4
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
+def test_still_images_have_one_frame(extension: str) -> None:
+    record = image_record("still", image_bytes(extension, number=173), extension)
+    media = decode(record, CONFIG)
+    assert media.video is not None and media.audio is None
+    assert media.video.shape == (1, 48, 64, 3) and media.video.dtype == torch.uint8
+    error = np.abs(media.video[0].numpy().astype(int) - barcode(173, 48, 64)).max()
+    assert error == 0 if extension == "png" else error < 25
+    assert media.view == pick_view(record.meta, CONFIG, 0.0, (0.5, 0.5))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_photographs_are_upright(orientation: int) -> None:
+    picture = Image.fromarray(barcode(0b11000000, 48, 64))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", exif=exif, quality=95)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue())))
+    config = DecodeConfig(height=upright.height, width=upright.width)
+    video = decode(image_record("photo", buffer.getvalue(), "jpg"), config).video
+    assert video is not None
+    assert np.abs(video[0].numpy().astype(int) - np.asarray(upright)).max() < 25
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_turned_clips_are_upright(rotation: int) -> None:
+    record = video_record("turned", clip_bytes(24, 24, rotation=rotation), 24, 24.0)
+    height, width = (48, 64) if rotation == 180 else (64, 48)
+    video = decode(record, DecodeConfig(height=height, width=width, num_frames=3)).video
+    assert video is not None
+    expected = np.rot90(barcode(6, 48, 64), rotation // 90)
+    assert np.abs(video[2].numpy().astype(int) - expected).max() < 25
+
+
+def onset(media: DecodedMedia) -> int:
+    assert media.audio is not None
+    return int(np.argmax(np.abs(media.audio[0].numpy()) > 0.1))
+
+
+@pytest.mark.parametrize("rate", [16_000, 8_000, 44_100])
+def test_sound_is_cut_to_the_seconds_of_the_frames(clip: Record, rate: int) -> None:
+    config = replace(CONFIG, use_audio=True, audio_rate=rate, num_frames=8)
+    for u in (0.0, 0.1, 0.33):
+        media = decode(clip, config, u)
+        assert media.audio is not None and media.audio.dtype == torch.float32
+        assert media.audio.shape == (1, rate)
+        expected = (1.5 - media.start_s) * rate
+        if 0 < expected < rate:
+            assert abs(onset(media) - expected) < rate * 0.002
+        else:
+            assert media.audio.abs().max() < 0.01
+
+
+def test_sound_after_a_seek_is_the_same_as_without(clip: Record) -> None:
+    # The last window begins after three seconds; its sound is found by seeking.
+    config = replace(CONFIG, use_audio=True, num_frames=4)
+    media = decode(clip, config, 0.999)
+    assert media.start_s > 3 and media.audio is not None
+    long = decode(clip, replace(config, num_frames=31), 0.0)
+    assert long.audio is not None
+    start = round(media.start_s * RATE)
+    expected = long.audio[:, start : start + media.audio.shape[1]]
+    assert torch.allclose(media.audio[:, : expected.shape[1]], expected, atol=1e-4)
+
+
+def test_sound_is_not_opened_unless_it_is_used(clip: Record) -> None:
+    assert decode(clip, CONFIG).audio is None
+    silent = replace(clip, meta=replace(clip.meta, has_audio=False))
+    assert decode(silent, replace(CONFIG, use_audio=True)).audio is None
+
+
+@pytest.mark.parametrize("extension", ["flac", "wav", "opus"])
+def test_sounds_alone(extension: str) -> None:
+    record = sound_record("sound", sound_bytes(3.0, 20_000, extension), 3.0, extension)
+    config = replace(CONFIG, use_audio=True, num_frames=8, audio_channels=2)
+    media = decode(record, config, 0.5)
+    assert media.video is None and media.audio is not None and media.audio.shape == (2, RATE)
+    assert media.start_s == pytest.approx(1.0, abs=1e-3)
+    assert abs(onset(media) - 4000) < 20
+    assert media.view == pick_view(record.meta, config, 0.5, (0.5, 0.5))
+    short = sound_record("short", sound_bytes(0.5, 2000, extension), 0.5, extension)
+    padded = decode(short, config, 0.5).audio
+    assert (
+        padded is not None and padded.shape == (2, RATE) and padded[:, RATE // 2 + 400 :].max() == 0
+    )
+
+
+def test_bits_do_not_depend_on_threads_or_on_what_was_decoded_before(clip: Record) -> None:
+    config = replace(CONFIG, height=20, width=33, use_audio=True)
+    still = image_record("still", image_bytes("jpg"), "jpg")
+    expected = [decode(clip, config, u) for u in US]
+
+    def again(turn: int) -> bool:
+        decode(still, replace(CONFIG, height=31, width=17))
+        media, first = decode(clip, config, US[turn % len(US)]), expected[turn % len(US)]
+        assert media.video is not None and first.video is not None
+        assert media.audio is not None and first.audio is not None
+        return torch.equal(media.video, first.video) and torch.equal(media.audio, first.audio)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(again, range(24)))
+
+
+def broken(record: Record, data: bytes) -> Record:
+    return replace(record, members=dict.fromkeys(record.members, data))
+
+
+def test_what_cannot_be_decoded_is_named(clip: Record) -> None:
+    whole = clip.members["mp4"]
+    cases: dict[str, Record] = {
+        "damaged or not mp4": broken(clip, b"not a clip at all" * 50),
+        "data are damaged|are damaged or not mp4": broken(clip, whole[: len(whole) // 2]),
+        "holds tensors only": replace(clip, members={"latent.safetensors": b""}),
+        "frames of it can be decoded, but frame": replace(
+            clip, meta=replace(clip.meta, num_frames=5000)
+        ),
+        "too few for 5 at 8 fps": replace(clip, meta=replace(clip.meta, num_frames=12)),
+        "no picture in it": broken(replace(clip, members={"mp4": b""}), _sound_in_mp4()),
+    }
+    for message, record in cases.items():
+        with pytest.raises(DecodeError, match=message) as error:
+            decode(record, CONFIG, 0.9)
+        assert "sample 'clip'" in str(error.value), message
+    for name in ("damaged or not mp4",):
+        with pytest.raises(DecodeError, match="member 'mp4'"):
+            decode(cases[name], CONFIG)
+
+
+def _sound_in_mp4() -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=RATE)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = RATE
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def test_a_playlist_under_the_name_of_a_clip_is_not_followed(clip: Record) -> None:
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/hostname\n"
+    with pytest.raises(DecodeError, match="damaged or not mp4"):
+        decode(broken(clip, playlist), CONFIG)
+
+
+def test_limits_hold_before_anything_is_decoded(clip: Record) -> None:
+    with pytest.raises(DecodeError, match=r"64 x 48 pixels; data\.max_pixels allows 3000"):
+        decode(clip, replace(CONFIG, max_pixels=3000))
+    with pytest.raises(DecodeError, match=r"lasts 4\.\d s; data\.max_duration_s allows 2"):
+        decode(clip, replace(CONFIG, max_duration_s=2))
+    bomb = io.BytesIO()
+    Image.new("L", (9000, 9000)).save(bomb, "PNG")
+    with pytest.raises(DecodeError, match=r"above data\.max_pixels|max_pixels allows"):
+        decode(image_record("bomb", bomb.getvalue()), replace(CONFIG, max_pixels=1_000_000))
+
+
+def test_a_sound_in_a_recipe_without_sound_says_so() -> None:
+    with pytest.raises(DecodeError, match=r"only sound.*data\.use_audio is false"):
+        decode(sound_record("sound", sound_bytes(1.0, 0), 1.0), CONFIG)

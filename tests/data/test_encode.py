@@ -1,0 +1,156 @@
+"""Encoding is keyed and cached; neither a cache nor a neighbour changes a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kinodit.data.cache import BoundedCache
+from kinodit.data.decode import DecodedSample, View
+from kinodit.data.encode import SampleEncoder
+from kinodit.data.plan import SampleRef
+from kinodit.data.record import RecordMeta
+from kinodit.models.encoders.base import TextFeatures
+from kinodit.models.errors import ConfigError
+
+
+class Words:
+    """One token for each word; counts what it is asked."""
+
+    token_dim, pooled_dim, fingerprint = 3, 2, "words"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
+        assert len(captions) == 1, "captions are encoded alone"
+        self.asked += captions
+        words = captions[0].split() or [""]
+        tokens = torch.tensor([[len(word), ord(word[0]) if word else 0, 1.0] for word in words])
+        return [TextFeatures(tokens, tokens.mean(0)[:2])]
+
+
+class Halves:
+    """Latents of two channels: every second frame, row and column."""
+
+    latent_channels, stride, fingerprint = 2, (2, 2, 2), "halves"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        return frames // 2, height // 2, width // 2
+
+    def encode(self, video: Tensor) -> Tensor:
+        self.asked += 1
+        return video[::2, ::2, ::2, :2].permute(3, 0, 1, 2).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def sample(slot: int = 0, step: int = 0, **changes: Any) -> DecodedSample:
+    ref = SampleRef(slot, "clips", slot % 4, 0)
+    fields: dict[str, Any] = {
+        "key": ref.key(step),
+        "ref": ref,
+        "caption": f"clip number {slot % 4}",
+        "video": torch.full((4, 8, 8, 3), slot % 4, dtype=torch.uint8),
+        "audio": None,
+        "fps": 8.0,
+        "start_s": 0.0,
+        "view": View(0, (0.5, 0.5)),
+        "meta": RecordMeta(id="clip", modality="video"),
+    }
+    return DecodedSample(**fields | changes)
+
+
+def encoder(
+    dropout: float = 0.0, seed: int = 0, **caches: int
+) -> tuple[SampleEncoder, Words, Halves]:
+    words, halves = Words(), Halves()
+    return SampleEncoder(words, halves, seed, dropout, **caches), words, halves
+
+
+def test_a_sample_becomes_latents_text_and_conditions() -> None:
+    (encoded,) = encoder()[0].encode([sample(2)])
+    assert encoded.key == sample(2).key
+    assert encoded.latents["video"].shape == (2, 2, 4, 4)
+    assert encoded.latents["video"].unique().tolist() == [2]
+    assert encoded.seconds == {"video": 0.25}
+    assert encoded.text["text"].tolist() == [[4, 99, 1], [6, 110, 1], [1, 50, 1]]
+    assert encoded.conditions["text_pooled"].shape == (2,)
+
+
+def test_captions_are_encoded_once_and_one_by_one() -> None:
+    encode, words, _ = encoder()
+    encode.encode([sample(slot) for slot in range(12)])
+    assert sorted(words.asked) == [f"clip number {n}" for n in range(4)]
+    small, asked, _ = encoder(caption_cache_mib=0)
+    small.encode([sample(slot) for slot in range(12)])
+    assert len(asked.asked) == 12
+
+
+def test_the_empty_caption_is_given_to_the_wanted_share_by_key() -> None:
+    empty = encoder()[0].text("")[0]["text"]
+
+    def dropped(seed: int, order: int) -> list[bool]:
+        samples = [sample(slot, step) for step in range(20) for slot in range(50)][::order]
+        texts = [e.text["text"] for e in encoder(0.2, seed)[0].encode(samples)]
+        return [torch.equal(text, empty) for text in texts][::order]
+
+    first = dropped(0, 1)
+    # Four standard errors of a share of 0.2 among 1000.
+    assert abs(sum(first) / 1000 - 0.2) < 0.051
+    assert dropped(0, -1) == first, "the draw is keyed, not taken from a sequence"
+    assert dropped(1, 1) != first
+    assert all(
+        torch.equal(e.text["text"], empty)
+        and torch.equal(e.conditions["text_pooled"], torch.zeros(2))
+        for e in encoder(1.0)[0].encode([sample(slot) for slot in range(4)])
+    )
+    assert not any(
+        torch.equal(e.text["text"], empty) for e in encoder(0.0)[0].encode([sample(1), sample(2)])
+    )
+
+
+def test_latents_are_cached_by_what_was_decoded() -> None:
+    encode, _, halves = encoder(latent_cache_mib=1)
+    first, again = encode.encode([sample(1), sample(5)])
+    assert halves.asked == 1 and torch.equal(first.latents["video"], again.latents["video"])
+    elsewhere = replace(sample(1), view=View(3, (0.5, 0.5)), video=sample(2).video)
+    (other,) = encode.encode([elsewhere])
+    assert halves.asked == 2 and other.latents["video"].unique().tolist() == [2]
+    plain, _, counted = encoder()
+    plain.encode([sample(1), sample(5)])
+    assert counted.asked == 2, "off unless asked for"
+
+
+def test_a_sample_without_a_picture_has_text_only() -> None:
+    (encoded,) = encoder()[0].encode([sample(1, video=None)])
+    assert encoded.latents == {} and encoded.seconds == {} and len(encoded.text["text"]) == 3
+
+
+def test_sound_that_no_encoder_takes_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"clips:1 .*data\.use_audio=false"):
+        encoder()[0].encode([sample(1, audio=torch.zeros(1, 10))])
+    with pytest.raises(ConfigError, match="must be 0 to 1"):
+        encoder(1.5)
+
+
+def test_a_cache_keeps_the_last_used_within_its_bytes() -> None:
+    cache = BoundedCache[str, bytes](10, len)
+    cache.put("a", b"1234")
+    cache.put("b", b"1234")
+    assert cache.get("a") == b"1234"
+    cache.put("c", b"1234")
+    assert cache.get("b") is None and cache.get("a") == b"1234" and cache.held_bytes == 8
+    cache.put("a", b"12")
+    assert cache.get("a") == b"12" and cache.held_bytes == 6
+    cache.put("huge", b"12345678901")
+    assert cache.get("huge") is None and cache.held_bytes == 6

@@ -1,0 +1,256 @@
+"""What a rank is given depends on plan and data: not on ranks, threads, caches or restarts."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kinodit.data.captions import choose_caption
+from kinodit.data.config import DataConfig, DatasetConfig
+from kinodit.data.decode import DecodedSample, decode
+from kinodit.data.loader import Loader, LoadError, StepData
+from kinodit.data.manifest import Dataset
+from kinodit.data.plan import CostModel, PlanSpec
+from kinodit.data.record import Caption
+from kinodit.data.select import plan_spec
+from kinodit.models.tokens import SampleKey
+from tests.data.clips import small_records, write_dataset
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dataset]:
+    """Two datasets of short clips and images."""
+    root = tmp_path_factory.mktemp("loader")
+    return {
+        "many": write_dataset(root / "many", small_records(23)),
+        "few": write_dataset(root / "few", small_records(5)),
+    }
+
+
+def config(datasets: dict[str, Dataset], **changes: Any) -> DataConfig:
+    fields: dict[str, Any] = {
+        "datasets": {
+            "many": DatasetConfig(str(datasets["many"].directory), weight=0.75),
+            "few": DatasetConfig(str(datasets["few"].directory), weight=0.25),
+        },
+        "num_frames": 4,
+        "fps": 6.0,
+        "height": 24,
+        "width": 24,
+        "crop": "random",
+        "samples_per_step": 7,
+        "packs_per_step": 3,
+    }
+    return DataConfig(**fields | changes)
+
+
+def spec_of(datasets: dict[str, Dataset], settings: DataConfig) -> PlanSpec:
+    return plan_spec(settings, datasets, CostModel(20, 5, 0, 3), seed=11)
+
+
+def run(
+    datasets: dict[str, Dataset],
+    steps: int = 6,
+    start: int = 0,
+    rank: int = 0,
+    size: int = 1,
+    **changes: Any,
+) -> list[StepData]:
+    settings = config(datasets, **changes)
+    spec = spec_of(datasets, settings)
+    with Loader(spec, datasets, settings, rank, size, start, start + steps) as loader:
+        return list(loader)
+
+
+def assert_same(one: DecodedSample, other: DecodedSample) -> None:
+    assert one.video is not None and other.video is not None
+    assert torch.equal(one.video, other.video)
+    assert replace(one, video=None) == replace(other, video=None)
+
+
+def by_slot(steps: list[StepData]) -> dict[tuple[int, int], DecodedSample]:
+    return {
+        (data.step, sample.ref.slot): sample
+        for data in steps
+        for pack in data.packs
+        for sample in pack
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(datasets: dict[str, Dataset]) -> dict[tuple[int, int], DecodedSample]:
+    """Six steps of one rank with one thread."""
+    return by_slot(run(datasets, num_threads=1, prefetch_steps=1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ranks_and_threads_change_nothing(
+    datasets: dict[str, Dataset],
+    expected: dict[tuple[int, int], DecodedSample],
+    size: int,
+    threads: int,
+) -> None:
+    ranks = [
+        run(datasets, rank=rank, size=size, num_threads=threads, prefetch_steps=3)
+        for rank in range(size)
+    ]
+    assert {len(data.packs) for steps in ranks for data in steps} == {-(-3 // size)}
+    found = [by_slot(steps) for steps in ranks]
+    merged = {key: sample for part in found for key, sample in part.items()}
+    assert sum(map(len, found)) == len(merged) == len(expected) == 42
+    for key, sample in merged.items():
+        assert_same(sample, expected[key])
+
+
+def test_packs_are_the_same_packs_on_any_number_of_ranks(datasets: dict[str, Dataset]) -> None:
+    def packs(steps: list[StepData], step: int) -> list[tuple[int, ...]]:
+        return [tuple(s.ref.slot for s in pack) for pack in steps[step].packs]
+
+    alone = run(datasets)
+    for step in range(6):
+        dealt = [packs(run(datasets, rank=rank, size=2), step) for rank in range(2)]
+        assert [dealt[0][0], dealt[1][0], dealt[0][1]] == packs(alone, step)
+        assert dealt[1][1] == ()
+
+
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_a_restart_goes_on_where_it_stopped(
+    datasets: dict[str, Dataset], expected: dict[tuple[int, int], DecodedSample], start: int
+) -> None:
+    resumed = by_slot(run(datasets, steps=6 - start, start=start))
+    assert set(resumed) == {key for key in expected if key[0] >= start}
+    for key, sample in resumed.items():
+        assert_same(sample, expected[key])
+
+
+def test_a_cache_changes_nothing_and_is_used(
+    datasets: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+
+    def counting(record: Any, *rest: Any) -> Any:
+        decoded.append(record.key)
+        return decode(record, *rest)
+
+    monkeypatch.setattr("kinodit.data.loader.decode", counting)
+    options: dict[str, Any] = {"window": "first", "crop": "centre", "num_threads": 1}
+    plain = by_slot(run(datasets, steps=12, **options))
+    without = len(decoded)
+    decoded.clear()
+    cached = by_slot(run(datasets, steps=12, cache_mib=64, **options))
+    assert without == 84 and len(decoded) == 23 + 5
+    for key, sample in cached.items():
+        assert_same(sample, plain[key])
+    decoded.clear()
+    # Windows and crops that differ from the held ones are decoded anew, not served.
+    drawn, drawn_cached = by_slot(run(datasets)), by_slot(run(datasets, cache_mib=64))
+    for key, sample in drawn_cached.items():
+        assert_same(sample, drawn[key])
+
+
+def test_samples_carry_their_names_draws_and_captions(
+    expected: dict[tuple[int, int], DecodedSample],
+) -> None:
+    assert len({sample.view.first for sample in expected.values()}) > 3
+    assert len({sample.view.crop for sample in expected.values()}) == 42
+    for (step, slot), sample in expected.items():
+        assert sample.key == SampleKey(step, slot, sample.ref.sample_id)
+        captions = sample.meta.captions
+        assert sample.caption == choose_caption(captions, 11, sample.key)
+        assert sample.caption in {caption.text for caption in captions}
+
+
+def test_captions_are_drawn_by_weight_and_key() -> None:
+    captions = (Caption("a", weight=1), Caption("never", weight=0), Caption("b", weight=3))
+    keys = [SampleKey(step, slot, "clips:1") for step in range(40) for slot in range(50)]
+    drawn = [choose_caption(captions, 0, key) for key in keys]
+    assert drawn == [choose_caption(captions, 0, key) for key in keys]
+    # Four standard errors of a binomial share of 3/4 among 2000.
+    assert abs(drawn.count("b") / 2000 - 0.75) < 0.039 and "never" not in drawn
+    assert choose_caption((), 0, keys[0]) == ""
+    alike = [choose_caption((Caption("x", weight=0), Caption("y", weight=0)), 0, k) for k in keys]
+    assert abs(alike.count("x") / 2000 - 0.5) < 0.045
+
+
+def test_prefetching_is_bounded_and_stops(datasets: dict[str, Dataset]) -> None:
+    settings = config(datasets, prefetch_steps=2)
+    loader = Loader(spec_of(datasets, settings), datasets, settings)
+    next(loader)
+    assert loader._next_step == 3
+    next(loader)
+    assert loader._next_step == 4
+    loader.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_waiting_is_measured(datasets: dict[str, Dataset]) -> None:
+    steps = run(datasets, steps=2)
+    assert all(data.wait_s >= 0 for data in steps)
+    assert steps[0].wait_s > 0
+
+
+def copied(datasets: dict[str, Dataset], root: Path) -> dict[str, Dataset]:
+    few = write_dataset(root / "few", small_records(5))
+    return {"many": datasets["many"], "few": few}
+
+
+def test_a_broken_clip_ends_the_run_with_its_name(
+    datasets: dict[str, Dataset], tmp_path: Path
+) -> None:
+    records = small_records(5)
+    records[2] = replace(records[2], members={"mp4": b"garbage" * 100})
+    broken = {"many": datasets["many"], "few": write_dataset(tmp_path / "few", records)}
+    settings = config(broken)
+    with Loader(spec_of(broken, settings), broken, settings) as loader:
+        with pytest.raises(LoadError) as error:
+            for _ in range(20):
+                next(loader)
+        shard = broken["few"].locate(2)[0]
+        for part in ("sample 's0002', member 'mp4'", "few:2", str(shard), "step", "slot"):
+            assert part in str(error.value)
+        with pytest.raises(StopIteration):
+            next(loader)
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "damaged"])
+def test_a_shard_that_goes_bad_ends_the_run_with_its_name(
+    datasets: dict[str, Dataset], tmp_path: Path, harm: str
+) -> None:
+    bad = copied(datasets, tmp_path)
+    settings = config(bad)
+    loader = Loader(spec_of(bad, settings), bad, settings)
+    path, offset, _ = bad["few"].locate(0)
+    if harm == "missing":
+        path.unlink()
+    elif harm == "truncated":
+        os.truncate(path, offset + 512)
+    else:
+        data = bytearray(path.read_bytes())
+        data[offset + 700] ^= 1
+        path.write_bytes(data)
+    message = {"missing": "No such file", "truncated": "cut off", "damaged": "CRC-32"}[harm]
+    with pytest.raises(LoadError, match=message) as error:
+        for _ in range(20):
+            next(loader)
+    assert str(path) in str(error.value)
+
+
+def test_a_fault_of_ours_is_not_hidden(
+    datasets: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("kinodit.data.loader.decode", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        run(datasets)

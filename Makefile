@@ -13,9 +13,10 @@ STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints/ci.txt | sha2
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/ci.txt
 SHELL_SCRIPTS := .ci/run constraints/refresh.sh $(wildcard slurm/*.sh)
 
-# Where `make demo` writes.
-DEMO := demo
+# What `make demo` trains, and where the recipe reads and writes.
 DEMO_CONFIG := configs/t2v_tiny.yaml
+DEMO_DATA := demo/data
+DEMO_RUN := runs/t2v_tiny
 # One thread per process: two ranks share two cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -23,6 +24,7 @@ help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything the demo and the tests need
+	@:
 
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
@@ -32,10 +34,10 @@ $(STAMP):
 	touch $@
 
 demo: setup ## make shards from real media, train on 2 ranks, sample clips, write a report
-	@test -e $(DEMO)/data/manifest.json || $(BIN)/kinodit data demo $(DEMO)/data
+	@test -e $(DEMO_DATA)/manifest.json || $(BIN)/kinodit data demo $(DEMO_DATA)
 	@$(BIN)/torchrun --nproc-per-node 2 -m kinodit train $(DEMO_CONFIG)
-	@$(BIN)/kinodit sample $(DEMO)/run --prompt "a red kangaroo moves left over a beach"
-	@$(BIN)/kinodit report $(DEMO)/run
+	@$(BIN)/kinodit sample $(DEMO_RUN) --prompt "a red kangaroo moves left over a beach"
+	@$(BIN)/kinodit report $(DEMO_RUN)
 
 test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
 	$(BIN)/pytest

@@ -14,8 +14,8 @@ def choose_caption(captions: Sequence[Caption], seed: int, key: SampleKey) -> st
 
     Weights that are all zero count as equal.
     """
-    if not captions:
-        return ""
+    if len(captions) < 2:
+        return captions[0].text if captions else ""
     weights = [caption.weight for caption in captions]
     if sum(weights) == 0:
         weights = [1.0] * len(captions)

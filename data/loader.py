@@ -16,6 +16,7 @@ from kinodit.data.config import DataConfig
 from kinodit.data.container import DecodeError
 from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
 from kinodit.data.manifest import Dataset
+from kinodit.data.picture import CENTRE
 from kinodit.data.plan import PlanSpec, SampleRef, assign, plan
 from kinodit.data.reader import ShardError, ShardReader
 from kinodit.data.record import RecordMeta
@@ -138,9 +139,10 @@ class Loader:
 
     def _load(self, step: int, ref: SampleRef) -> DecodedSample:
         seed, key = self._spec.seed, ref.key(step)
-        window_u = uniform(sample_generator(seed, key, "window"))
-        crop = sample_generator(seed, key, "crop")
-        crop_u = uniform(crop), uniform(crop)
+        window_u, crop_u = uniform(sample_generator(seed, key, "window")), CENTRE
+        if self._config.crop == "random":
+            crop = sample_generator(seed, key, "crop")
+            crop_u = uniform(crop), uniform(crop)
         found = self._cache.get(ref.sample_id)
         if found is None or found.media.view != pick_view(
             found.meta, self._config, window_u, crop_u

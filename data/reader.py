@@ -124,6 +124,8 @@ class _FileCache:
             self._shrink(0)
 
     def _shrink(self, limit: int) -> None:
+        if len(self._files) <= limit:
+            return
         unused = [path for path, file in self._files.items() if not file.num_users]
-        for path in unused[: max(0, len(self._files) - limit)]:
+        for path in unused[: len(self._files) - limit]:
             os.close(self._files.pop(path).descriptor)

@@ -11,7 +11,7 @@ from pathlib import Path
 from kinodit.data.manifest import Manifest
 from kinodit.data.probe import MediumError, modality_of, probe, with_facts
 from kinodit.data.record import MAX_MEMBER_BYTES, Record, RecordError, RecordMeta
-from kinodit.data.source import MEMBER_OF_SUFFIX, Source, SourceError, SourceItem
+from kinodit.data.source import MEMBER_OF_SUFFIX, REMUXED, Source, SourceError, SourceItem
 from kinodit.data.writer import DEFAULT_SHARD_BYTES, DatasetWriter
 from kinodit.models.errors import MissingExtraError, UserError
 
@@ -59,7 +59,7 @@ def pack(
     """
     items = Source(source)
     bad: list[str] = []
-    with DatasetWriter(destination, name or Path(destination).name, shard_bytes) as writer:
+    with DatasetWriter(destination, name, shard_bytes) as writer:
         for done, item in enumerate(items, 1):
             try:
                 if isinstance(item, SourceError):
@@ -102,8 +102,8 @@ def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
         if item.path.stat().st_size > MAX_MEMBER_BYTES:
             raise PackError(f"{item.name}: it has more than {MAX_MEMBER_BYTES >> 20} MiB")
         data = item.path.read_bytes()
-        if suffix in (".mov", ".mkv", ".avi"):
-            data = remux(data)
+        if suffix in REMUXED:
+            data = remux(data, REMUXED[suffix])
         facts = probe(extension, data)
     except (OSError, MediumError) as error:
         raise PackError(f"{item.name}: {error}") from error
@@ -120,7 +120,7 @@ def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
     return Record(item.key, with_facts(meta, facts), {extension: data})
 
 
-def remux(data: bytes) -> bytes:
+def remux(data: bytes, demuxer: str) -> bytes:
     """The first video and the first audio stream of a container, copied into an mp4.
 
     Raises MediumError if there is no video or an mp4 cannot hold the streams.
@@ -131,7 +131,11 @@ def remux(data: bytes) -> bytes:
         raise MissingExtraError("PyAV", "media", "reading video and sound") from error
     target = io.BytesIO()
     try:
-        with av.open(io.BytesIO(data)) as source, av.open(target, "w", format="mp4") as sink:
+        options = {"protocol_whitelist": ""}
+        with (
+            av.open(io.BytesIO(data), format=demuxer, options=options) as source,
+            av.open(target, "w", format="mp4") as sink,
+        ):
             streams = [*source.streams.video[:1], *source.streams.audio[:1]]
             if not source.streams.video:
                 raise MediumError("there is no video stream in it")

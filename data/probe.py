@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, replace
 
+from kinodit.data.container import DEMUXERS
 from kinodit.data.record import MAX_SIDE, MEDIA_MEMBERS, Modality, RecordMeta
 from kinodit.models.errors import MissingExtraError, UserError
 
@@ -45,7 +46,7 @@ def probe(extension: str, data: bytes) -> MediumFacts:
     modality = modality_of(extension)
     if modality == "image":
         return _probe_image(data)
-    return _probe_container(data, modality)
+    return _probe_container(extension, data, modality)
 
 
 def with_facts(meta: RecordMeta, facts: MediumFacts) -> RecordMeta:
@@ -70,13 +71,15 @@ def _probe_image(data: bytes) -> MediumFacts:
         ) from error
 
 
-def _probe_container(data: bytes, modality: Modality) -> MediumFacts:
+def _probe_container(extension: str, data: bytes, modality: Modality) -> MediumFacts:
     try:
         import av
     except ImportError as error:
         raise MissingExtraError("PyAV", "media", "reading video and sound") from error
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(
+            io.BytesIO(data), format=DEMUXERS[extension], options={"protocol_whitelist": ""}
+        ) as container:
             audio = container.streams.audio[0] if container.streams.audio else None
             video = container.streams.video[0] if container.streams.video else None
             if modality == "video" and video is None:

@@ -27,14 +27,15 @@ from kinodit.models.errors import UserError
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 
+REMUXED: Mapping[str, str] = {".mov": "mov", ".mkv": "matroska", ".avi": "avi"}
+"""Containers that shards do not have, with FFmpeg's name of their demuxer: their streams are copied
+into an mp4."""
+
 MEMBER_OF_SUFFIX: Mapping[str, str] = {
     **{f".{name}": name for names in MEDIA_MEMBERS.values() for name in names},
     ".jpeg": "jpg",
     ".m4v": "mp4",
-    # Containers that shards do not have: their streams are copied into an mp4.
-    ".mov": "mp4",
-    ".mkv": "mp4",
-    ".avi": "mp4",
+    **dict.fromkeys(REMUXED, "mp4"),
 }
 _UNSUPPORTED = "mp3 m4a aac ogg wma gif bmp tif tiff heic avif wmv flv mpg mpeg ts 3gp"
 UNSUPPORTED_SUFFIXES = frozenset(f".{name}" for name in _UNSUPPORTED.split())

@@ -48,7 +48,7 @@ def members(buffer: bytes | memoryview, *, whole: bool) -> Iterator[TarMember]:
         if block == _ZERO_BLOCK:
             if not whole:
                 raise TarError(f"expected a tar header at byte {offset}, found zeros")
-            return _check_end(view, offset)
+            return check_end(view, offset)
         member = _read_member(view, offset)
         yield member
         offset = member.end
@@ -145,7 +145,8 @@ def _pax(view: memoryview, data: int, size: int, offset: int) -> dict[str, str]:
     return found
 
 
-def _check_end(view: memoryview, offset: int) -> None:
+def check_end(view: memoryview, offset: int) -> None:
+    """Raises TarError unless `view` is, from `offset` on, an end-of-archive marker and zeros."""
     rest = view[offset:]
     if len(rest) < 2 * BLOCK:
         raise TarError(f"it is cut off within the end-of-archive marker at byte {offset}")

@@ -37,16 +37,17 @@ class WriterError(UserError):
 class DatasetWriter:
     """Writes records into shards of about `shard_bytes` each. Use it as a context manager.
 
-    Leaving the block normally publishes the dataset at `directory`; an exception removes what was
-    written. A shard is closed before the sample that would make it longer than `shard_bytes`.
+    Leaving the block normally publishes the dataset at `directory`, under the folder's name if it
+    is given no other; an exception removes what was written. A shard is closed before the sample
+    that would make it longer than `shard_bytes`.
 
     Raises WriterError if `directory` exists and is not empty, or when the disk refuses a write.
     """
 
     def __init__(
-        self, directory: Path | str, name: str, shard_bytes: int = DEFAULT_SHARD_BYTES
+        self, directory: Path | str, name: str = "", shard_bytes: int = DEFAULT_SHARD_BYTES
     ) -> None:
-        self._directory = Path(directory)
+        self._directory = Path(directory).absolute()
         if self._directory.is_file() or (
             self._directory.is_dir() and any(self._directory.iterdir())
         ):
@@ -54,7 +55,7 @@ class DatasetWriter:
                 f"{self._directory} exists and is not an empty folder: choose another destination "
                 "or remove it first"
             )
-        self._name = name
+        self._name = name or self._directory.name
         self._shard_bytes = shard_bytes
         self._partial = self._directory.parent / f".{self._directory.name}.partial-{os.getpid()}"
         self._entries: list[ShardEntry] = []

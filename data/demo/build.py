@@ -87,7 +87,7 @@ def build(
     destination is not empty or cannot be written, DemoError if a worker dies.
     """
     work = jobs(options)
-    with DatasetWriter(destination, Path(destination).name, DEMO_SHARD_BYTES) as writer:
+    with DatasetWriter(destination, shard_bytes=DEMO_SHARD_BYTES) as writer:
         for done, record in enumerate(_records(options, work, workers), 1):
             writer.write(record)
             progress(done, len(work))

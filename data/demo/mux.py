@@ -21,6 +21,8 @@ except ImportError as error:
     raise MissingExtraError("PyAV", "media", "the demo dataset") from error
 
 SAMPLE_RATE = 16_000
+AAC = {"aac_coder": "fast", "aac_tns": "0"}
+"""The other coder bursts in pure tones: errors up to 0.35 of full scale, with these below 0.01."""
 _CHUNK = 1024
 
 
@@ -39,8 +41,8 @@ def encode_mp4(
         video.pix_fmt = "yuv420p"
         audio = None
         if sound is not None:
-            audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
-            audio.bit_rate = 48_000
+            audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options=AAC)
+            audio.bit_rate = 64_000
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = index, 1 / fps

@@ -1,0 +1,218 @@
+"""Checking a dataset byte by byte: `kinodit data validate`.
+
+A damaged shard is not given up at its first fault: the index says where each sample lies, so every
+sample is judged by itself, and the report says how many are lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kinodit.data.index import INDEX_DTYPE, Row, index_row, read_span, spans
+from kinodit.data.manifest import Manifest, ShardEntry
+from kinodit.data.probe import MediumError, MediumFacts, probe
+from kinodit.data.record import Record, RecordError
+from kinodit.data.tar import TarError, check_end
+
+_PROBE_TOLERANCE = 0.02
+"""Share by which fps and duration may differ: containers round them."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: in which file, of which sample and member, what and instead of what.
+
+    `key` and `member` are empty where the fault is not of one sample or not of one member.
+    """
+
+    file: str
+    key: str
+    member: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.file, self.key, self.member) if part)
+        return f"{place}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What was found. `num_good` counts samples of which every byte is as it should be."""
+
+    num_samples: int
+    num_good: int
+    problems: tuple[Problem, ...]
+
+
+def validate(
+    directory: Path | str,
+    *,
+    decode: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ValidationReport:
+    """Checks manifest, shards, indexes and records; with `decode` also opens every medium.
+
+    Raises ManifestError only if there is no manifest that can be read. `progress` is called with
+    (samples checked, samples of the dataset).
+    """
+    folder = Path(directory)
+    manifest = Manifest.load(folder)
+    problems: list[Problem] = []
+    done = num_good = 0
+    keys: dict[str, str] = {}
+    for shard in manifest.shards:
+        bad_before = len(problems)
+        index = _check_index(folder, shard, problems)
+        for key, faults in _check_samples(folder, shard, index, decode):
+            if key in keys and key:
+                faults.append(
+                    Problem(shard.file, key, "", "a key of its own", f"that key in {keys[key]} too")
+                )
+            keys.setdefault(key, shard.file)
+            problems += faults
+            num_good += not faults
+            done += 1
+            progress(done, manifest.num_samples)
+        if len(problems) == bad_before:
+            problems += _check_whole(folder, shard)
+    problems += _strangers(folder, manifest)
+    return ValidationReport(manifest.num_samples, num_good, tuple(problems))
+
+
+def _check_index(
+    folder: Path, shard: ShardEntry, problems: list[Problem]
+) -> NDArray[np.void] | None:
+    """The index if it can be used at all."""
+    path = folder / shard.index_file
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        problems.append(Problem(path.name, "", "", "the shard's index", str(error.strerror)))
+        return None
+    size = shard.num_samples * INDEX_DTYPE.itemsize
+    if len(data) != size:
+        problems.append(Problem(path.name, "", "", f"{size} bytes", f"{len(data)} bytes"))
+        return None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != shard.index_sha256:
+        problems.append(Problem(path.name, "", "", f"SHA-256 {shard.index_sha256}", digest))
+        return None
+    return np.frombuffer(data, dtype=INDEX_DTYPE)
+
+
+def _check_samples(
+    folder: Path, shard: ShardEntry, index: NDArray[np.void] | None, decode: bool
+) -> Iterator[tuple[str, list[Problem]]]:
+    """(key, faults) of each sample; the key is "" where even that could not be read."""
+    path = folder / shard.file
+    try:
+        size = path.stat().st_size
+        view = np.memmap(path, np.uint8, "r").data if size else memoryview(b"")
+    except OSError as error:
+        lost = f"{error.strerror}: {shard.num_samples} samples lost"
+        yield "", [Problem(shard.file, "", "", f"a shard of {shard.num_bytes} bytes", lost)]
+        return
+    if size < shard.num_bytes:
+        lost_from = f"{size} bytes: it was cut off"
+        if index is not None:
+            ends = index["offset"] + index["size"]
+            lost_from += f", {int((ends > size).sum())} of {len(index)} samples are lost"
+        yield "", [Problem(shard.file, "", "", f"{shard.num_bytes} bytes", lost_from)]
+    for number in range(shard.num_samples if index is not None else 0):
+        assert index is not None
+        row = Row(*index[number].item())
+        if row.offset + row.size <= size:
+            yield _check_sample(shard.file, number, row, view, decode)
+
+
+def _check_sample(
+    file: str, number: int, row: Row, view: memoryview, decode: bool
+) -> tuple[str, list[Problem]]:
+    data = view[row.offset : row.offset + row.size]
+    name = f"sample {number} at byte {row.offset}"
+    try:
+        found = list(spans(data, whole=False))
+        key = found[0].key if found else ""
+        if len(found) != 1:
+            return key, [Problem(file, name, "", "the members of one sample", f"{len(found)} keys")]
+        record = read_span(data, found[0])
+    except (TarError, RecordError) as error:
+        return "", [Problem(file, name, "", "a record", str(error))]
+    crc = zlib.crc32(data)
+    faults = []
+    if crc != row.crc32:
+        faults.append(Problem(file, key, "", f"CRC-32 {row.crc32:08x}", f"{crc:08x}"))
+    faults += _check_digests(file, record)
+    if record.meta.is_probed:
+        # The checksum was judged above; here only what the record says of itself is compared.
+        said = index_row(record.meta, row.offset, data)._replace(crc32=row.crc32)
+        faults += [
+            Problem(file, key, f"index {part}", str(mine), str(theirs))
+            for part, mine, theirs in zip(Row._fields, said, row, strict=True)
+            if mine != theirs
+        ]
+    if decode and not faults and record.medium is not None:
+        faults += _check_medium(file, record)
+    return key, faults
+
+
+def _check_digests(file: str, record: Record) -> Iterator[Problem]:
+    for member, expected in record.meta.sha256.items():
+        if member not in record.members:
+            yield Problem(file, record.key, member, "a member of that name", "none")
+            continue
+        found = hashlib.sha256(record.members[member]).hexdigest()
+        if found != expected:
+            yield Problem(file, record.key, member, f"SHA-256 {expected}", found)
+
+
+def _check_medium(file: str, record: Record) -> Iterator[Problem]:
+    assert record.medium is not None
+    member, data = record.medium
+    try:
+        facts = vars(probe(member, data))
+    except MediumError as error:
+        yield Problem(file, record.key, member, "a medium that opens", str(error))
+        return
+    if not record.meta.is_probed:
+        return
+    for name in vars(MediumFacts()):
+        said, found = getattr(record.meta, name), facts[name]
+        if not _close(said, found):
+            yield Problem(file, record.key, f"{member} {name}", str(said), str(found))
+
+
+def _close(said: Any, found: Any) -> bool:
+    if isinstance(said, float) or isinstance(found, float):
+        return abs(said - found) <= _PROBE_TOLERANCE * max(abs(said), abs(found))
+    return bool(said == found)
+
+
+def _check_whole(folder: Path, shard: ShardEntry) -> Iterator[Problem]:
+    """The shard's digest, and that nothing hides behind its last sample."""
+    view = np.memmap(folder / shard.file, np.uint8, "r").data
+    digest = hashlib.sha256(view).hexdigest()
+    if digest != shard.sha256:
+        yield Problem(shard.file, "", "", f"SHA-256 {shard.sha256}", digest)
+    index = np.fromfile(folder / shard.index_file, dtype=INDEX_DTYPE)
+    try:
+        check_end(view, int(index[-1]["offset"] + index[-1]["size"]) if len(index) else 0)
+    except TarError as error:
+        yield Problem(shard.file, "", "", "the end of the archive", str(error))
+
+
+def _strangers(folder: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Shards that lie there and are in no manifest: nobody would read them."""
+    known = {shard.file for shard in manifest.shards}
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in known:
+            yield Problem(path.name, "", "", "a shard of the manifest", "it is not listed there")

@@ -1,0 +1,225 @@
+"""`kinodit data`: make, index, check, describe and preview datasets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+HELP = "Make, index, check, describe and preview datasets (shards with an index and a manifest)."
+PROBLEMS_FOUND = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the actions and their arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_pack(actions)
+    _add_demo(actions)
+    action = actions.add_parser(
+        "index", help="give existing WebDataset shards (*.tar) an index and a manifest, in place"
+    )
+    action.add_argument("directory", type=Path, metavar="DIR")
+    action.add_argument("--name", default="", help="name of the dataset (default: the folder's)")
+    action.set_defaults(act=_index)
+    action = actions.add_parser("validate", help="check every byte of a dataset; 1 if it is bad")
+    action.add_argument("directory", type=Path, metavar="DIR")
+    action.add_argument("--decode", action="store_true", help="open every medium as well")
+    action.set_defaults(act=_validate)
+    action = actions.add_parser("stats", help="what is in a dataset, from its index alone")
+    action.add_argument("directory", type=Path, metavar="DIR")
+    action.add_argument("--json", action="store_true", help="print JSON")
+    action.set_defaults(act=_stats)
+    action = actions.add_parser("preview", help="one offline HTML contact sheet of a dataset")
+    action.add_argument("directory", type=Path, metavar="DIR")
+    action.add_argument(
+        "--out", type=Path, help="the page to write (default: DIR with .preview.html)"
+    )
+    action.add_argument("--num-samples", type=int, default=60, help="default: %(default)s")
+    action.add_argument("--seed", type=int, default=0, help="draws the samples")
+    action.set_defaults(act=_preview)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the action that was asked for; its exit code."""
+    return int(args.act(args))
+
+
+def _add_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    action = actions.add_parser(
+        "pack",
+        help="pack a folder or table of media and captions into shards",
+        description="SRC: a folder of media with sidecar NAME.txt or NAME.json captions, or a "
+        "CSV, TSV or JSONL table with columns path and caption.",
+    )
+    action.add_argument("source", type=Path, metavar="SRC")
+    action.add_argument("destination", type=Path, metavar="DST")
+    action.add_argument("--name", default="", help="name of the dataset (default: that of DST)")
+    action.add_argument(
+        "--shard-mb", type=int, default=256, help="size of a shard in MiB (default: %(default)s)"
+    )
+    action.add_argument(
+        "--skip-bad", action="store_true", help="leave out media that cannot be packed"
+    )
+    action.add_argument(
+        "--allow-uncaptioned", action="store_true", help="pack media that have no caption, too"
+    )
+    action.set_defaults(act=_pack)
+
+
+def _add_demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    action = actions.add_parser(
+        "demo",
+        help="make a dataset of real clips and pictures from installed packages",
+        description="Real clips, and a theatre of pictures that move over photographs with exact "
+        "captions and sounds of known onset; the same options give the same bytes.",
+    )
+    action.add_argument("destination", type=Path, metavar="DST")
+    action.add_argument("--num-clips", type=int, default=2000, help="default: %(default)s")
+    action.add_argument("--num-images", type=int, default=300, help="default: %(default)s")
+    action.add_argument("--num-sounds", type=int, default=200, help="default: %(default)s")
+    action.add_argument("--no-real-clips", action="store_true", help="the theatre's clips only")
+    action.add_argument(
+        "--size", type=int, default=64, help="pixels of a side (default: %(default)s)"
+    )
+    action.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    action.add_argument(
+        "--actions",
+        default="move,turn,grow,shrink",
+        help="what may happen, separated by commas (default: %(default)s)",
+    )
+    action.add_argument("--backgrounds", choices=("photo", "plain"), default="photo")
+    action.add_argument("--num-sprites", type=int, help="how many pictures act (default: all)")
+    action.add_argument(
+        "--stamps", type=Path, metavar="DIR", help="a folder of NAME.png with NAME.txt to act, too"
+    )
+    action.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    action.set_defaults(act=_demo)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from kinodit.data.pack import Progress, pack
+
+    line = _ProgressLine()
+
+    def progress(now: Progress) -> None:
+        bad = f", {now.num_bad} bad" if now.num_bad else ""
+        line.show(now.done, now.total, f"{now.num_bytes / 2**20:.1f} MiB{bad}")
+
+    report = pack(
+        args.source,
+        args.destination,
+        name=args.name,
+        shard_bytes=args.shard_mb << 20,
+        skip_bad=args.skip_bad,
+        allow_uncaptioned=args.allow_uncaptioned,
+        progress=progress,
+    )
+    line.end()
+    for reason in report.bad:
+        print(f"left out: {reason}", file=sys.stderr)
+    for suffix, count in report.ignored.items():
+        print(f"ignored: {count} files {suffix}", file=sys.stderr)
+    manifest = report.manifest
+    left_out = f", {len(report.bad)} left out" if report.bad else ""
+    print(
+        f"{args.destination}: {manifest.num_samples} samples in {len(manifest.shards)} shards, "
+        f"{report.num_bytes / 2**20:.1f} MiB{left_out}"
+    )
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from kinodit.data.demo.build import DemoOptions, build
+    from kinodit.data.demo.theatre import TheatreOptions
+
+    theatre = TheatreOptions(
+        size=args.size,
+        seed=args.seed,
+        actions=tuple(name.strip() for name in args.actions.split(",") if name.strip()),
+        backgrounds=args.backgrounds,
+        num_sprites=args.num_sprites,
+        stamps=args.stamps,
+    )
+    options = DemoOptions(
+        theatre, args.num_clips, args.num_images, args.num_sounds, not args.no_real_clips
+    )
+    line = _ProgressLine()
+    manifest = build(
+        args.destination, options, args.workers, lambda done, total: line.show(done, total, "")
+    )
+    line.end()
+    print(
+        f"{args.destination}: {manifest.num_samples} samples in {len(manifest.shards)} shards "
+        "(credits: docs/media.md)"
+    )
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from kinodit.data.writer import index_shards
+
+    manifest = index_shards(args.directory, args.name or args.directory.resolve().name)
+    print(f"{args.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from kinodit.data.validate import validate
+
+    line = _ProgressLine()
+    report = validate(
+        args.directory, decode=args.decode, progress=lambda done, all_: line.show(done, all_, "")
+    )
+    line.end()
+    for problem in report.problems:
+        print(problem)
+    verdict = f"{len(report.problems)} problems" if report.problems else "no problems"
+    print(
+        f"{args.directory}: {report.num_good} of {report.num_samples} samples are good; {verdict}"
+    )
+    return PROBLEMS_FOUND if report.problems else 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    from kinodit.data.manifest import Dataset
+    from kinodit.data.stats import collect, table
+
+    stats = collect(Dataset(args.directory))
+    print(json.dumps(asdict(stats), indent=2) if args.json else table(stats))
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from kinodit.data.manifest import Dataset
+    from kinodit.data.preview import preview
+
+    out = args.out or args.directory.resolve().with_suffix(".preview.html")
+    shown = preview(Dataset(args.directory), out, args.num_samples, args.seed)
+    print(f"{out}: {shown} samples, {out.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+class _ProgressLine:
+    """One line on stderr, rewritten at most ten times a second; nothing if that is no terminal."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self._shown = False
+
+    def show(self, done: int, total: int, note: str) -> None:
+        """Shows how many of `total` are done and how long the rest will take."""
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - self._last < 0.1 and done < total):
+            return
+        self._last, self._shown = now, True
+        left_s = (now - self._start) / done * (total - done)
+        text = f"{done}/{total}  {note}  {left_s:.0f} s left"
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Clears the line."""
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

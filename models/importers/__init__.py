@@ -1,0 +1,1 @@
+"""Weights of released models, by way of their diffusers layout."""

@@ -1,0 +1,218 @@
+"""Reads what a run folder holds, whatever state the run was left in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kinodit.models.errors import UserError
+from kinodit.trainer.jsonl import read_rows
+from kinodit.trainer.redact import redact, redact_text
+
+Row = dict[str, Any]
+
+SILENCE_S = 180.0
+"""A run that has written nothing for so long, and for 20 times its usual pause, has ended."""
+
+
+class ReportError(UserError):
+    """The folder is not a run, or the page cannot be written."""
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """One sampled clip or picture: its entry of index.json and where its file lies."""
+
+    entry: Row
+    path: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a report shows. Rows are in the order of their steps, one per step and kind.
+
+    samples: (step, files) of every sampling, oldest first; notes: what could not be read.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    train: list[Row]
+    validation: list[Row]
+    events: list[Row]
+    samples: list[tuple[int, list[SampleFile]]]
+    notes: list[str]
+
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return str(self.config.get("run", {}).get("name") or self.folder.resolve().name)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps the run was asked for; 0 if its config does not say."""
+        return int(self.config.get("run", {}).get("steps") or 0)
+
+    @property
+    def last_step(self) -> int:
+        """The last step of which there is any trace."""
+        rows = [*self.train[-1:], *self.validation[-1:], *self.events]
+        return max((int(row["step"]) for row in rows), default=0)
+
+    @property
+    def last_sign_s(self) -> float:
+        """Unix time of the last row or event; 0 if there is none."""
+        rows = [*self.train[-1:], *self.events]
+        return max((number(row.get("time_s", 0.0)) for row in rows), default=0.0)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds spent on the steps that count (those lost to an interruption are not)."""
+        total, before = 0.0, None
+        for row in self.train:
+            count = row["step"] - before if before is not None else _first_window(self.train)
+            total += number(row.get("step_s", 0.0)) * count
+            before = row["step"]
+        return total
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`, with secrets masked.
+
+    Raises:
+        ReportError: there is no run.
+    """
+    config_path = folder / "config.yaml"
+    metrics_path = folder / "metrics.jsonl"
+    if not folder.is_dir():
+        raise ReportError(f"no run folder at {folder}: pass the folder that training wrote")
+    if not config_path.is_file() and not metrics_path.is_file():
+        raise ReportError(
+            f"{folder} holds neither config.yaml nor metrics.jsonl: pass the folder of one run, "
+            "such as runs/NAME"
+        )
+    notes: list[str] = []
+    rows = _rows(metrics_path, notes)
+    return Run(
+        folder=folder,
+        config=redact(_mapping(config_path, notes)),
+        environment=redact(_mapping(folder / "environment.json", notes)),
+        train=_one_per_step(rows, "train"),
+        validation=_one_per_step(rows, "validation"),
+        events=[_event(row) for row in _rows(folder / "events.jsonl", notes)],
+        samples=_samples(folder / "samples", notes),
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class State:
+    """label: one word; detail: a sentence; tone: "good", "busy" or "bad"."""
+
+    label: str
+    detail: str
+    tone: str
+
+
+def run_state(run: Run, now: float) -> State:
+    """How the run stands at unix time `now`, judged by its last signs of life."""
+    turns = [row for row in run.events if row["event"] in ("start", "resume", "stop")]
+    stopped = bool(turns) and turns[-1]["event"] == "stop"
+    if run.total_steps and run.last_step >= run.total_steps:
+        return State("finished", "all steps are done", "good")
+    if stopped:
+        return State("stopped", str(turns[-1]["message"]) or "before its last step", "bad")
+    if not run.train and not run.events:
+        return State("empty", "nothing has been logged yet", "bad")
+    times = [number(row.get("time_s", 0.0)) for row in run.train[-20:]]
+    pauses = [late - early for early, late in pairwise(times)]
+    patience_s = max(SILENCE_S, 20 * max(pauses, default=0.0))
+    if now - run.last_sign_s <= patience_s:
+        return State("running", "as of this page", "busy")
+    return State("interrupted", "it ended without a word; the same command resumes it", "bad")
+
+
+def number(value: Any) -> float:
+    """A number of a row, whose non-finite ones are strings; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _first_window(rows: Sequence[Row]) -> int:
+    """Steps in the first row: as many as in the second, but not more than there were."""
+    first = int(rows[0]["step"])
+    window = int(rows[1]["step"]) - first if len(rows) > 1 else first
+    return max(1, min(window, first))
+
+
+def _rows(path: Path, notes: list[str]) -> list[Row]:
+    if not path.is_file():
+        return []
+    rows, broken = [], 0
+    for row in read_rows(path):
+        if row is not None and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            broken += 1
+    if broken:
+        lines = "1 line" if broken == 1 else f"{broken} lines"
+        notes.append(f"{lines} of {path.name} could not be read and are left out.")
+    return rows
+
+
+def _one_per_step(rows: Sequence[Row], kind: str) -> list[Row]:
+    """Rows of `kind` by step; of several for one step the one written last."""
+    by_step = {row["step"]: row for row in rows if row.get("kind") == kind}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _event(row: Row) -> Row:
+    message = redact_text(str(row.get("message", "")))
+    return row | {"event": str(row.get("event", "")), "message": message}
+
+
+def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file (JSON is YAML); empty, with a note, if it is broken."""
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        notes.append(f"{path.name} could not be read and is left out.")
+        return {}
+    return content
+
+
+def _samples(folder: Path, notes: list[str]) -> list[tuple[int, list[SampleFile]]]:
+    found = []
+    missing = 0
+    for index_path in sorted(folder.glob("step-*/index.json")):
+        try:
+            step = int(index_path.parent.name.removeprefix("step-"))
+            entries = json.loads(index_path.read_text(encoding="utf-8"))
+        except ValueError:
+            notes.append(f"samples/{index_path.parent.name} could not be read and is left out.")
+            continue
+        files = []
+        for entry in entries:
+            # Only a plain name: an index must not make the report include other files.
+            path = index_path.parent / Path(str(entry["file"])).name
+            if path.is_file():
+                files.append(SampleFile(entry, path))
+            else:
+                missing += 1
+        found.append((step, files))
+    if missing:
+        notes.append(f"{missing} sampled files are named in an index but not there.")
+    return found

@@ -1,0 +1,196 @@
+"""Archives that streaming readers take for shorter ones, or for harmless: each is an error."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kinodit.data.manifest import ManifestError, build_index
+from kinodit.data.tar import BLOCK, TarError, members
+from tests.data.shards import picture, tar_bytes, write_tar
+
+
+def listed(data: bytes) -> list[tuple[str, bytes]]:
+    return [
+        (member.name, data[member.data : member.data + member.size])
+        for member in members(data, whole=True)
+    ]
+
+
+FILES = [("a.png", b"x" * 700), ("a.txt", b"hello"), ("b.png", b""), ("b.txt", b"y" * 512)]
+
+
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_plain_archives_of_any_dialect_are_read_like_tarfile_does(format_: int) -> None:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=format_) as archive:
+        for name, data in FILES:
+            header = tarfile.TarInfo(name)
+            header.size, header.mtime, header.uname = len(data), 1.5, "someone"  # type: ignore[assignment]
+            if format_ != tarfile.PAX_FORMAT:
+                header.mtime = 1
+            archive.addfile(header, io.BytesIO(data))
+    assert listed(target.getvalue()) == FILES
+
+
+def test_members_are_adjacent_and_cover_the_archive() -> None:
+    data = tar_bytes(FILES)
+    found = list(members(data, whole=True))
+    assert [member.start for member in found[1:]] == [member.end for member in found[:-1]]
+    assert found[0].start == 0
+    assert data[found[-1].end :].count(0) == len(data) - found[-1].end
+
+
+def test_names_longer_than_ustar_allows_come_from_the_pax_header() -> None:
+    name = "k" * 128 + ".latent.safetensors"
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    (member,) = members(target.getvalue(), whole=True)
+    assert member.name == name
+    assert member.start == 0
+
+
+def test_an_archive_cut_off_anywhere_is_an_error_that_says_where(tmp_path: Path) -> None:
+    data = tar_bytes([(f"{key}.png", picture()) for key in "abc"])
+    end = [member.end for member in members(data, whole=True)][-1]
+    path = tmp_path / "000000.tar"
+    for length in [1, 511, 512, 600, 1024, 1500, end - 1, end, end + 512]:
+        path.write_bytes(data[:length])
+        with pytest.raises(ManifestError, match=r"000000\.tar: .*byte \d+"):
+            build_index(path)
+    path.write_bytes(b"")
+    with pytest.raises(ManifestError, match="empty"):
+        build_index(path)
+
+
+def test_a_damaged_header_in_the_middle_does_not_end_the_archive_quietly(tmp_path: Path) -> None:
+    data = bytearray(tar_bytes([(f"{key}.png", picture()) for key in "abcdef"]))
+    third = list(members(bytes(data), whole=True))[2].start
+    data[third + 3] ^= 0x40
+    path = tmp_path / "000000.tar"
+    path.write_bytes(data)
+    # What streaming readers build on: it reads two members and reports nothing.
+    with tarfile.open(path) as archive:
+        assert len(archive.getnames()) == 2
+    with pytest.raises(ManifestError, match=rf"000000\.tar: .*byte {third} is damaged"):
+        build_index(path)
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
+def test_only_regular_files_are_members(kind: bytes) -> None:
+    header = tarfile.TarInfo("a.png")
+    header.type, header.linkname = kind, "/etc/passwd"
+    data = header.tobuf(tarfile.USTAR_FORMAT) + bytes(2 * BLOCK)
+    with pytest.raises(TarError, match="only regular files"):
+        list(members(data, whole=True))
+
+
+def test_a_header_that_claims_60_gib_is_refused_without_reading_them() -> None:
+    header = tarfile.TarInfo("a.png")
+    header.size = 60 << 30
+    start = time.monotonic()
+    for dialect in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with pytest.raises(TarError):
+            list(members(header.tobuf(dialect) + bytes(2 * BLOCK), whole=True))
+    header.size = 1 << 31
+    with pytest.raises(TarError, match="claims 2147483648 bytes"):
+        list(members(header.tobuf(tarfile.USTAR_FORMAT) + bytes(2 * BLOCK), whole=True))
+    assert time.monotonic() - start < 1
+
+
+def test_compressed_archives_are_not_inflated(tmp_path: Path) -> None:
+    path = tmp_path / "000000.tar"
+    path.write_bytes(gzip.compress(tar_bytes([("a.png", bytes(10_000_000))])))
+    with pytest.raises(ManifestError, match=r"no tar header at byte 0|damaged"):
+        build_index(path)
+
+
+def test_bytes_behind_the_end_are_not_ignored() -> None:
+    one = tar_bytes(FILES)
+    with pytest.raises(TarError, match="bytes after its end-of-archive marker"):
+        list(members(one + one, whole=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["../../../etc/x.png"], "not allowed"),
+        (["/abs/y.png"], "sample key '/abs/y'"),
+        (["dir/a.png"], "sample key 'dir/a'"),
+        (["a.png", "b.png", "a.txt"], "'a' at byte 2048 was there before"),
+        (["a.png", "a.png"], "'a' has two members 'png'"),
+        (["clip.v1.mp4"], "member 'v1.mp4'"),
+        (["A.png"], "sample key 'A'"),
+        (["a.pkl"], "member 'pkl'"),
+        (["noextension"], "member ''"),
+        ([".png"], "sample key ''"),
+    ],
+)
+def test_names_that_readers_stumble_over_are_refused(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    path = write_tar(tmp_path / "000000.tar", [(name, picture()) for name in names])
+    with pytest.raises(ManifestError, match=message):
+        build_index(path)
+
+
+def test_a_pickle_in_a_shard_is_never_loaded(tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    payload = f"cos\nsystem\n(S'touch {witness}'\ntR.".encode()
+    for extension in ("pkl", "pyd", "pth", "npy"):
+        path = write_tar(tmp_path / "000000.tar", {"a.png": picture(), f"a.{extension}": payload})
+        with pytest.raises(ManifestError, match="not allowed"):
+            build_index(path)
+    assert not witness.exists()
+
+
+@given(st.binary(max_size=2000))
+def test_random_bytes_are_an_error_and_nothing_else(data: bytes) -> None:
+    if not data.strip(b"\0"):
+        return
+    with pytest.raises(TarError):
+        list(members(data, whole=True))
+
+
+GOOD = tar_bytes(FILES)
+
+
+@given(st.integers(0, 6 * BLOCK - 1), st.integers(1, 255))
+def test_a_changed_byte_is_read_or_refused_but_never_crashes(place: int, change: int) -> None:
+    data = bytearray(GOOD)
+    data[place] ^= change
+    try:
+        found = listed(bytes(data))
+    except TarError:
+        return
+    assert [name for name, _ in found] == [name for name, _ in FILES]
+
+
+def test_damaged_pax_headers_are_refused() -> None:
+    def with_pax(text: bytes) -> bytes:
+        head = tarfile.TarInfo("pax")
+        head.type, head.size = tarfile.XHDTYPE, len(text)
+        body = text + bytes(-len(text) % BLOCK)
+        file = tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT)
+        return head.tobuf(tarfile.USTAR_FORMAT) + body + file + bytes(2 * BLOCK)
+
+    assert next(iter(members(with_pax(b"14 path=b.png\n"), whole=True))).name == "b.png"
+    for text in (
+        b"99 path=b.png\n",
+        b"path=b.png\n",
+        b"14 path=b.png ",
+        b"\xff" * 20,
+        b"10 size=x\n",
+    ):
+        with pytest.raises(TarError, match="PAX header"):
+            list(members(with_pax(text), whole=True))

@@ -27,6 +27,7 @@ BROKEN_PIPE = 141
 COMMANDS: dict[str, str] = {
     "train": "train or resume a run",
     "sample": "generate clips from a run",
+    "measure": "measure which way sampled clips of the demo set move",
     "report": "write a run's HTML report",
     "data": "pack, check, describe and preview shards",
     "config": "show, describe and compare recipes",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 from kinodit.data.manifest import Manifest
 from kinodit.data.probe import MediumError, modality_of, probe, with_facts
 from kinodit.data.record import MAX_MEMBER_BYTES, Record, RecordError, RecordMeta
+from kinodit.data.remux import remux
 from kinodit.data.source import MEMBER_OF_SUFFIX, REMUXED, Source, SourceError, SourceItem
 from kinodit.data.writer import DEFAULT_SHARD_BYTES, DatasetWriter
-from kinodit.models.errors import MissingExtraError, UserError
+from kinodit.models.errors import UserError
 
 MAX_REPORTED = 10
 
@@ -118,34 +118,3 @@ def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
         sha256={extension: hashlib.sha256(data).hexdigest()},
     )
     return Record(item.key, with_facts(meta, facts), {extension: data})
-
-
-def remux(data: bytes, demuxer: str) -> bytes:
-    """The first video and the first audio stream of a container, copied into an mp4.
-
-    Raises MediumError if there is no video or an mp4 cannot hold the streams.
-    """
-    try:
-        import av
-    except ImportError as error:
-        raise MissingExtraError("PyAV", "media", "reading video and sound") from error
-    target = io.BytesIO()
-    try:
-        options = {"protocol_whitelist": ""}
-        with (
-            av.open(io.BytesIO(data), format=demuxer, options=options) as source,
-            av.open(target, "w", format="mp4") as sink,
-        ):
-            streams = [*source.streams.video[:1], *source.streams.audio[:1]]
-            if not source.streams.video:
-                raise MediumError("there is no video stream in it")
-            copies = {stream.index: sink.add_stream_from_template(stream) for stream in streams}
-            for packet in source.demux(streams):
-                if packet.dts is not None:
-                    packet.stream = copies[packet.stream.index]
-                    sink.mux(packet)
-    except (OSError, ValueError, av.FFmpegError) as error:
-        if isinstance(error, MediumError):
-            raise
-        raise MediumError(f"its streams cannot be copied into an mp4: {error}") from error
-    return target.getvalue()

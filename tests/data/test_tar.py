@@ -33,7 +33,7 @@ def test_plain_archives_of_any_dialect_are_read_like_tarfile_does(format_: int) 
     with tarfile.open(fileobj=target, mode="w", format=format_) as archive:
         for name, data in FILES:
             header = tarfile.TarInfo(name)
-            header.size, header.mtime, header.uname = len(data), 1.5, "someone"  # type: ignore[assignment]
+            header.size, header.mtime, header.uname = len(data), 1.5, "someone"
             if format_ != tarfile.PAX_FORMAT:
                 header.mtime = 1
             archive.addfile(header, io.BytesIO(data))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,9 @@ class WaveletConfig(VideoCodecConfig):
                        None leaves the coefficients of pixels in [-1, 1] as they are
     standardise_power: 1 gives every subband unit variance; at 0 subbands keep their proportions
                        and only the mean variance over channels is 1
+    gains:             subband name ("3/t": coarsest level, change in time) -> factor on top. Noise
+                       hides a subband later the more it is raised, so that a model settles it
+                       earlier when it generates: motion before texture, for instance
     """
 
     name: Literal["wavelet"] = "wavelet"
@@ -56,6 +59,7 @@ class WaveletConfig(VideoCodecConfig):
     first_frame_alone: bool = True
     standardisation: str | None = None
     standardise_power: float = 1.0
+    gains: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         levels = (self.temporal_levels, self.spatial_levels)
@@ -66,6 +70,15 @@ class WaveletConfig(VideoCodecConfig):
             )
         if not 0 <= self.standardise_power <= 1:
             raise ConfigError(f"standardise_power lies in [0, 1], got {self.standardise_power}")
+        names = [band.name for band in subbands(*levels)]
+        for name, gain in self.gains.items():
+            if name not in names:
+                raise ConfigError(
+                    f"wavelet gains name subband {name!r}; with these levels there are "
+                    f"{', '.join(names)}"
+                )
+            if not (gain > 0 and math.isfinite(gain)):
+                raise ConfigError(f"wavelet gains are positive, got {name}: {gain}")
 
     def build(self, device: torch.device) -> WaveletCodec:
         """The codec on `device`, with the standardisation that the config names."""
@@ -153,10 +166,12 @@ class WaveletCodec:
         sizes = torch.tensor([band.size for band in self.subbands])
         mean_G3 = torch.tensor([band.mean for band in standardisation.subbands])
         std_G3 = torch.tensor([band.std for band in standardisation.subbands])
+        gain_G1 = torch.tensor([[self.config.gains.get(band.name, 1.0)] for band in self.subbands])
         std_B3 = std_G3.repeat_interleave(sizes, dim=0)
-        level = (std_B3 ** (1 - power)).square().mean().sqrt()
+        gain_B1 = gain_G1.repeat_interleave(sizes, dim=0)
+        level = (gain_B1 * std_B3 ** (1 - power)).square().mean().sqrt()
         self._mean_B3 = mean_G3.repeat_interleave(sizes, dim=0).to(self.device)
-        self._scale_B3 = (std_B3**power * level).to(self.device)
+        self._scale_B3 = (std_B3**power * level / gain_B1).to(self.device)
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(b"wavelet 1")

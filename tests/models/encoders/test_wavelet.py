@@ -246,3 +246,27 @@ def test_a_standardisation_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(EncoderError, match="is not JSON"):
         codec(standardisation=str(file))
+
+
+def test_gains_raise_named_subbands_and_stay_lossless() -> None:
+    clips = [natural_clip(4, 16, seed) for seed in range(3)]
+    plain = codec(temporal_levels=2, first_frame_alone=False, standardise_power=0.0)
+    raised = replace(plain.config, gains={"2/t": 4.0})
+    fitted = fit_standardisation(plain, clips)
+    louder = WaveletCodec(raised, fitted.standardisation, CPU)
+    names = [band.name for band in plain.subbands]
+    sizes = [band.size * 3 for band in plain.subbands]
+    before = fitted.encode(clips[0]).split(sizes)
+    after = louder.encode(clips[0]).split(sizes)
+    ratios = [float(b.norm() / a.norm()) for a, b in zip(before, after, strict=True)]
+    index = names.index("2/t")
+    assert ratios[index] / ratios[0] == pytest.approx(4.0, rel=1e-5)
+    total = torch.stack([louder.encode(clip) for clip in clips]).square().mean()
+    assert 0.3 < float(total) < 3.0
+    assert torch.equal(louder.decode(louder.encode(clips[0])), clips[0])
+    assert louder.fingerprint != fitted.fingerprint
+
+
+def test_gains_of_subbands_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ConfigError, match="3/t"):
+        WaveletConfig(temporal_levels=1, spatial_levels=1, gains={"3/t": 2.0})

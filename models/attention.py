@@ -9,9 +9,11 @@ another callable of the same signature; a device brings its kernel by a row of `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +86,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
         # A filler pack: the graph must reach k and v too, or their gradients would be missing.
         return q + k.sum() + v.sum()
     if layout.order is not None and layout.inverse is not None:
-        order, inverse = layout.order, layout.inverse
-        q, k, v = q[order], k[order], v[order]
-        return attend_segment_major(q, k, v, layout)[inverse]
+        there, back = (layout.order, layout.inverse), (layout.inverse, layout.order)
+        q, k, v = (permute(x, *there) for x in (q, k, v))
+        return permute(attend_segment_major(q, k, v, layout), *back)
     return attend_segment_major(q, k, v, layout)
 
 
@@ -97,8 +99,31 @@ def attend_segment_major(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayou
     return kernel(q, k, v, visibility)
 
 
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`x` with its rows in another order, one pass forward and one backward."""
+    out: Tensor = _Permute.apply(x, order, inverse)
+    return out
+
+
+class _Permute(torch.autograd.Function):
+    """x[order]; its backward looks rows up too, where autograd's would add them to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
 def by_group(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
     """One SDPA call per group of queries, over the keys that the group sees."""
+    if not any(visibility.visible):
+        # Nobody sees anything: zeros, but the graph must still reach all three.
+        return 0 * (q + k.sum() + v.sum())
     lengths = list(visibility.lengths)
     # split, not slices: the backward of a slice is a full-size tensor of zeros per slice.
     q_parts, k_parts, v_parts = q.split(lengths), k.split(lengths), v.split(lengths)
@@ -159,11 +184,13 @@ def varlen_cuda(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tens
     return out
 
 
-@lru_cache(maxsize=64)
 def segment_ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """[B + 1] int32 on `device`: 0 and the running sums of `lengths`, copied without a sync."""
-    ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return ends.pin_memory().to(device, non_blocking=True)
+    ends = (0, *itertools.accumulate(lengths))
+    if not torch.cuda.is_available():  # a pretended device, which has no pinned memory
+        return torch.tensor(ends, dtype=torch.int32, device=device)
+    pinned = torch.tensor(ends, dtype=torch.int32, pin_memory=True)
+    return pinned.to(device, non_blocking=True)
 
 
 def attend_within(q: Tensor, k: Tensor, v: Tensor, segment: Tensor, num_segments: int) -> Tensor:
@@ -186,7 +213,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, segment: Tensor, num_segments
         ends = torch.searchsorted(segment, rows).to(torch.int32)
         out: Tensor = varlen_attn(q, k, v, ends, ends, q.shape[0], q.shape[0])
         return out
-    mask = segment[:, None] == segment[None]
+    mask = segment.unsqueeze(1) == segment.unsqueeze(0)
     q_HND, k_HND, v_HND = (x.transpose(0, 1) for x in (q, k, v))
     return F.scaled_dot_product_attention(q_HND, k_HND, v_HND, attn_mask=mask).transpose(0, 1)
 

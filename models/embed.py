@@ -30,7 +30,7 @@ def timestep_features(value: Tensor, dtype: torch.dtype) -> Tensor:
     """
     half = NUM_FEATURES // 2
     exponent = torch.arange(half, dtype=dtype, device=value.device) / half
-    angle_KF = 1000 * value[:, None].to(dtype) * torch.exp(-math.log(10000) * exponent)
+    angle_KF = 1000 * value.unsqueeze(-1).to(dtype) * torch.exp(-math.log(10000) * exponent)
     return torch.cat([angle_KF.cos(), angle_KF.sin()], dim=-1)
 
 
@@ -71,8 +71,8 @@ class ConditionEmbed(nn.Module):
         for name, embed in self.vectors.items():
             value = batch.conditions[name]
             if self.kinds[name] == "scalar":
-                value = timestep_features(value[:, 0], dtype)
-            c_Kc = c_Kc + embed(value)[batch.level_segment]
+                value = timestep_features(value.squeeze(-1), dtype)
+            c_Kc = c_Kc + embed(value).index_select(0, batch.level_segment)
         return c_Kc
 
 
@@ -127,7 +127,8 @@ class TokenRefiner(nn.Module):
         """`x` [N, d], `latents` [N, C] -> [N, d]."""
         mean_SC = segment_mean(latents, tokens.segment, batch.num_segments)
         condition = self.time(timestep_features(batch.level_t, dtype))
-        condition = F.silu(condition + self.pooled(mean_SC)[batch.level_segment])
+        pooled = self.pooled(mean_SC).index_select(0, batch.level_segment)
+        condition = F.silu(condition + pooled)
         for block in self.blocks:
             x = block(x, condition, tokens, batch.num_segments)
         return x
@@ -168,6 +169,8 @@ def segment_mean(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     A product with the one-hot matrix: no scatter, hence a fixed order of summation on any device.
     """
     rows = torch.arange(num_segments, device=segment.device)
-    one_hot = (rows[:, None] == segment[None]).to(torch.promote_types(x.dtype, torch.float32))
+    one_hot = (rows.unsqueeze(1) == segment.unsqueeze(0)).to(
+        torch.promote_types(x.dtype, torch.float32)
+    )
     counts = one_hot.sum(1, keepdim=True).clamp_min(1)
     return ((one_hot @ x.to(one_hot.dtype)) / counts).to(x.dtype)

@@ -58,7 +58,7 @@ class Modulation(nn.Module):
             condition = self.down(condition)
         rows = self.linear(condition)
         if shared is not None:
-            rows = rows + shared[:, : rows.shape[1]]
+            rows = rows + shared.narrow(1, 0, rows.shape[1])
         return [self._branch(part) for part in rows.chunk(self.branches, dim=-1)]
 
     def _branch(self, rows: Tensor) -> Rows:
@@ -102,7 +102,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, level: Tensor, eps: 
     shift, scale = shift.to(x.dtype), scale.to(x.dtype)
     if scale.shape[0] == 1:
         # One level for all tokens: they are the norm's weight and bias, fused in its kernel.
-        return F.layer_norm(x, x.shape[-1:], (1 + scale)[0], shift[0], eps)
+        return F.layer_norm(x, x.shape[-1:], (1 + scale).squeeze(0), shift.squeeze(0), eps)
     if torch.compiler.is_compiling():
         normed = F.layer_norm(x, x.shape[-1:], None, None, eps)
         return torch.addcmul(per_token(shift, level), normed, per_token(1 + scale, level))
@@ -136,7 +136,7 @@ def segment_sum(x: Tensor, level: Tensor, num_rows: int) -> Tensor:
     # On a GPU index_add is atomic: slow on few rows, and of no fixed order. A product with the
     # one-hot matrix is neither.
     rows = torch.arange(num_rows, device=x.device)
-    return (rows[:, None] == level[None]).to(x.dtype) @ x
+    return (rows.unsqueeze(1) == level.unsqueeze(0)).to(x.dtype) @ x
 
 
 class _Lookup(torch.autograd.Function):

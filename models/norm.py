@@ -56,7 +56,7 @@ class _NormRotate(torch.autograd.Function):
         ctx.save_for_backward(x, weight, rotary, rstd)
         out = (wide * rstd).mul_(weight)
         if rotary is not None:
-            as_complex(out).mul_(torch.view_as_complex(rotary)[:, None])
+            as_complex(out).mul_(torch.view_as_complex(rotary).unsqueeze(1))
         return out.to(x.dtype)
 
     @staticmethod
@@ -64,12 +64,12 @@ class _NormRotate(torch.autograd.Function):
         x, weight, rotary, rstd = ctx.saved_tensors
         grad = grad.to(rstd.dtype)
         if rotary is not None:
-            turned_back = as_complex(grad) * torch.view_as_complex(rotary).conj()[:, None]
+            turned_back = as_complex(grad) * torch.view_as_complex(rotary).conj().unsqueeze(1)
             grad = torch.view_as_real(turned_back).flatten(-2)
         normed = x * rstd
         product = grad * normed
         grad_weight = product.sum((0, 1))
-        mean = (product @ weight.to(product.dtype)).div_(x.shape[-1])[..., None]
+        mean = (product @ weight.to(product.dtype)).div_(x.shape[-1]).unsqueeze(-1)
         grad_x = (grad * weight).addcmul_(normed, mean, value=-1).mul_(rstd)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None, None
 

@@ -87,7 +87,8 @@ def axis_frequencies(
     time_aware:      base b s^(d / d_t), d_t = (d - 1)(1 - t) + 1, never below pi: pi at noise,
                      base b s at data (same paper, section 2.2; its t is our 1 - t)
     """
-    pair = torch.arange(0, dim, 2, dtype=level_t.dtype, device=level_t.device)[None] / max(dim, 1)
+    pair = torch.arange(0, dim, 2, dtype=level_t.dtype, device=level_t.device) / max(dim, 1)
+    pair = pair.unsqueeze(0)
     plain = base**-pair
     if scaling == "none" or factor == 1.0 or dim == 0:
         return plain
@@ -100,7 +101,7 @@ def axis_frequencies(
     if scaling == "frequency_aware":
         target = dim * math.log(trained / (2 * math.pi)) / math.log(base)
         return torch.maximum(interpolated, plain * factor ** (-pair * dim / target))
-    target_K1 = ((dim - 1) * (1 - level_t) + 1)[:, None]
+    target_K1 = ((dim - 1) * (1 - level_t) + 1).unsqueeze(1)
     return torch.maximum(interpolated, plain * factor ** (-pair * dim / target_K1))
 
 
@@ -125,8 +126,8 @@ def rotary_table(
             dim, config.base, config.scaling, config.factors[axis], config.trained[axis], level_t
         )
         if frequency.shape[0] != 1:
-            frequency = frequency[level]
-        angles.append(position_N3[:, axis, None] * units[axis] * frequency)
+            frequency = frequency.index_select(0, level)
+        angles.append(position_N3.narrow(1, axis, 1) * units[axis] * frequency)
     angles_NP = torch.cat(angles, dim=-1)
     return torch.stack((angles_NP.cos(), angles_NP.sin()), dim=-1)
 
@@ -139,11 +140,11 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     pairs_NHP2 = x.to(rotary.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         real, imaginary = pairs_NHP2.unbind(-1)
-        cos, sin = rotary[:, None].unbind(-1)
+        cos, sin = rotary.unsqueeze(1).unbind(-1)
         turned = torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=-1)
     else:
         # One pass in eager mode; a compiler has no code for complex numbers.
-        turn = torch.view_as_complex(rotary)[:, None]
+        turn = torch.view_as_complex(rotary).unsqueeze(1)
         turned = torch.view_as_real(torch.view_as_complex(pairs_NHP2) * turn)
     return turned.flatten(-2).to(x.dtype)
 
@@ -162,6 +163,6 @@ def sincos_2d(position: Tensor, width: int, scale: float, dtype: torch.dtype) ->
     )
     features = []
     for axis in (2, 1):
-        angle = position[:, axis, None].to(dtype) * scale * omega
+        angle = position.narrow(1, axis, 1).to(dtype) * scale * omega
         features += [angle.sin(), angle.cos()]
     return torch.cat(features, dim=-1)

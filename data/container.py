@@ -23,8 +23,20 @@ DEMUXERS = {
     "wav": "wav",
     "opus": "ogg",
 }
-"""FFmpeg's demuxer of each media member. Never probed: a playlist or a concat script under the
-name of a clip would be opened as what it is, and may name other files and URLs."""
+"""FFmpeg's demuxer of each media member. FFmpeg is never left to guess: a playlist or a concat
+script under the name of a clip would be opened as what it is, and read the files it names."""
+
+SIGNATURES = (
+    (0, b"\x89PNG", "png_pipe"),
+    (0, b"\xff\xd8\xff", "jpeg_pipe"),
+    (8, b"WEBP", "webp_pipe"),
+    (8, b"WAVE", "wav"),
+    (0, b"fLaC", "flac"),
+    (0, b"OggS", "ogg"),
+    (0, b"\x1a\x45\xdf\xa3", "matroska"),
+    (4, b"ftyp", "mov"),
+)
+"""(offset, bytes, demuxer): media that are of another kind than their name says, and common."""
 
 
 class DecodeError(UserError):
@@ -56,7 +68,7 @@ def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
     try:
         with av.open(
             io.BytesIO(payload),
-            format=DEMUXERS[name],
+            format=demuxer(name, payload),
             options={"protocol_whitelist": ""},
             stream_options=[limits] * 8,
         ) as container:
@@ -70,6 +82,14 @@ def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
             f"{where} cannot be decoded ({reason}): its {len(payload)} bytes are damaged or not "
             f"{name}; `kinodit data validate` finds such samples"
         ) from error
+
+
+def demuxer(name: str, payload: bytes) -> str:
+    """FFmpeg's demuxer for a member: by its first bytes if they are known, else by its name."""
+    for offset, signature, found in SIGNATURES:
+        if payload[offset : offset + len(signature)] == signature:
+            return found
+    return DEMUXERS[name]
 
 
 def seek_to(container: Any, stream: Any, ticks: Fraction) -> None:

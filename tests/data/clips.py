@@ -47,21 +47,22 @@ def clip_bytes(
     times: Sequence[int] | None = None,
     onset: int | None = None,
     rotation: int = 0,
-    options: dict[str, str] | None = None,
+    last_lasts: int = 1,
 ) -> bytes:
     """A video of barcodes. `times`: time of each frame in units of 1 / fps (default 0, 1, 2, ...).
 
-    `onset`: adds sound at `RATE`: silence, then full scale from that sample on.
+    `onset`: adds sound at `RATE`: silence, then half of full scale from that sample on.
+    `last_lasts`: for how long the last frame is shown, in the same units.
     """
     buffer = io.BytesIO()
     codec = "libx264" if extension == "mp4" else "libvpx-vp9"
-    container = av.open(buffer, "w", format=extension, options=options or {})
+    container = av.open(buffer, "w", format=extension)
     stream = container.add_stream(codec, rate=fps)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     stream.codec_context.gop_size = keyframe_every
     stream.options = {"crf": "8", "threads": "1", "cpu-used": "8"}
     if extension == "mp4":
-        stream.options = {"crf": "8", "threads": "1", "bf": "2"}
+        stream.options = {"crf": "8", "threads": "1", "bf": "2" if last_lasts == 1 else "0"}
     if rotation:
         stream.set_display_rotation(rotation)
     sound = None
@@ -72,7 +73,10 @@ def clip_bytes(
         frame = av.VideoFrame.from_ndarray(barcode(number, height, width), format="rgb24")
         frame.pts, frame.time_base = when, 1 / Fraction(fps)
         container.mux(stream.encode(frame))
-    container.mux(stream.encode())
+    for packet in stream.encode():
+        if packet.pts == when:
+            packet.duration = last_lasts
+        container.mux(packet)
     if sound is not None and onset is not None:
         total = round(num_frames / Fraction(fps) * RATE)
         _mux_sound(container, sound, _step_sound(total, onset))

@@ -6,6 +6,7 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
@@ -78,6 +79,19 @@ def test_frames_of_a_variable_rate_stay_on_screen_until_the_next() -> None:
     for u in US:
         first = pick_window(41, source_rate(24.0), config, u)[0]
         assert numbers(decode(record, config, u)) == shown[first : first + 12]
+
+
+def test_the_last_frame_is_held_for_as_long_as_it_was_shown() -> None:
+    config = replace(CONFIG, fps=24.0, num_frames=14, window="first")
+    data = clip_bytes(10, 24, last_lasts=4)
+    assert numbers(
+        decode(video_record("held", data, 13, 24.0), replace(config, num_frames=13))
+    ) == [
+        *range(10),
+        *[9] * 3,
+    ]
+    with pytest.raises(DecodeError, match="13 frames of it can be decoded, but frame 13"):
+        decode(video_record("held", data, 14, 24.0), config)
 
 
 def test_the_picture_is_scaled_to_cover_and_cropped() -> None:
@@ -245,10 +259,29 @@ def _sound_in_mp4() -> bytes:
     return buffer.getvalue()
 
 
-def test_a_playlist_under_the_name_of_a_clip_is_not_followed(clip: Record) -> None:
-    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/hostname\n"
+@pytest.mark.parametrize(
+    "script",
+    [
+        b"ffconcat version 1.0\nfile clip.mp4\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nclip.mp4\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_script_under_the_name_of_a_clip_is_not_followed(
+    clip: Record, script: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clip.mp4").write_bytes(clip.members["mp4"])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DecodeError, match="damaged or not mp4"):
-        decode(broken(clip, playlist), CONFIG)
+        decode(broken(clip, script), CONFIG)
+
+
+def test_media_under_the_wrong_name_are_decoded_as_what_they_are() -> None:
+    webm = clip_bytes(40, 24, extension="webm")
+    assert numbers(decode(video_record("clip", webm, 40, 24.0), CONFIG)) == [0, 3, 6, 9, 12]
+    photo = decode(image_record("photo", image_bytes("jpg", number=77), "png"), CONFIG)
+    assert numbers(photo) == [77]
+    tone = sound_record("tone", sound_bytes(1.0, 0, "flac"), 1.0, "wav")
+    assert onset(decode(tone, replace(CONFIG, use_audio=True))) < 20
 
 
 def test_limits_hold_before_anything_is_decoded(clip: Record) -> None:

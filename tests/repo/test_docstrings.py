@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from tests.repo.test_layout import ROOT, python_files
 
 SHAPE = re.compile(
+    r"\[[^\[\]]*[A-Za-z0-9_*.]+[^\[\]]*\]"  # [N, C]
+    r"|\bscalar\b|\b0-d\b|\bshape[sd]?\b|[Ee]lement-?wise"
+)
     r"\[[^\[\]]*[A-Za-z0-9_*.]+[^\[\]]*\]|\bscalar\b|\b0-d\b|\bshaped?\b|\bshapes\b|[Ee]lement-?wise"
 )
 SUFFIXED = re.compile(r"_[A-Z]{1,6}$")

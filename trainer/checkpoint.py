@@ -91,7 +91,7 @@ def save(
             temporary.rename(final)
             _sync(final.parent)
     except (OSError, dcp.CheckpointException) as error:
-        raise CheckpointError(f"cannot write checkpoint {final}: {error}") from error
+        raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}") from error
     mesh.barrier()
     if mesh.dp_index == 0 and keep_last:
         for old in find_checkpoints(run_dir)[:-keep_last]:
@@ -121,10 +121,20 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
         with _alone_on_purpose():
             dcp.load(dict(tensors), checkpoint_id=path, no_dist=mesh.dp_size == 1)
     except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(
-            f"cannot load {path} into this model: {reason}. Was it written with another recipe?"
+            f"cannot load {path} into this model: {_reason(error)}. "
+            "Was it written with another recipe?"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, on one line; DCP's own error is a traceback of every rank."""
+    if isinstance(error, dcp.CheckpointException):
+        return "; ".join(
+            f"rank {rank}: {type(cause).__name__} {' '.join(str(cause).split())}"
+            for rank, (cause, _) in sorted(error.failures.items())
+        )
+    return " ".join(str(error).split())
 
 
 @contextmanager

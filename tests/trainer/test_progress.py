@@ -137,6 +137,17 @@ def test_a_resumed_run_counts_its_own_steps_for_the_time_left() -> None:
     assert "left 0:15" in stream.getvalue()
 
 
+def test_the_time_left_follows_a_change_of_speed() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, 2000, every_steps=1000, clock=clock)
+    for step in range(1, 1001):
+        clock.now += 0.1 if step <= 500 else 1.0
+        progress.step(step)
+    progress.metrics(ROW)
+    minutes = int(stream.getvalue().split("left ")[1].split(":")[0])
+    assert 15 <= minutes <= 17
+
+
 def test_a_loss_that_is_not_a_number_is_shown() -> None:
     stream = io.StringIO()
     progress = Progress(stream, 10, every_steps=1)

@@ -133,6 +133,7 @@ def test_wandb_offline_run_reads_back(tmp_path: Path) -> None:
         sinks.metrics({"kind": "validation", "step": step, "loss/video": 0.25})
         sinks.media(step, sample(run_dir, step))
         sinks.close()
+        time.sleep(1.1)  # wandb names the folder of each part by the second
     parts = [read_offline_run(folder) for folder in offline_runs(run_dir)]
     assert len(parts) == 2
     assert {part.id for part in parts} == {(run_dir / "run_id").read_text().strip()}

@@ -12,8 +12,6 @@ SHAPE = re.compile(
     r"\[[^\[\]]*[A-Za-z0-9_*.]+[^\[\]]*\]"  # [N, C]
     r"|\bscalar\b|\b0-d\b|\bshape[sd]?\b|[Ee]lement-?wise"
 )
-    r"\[[^\[\]]*[A-Za-z0-9_*.]+[^\[\]]*\]|\bscalar\b|\b0-d\b|\bshaped?\b|\bshapes\b|[Ee]lement-?wise"
-)
 SUFFIXED = re.compile(r"_[A-Z]{1,6}$")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

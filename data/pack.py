@@ -57,6 +57,8 @@ def pack(
     Raises PackError, and writes nothing, if a medium is bad and `skip_bad` is not set; up to
     `MAX_REPORTED` of them are looked for, so that one run shows them together.
     """
+    if shard_bytes < 1:
+        raise PackError(f"shard-mb is {shard_bytes >> 20}; it must be at least 1")
     items = Source(source)
     bad: list[str] = []
     with DatasetWriter(destination, name, shard_bytes) as writer:

@@ -84,8 +84,10 @@ def build(
     """Makes the dataset at `destination`; `progress(done, total)` is called after each sample.
 
     Raises MissingExtraError if a package with media is not installed, WriterError if the
-    destination is not empty or cannot be written, DemoError if a worker dies.
+    destination is not empty or cannot be written, DemoError if a worker dies or none is asked for.
     """
+    if workers < 1:
+        raise DemoError(f"workers is {workers}; it must be at least 1")
     work = jobs(options)
     with DatasetWriter(destination, shard_bytes=DEMO_SHARD_BYTES) as writer:
         for done, record in enumerate(_records(options, work, workers), 1):
@@ -96,7 +98,7 @@ def build(
 
 def _records(options: DemoOptions, work: list[Job], workers: int) -> Iterator[Record]:
     studio = Studio(options)
-    if workers <= 1:
+    if workers == 1:
         yield from map(studio.make, work)
         return
     # A forked process may inherit locks that threads of this one hold: start fresh ones.

@@ -85,7 +85,8 @@ class Reel:
         if file not in self._clips:
             self._clips[file] = self._load(file)
         frames, fps, sound = self._clips[file]
-        first, last = (round(time * fps) for time in (window.start_s, window.end_s))
+        first = round(window.start_s * fps)
+        last = first + round((window.end_s - window.start_s) * fps)
         piece = frames[first:last]
         if window.mirrored:
             piece = piece[:, :, ::-1]

@@ -27,7 +27,7 @@ _CHUNK = 1024
 
 
 def encode_mp4(
-    frames: NDArray[np.uint8], fps: Fraction, sound: NDArray[np.float32] | None
+    frames: NDArray[np.uint8], fps: Fraction | int, sound: NDArray[np.float32] | None
 ) -> bytes:
     """h264 (and AAC) in mp4. frames: [T, H, W, 3], H and W even; sound: [samples] at `SAMPLE_RATE`.
 
@@ -36,7 +36,8 @@ def encode_mp4(
     target = io.BytesIO()
     with av.open(target, "w", format="mp4") as container:
         options = {"crf": "20", "preset": "veryfast", "threads": "1", "g": str(len(frames))}
-        video = container.add_stream("libx264", rate=fps, options=options)
+        rate = Fraction(fps)
+        video = container.add_stream("libx264", rate=rate, options=options)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
         audio = None
@@ -45,7 +46,7 @@ def encode_mp4(
             audio.bit_rate = 64_000
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = index, 1 / fps
+            frame.pts, frame.time_base = index, 1 / rate
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         if audio is not None and sound is not None:

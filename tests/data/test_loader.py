@@ -13,12 +13,13 @@ import torch
 
 from kinodit.data.captions import choose_caption
 from kinodit.data.config import DataConfig, DatasetConfig
-from kinodit.data.decode import DecodedSample, decode
+from kinodit.data.decode import DecodedSample, decode, pick_view
 from kinodit.data.loader import Loader, LoadError, StepData
 from kinodit.data.manifest import Dataset
 from kinodit.data.plan import CostModel, PlanSpec
 from kinodit.data.record import Caption
 from kinodit.data.select import plan_spec
+from kinodit.models.random import sample_generator, uniform
 from kinodit.models.tokens import SampleKey
 from tests.data.clips import small_records, write_dataset
 
@@ -155,13 +156,18 @@ def test_a_cache_changes_nothing_and_is_used(
         assert_same(sample, drawn[key])
 
 
-def test_samples_carry_their_names_draws_and_captions(
-    expected: dict[tuple[int, int], DecodedSample],
+def test_samples_carry_their_names_and_their_own_draws(
+    datasets: dict[str, Dataset], expected: dict[tuple[int, int], DecodedSample]
 ) -> None:
+    settings = config(datasets)
     assert len({sample.view.first for sample in expected.values()}) > 3
     assert len({sample.view.crop for sample in expected.values()}) == 42
     for (step, slot), sample in expected.items():
         assert sample.key == SampleKey(step, slot, sample.ref.sample_id)
+        window = uniform(sample_generator(11, sample.key, "window"))
+        crop = sample_generator(11, sample.key, "crop")
+        place = uniform(crop), uniform(crop)
+        assert sample.view == pick_view(sample.meta, settings, window, place)
         captions = sample.meta.captions
         assert sample.caption == choose_caption(captions, 11, sample.key)
         assert sample.caption in {caption.text for caption in captions}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     records = small_records(15)
     clip = records[0].members["mp4"]
     records.append(video_record("longer", clip, 48, 24.0, has_audio=True, width=128))
-    records.append(sound_record("sound", b"", 5.0))
+    sound = sound_record("sound", b"", 5.0)
+    records.append(replace(sound, meta=replace(sound.meta, has_audio=False)))
     return write_dataset(tmp_path_factory.mktemp("select") / "clips", records)
 
 

@@ -76,6 +76,8 @@ def test_sound(tmp_path: Path, channels: int) -> None:
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.audio[0]
         assert stream.codec_context.channels == channels and stream.rate == rate
+        assert stream.duration is not None and stream.time_base is not None
+        assert abs(float(stream.duration * stream.time_base) - 1.0) < 0.15
         back = np.concatenate([f.to_ndarray() for f in container.decode(stream)], axis=1)
     energy = np.abs(back[0]).reshape(-1, 256).mean(axis=1) if back.shape[1] % 256 == 0 else None
     assert energy is not None and abs(back.shape[1] - rate) <= 2048

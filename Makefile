@@ -42,8 +42,8 @@ demo: setup ## make shards from real media, train on 2 ranks, sample clips, writ
 test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
 	$(BIN)/pytest
 
-proof: setup ## run the long proofs: trains until something has been learned (hours)
-	$(BIN)/pytest -m learning
+proof: setup ## run the long proofs to their end and keep their figures (an hour)
+	$(BIN)/pytest -m learning --size full
 
 lint: setup ## ruff, mypy --strict, import contracts, shellcheck
 	$(BIN)/ruff check .

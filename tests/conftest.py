@@ -22,3 +22,19 @@ def _no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name in launcher or name.startswith(("SLURM_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--size",
+        choices=("ci", "full"),
+        default="ci",
+        help="how much the long suites do: minutes, or all of it (make proof keeps the figures)",
+    )
+
+
+@pytest.fixture(scope="session")
+def size(request: pytest.FixtureRequest) -> str:
+    """`ci` or `full`."""
+    chosen: str = request.config.getoption("--size")
+    return chosen

@@ -7,6 +7,7 @@ back by rank, and what it raises fails the test with the rank's traceback.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -94,10 +95,8 @@ class Ranks:
         """Stop the processes."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             if process.is_alive():
-                try:
+                with contextlib.suppress(OSError):
                     pipe.send(None)
-                except (BrokenPipeError, OSError):
-                    pass
         for process in self._processes:
             process.join(timeout=5)
             if process.is_alive():

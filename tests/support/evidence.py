@@ -1,0 +1,35 @@
+"""Figures of long runs, kept with what they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from kinodit.trainer.config import config_to_yaml, load_config
+from tests.support.ranks import ROOT
+
+EVIDENCE = ROOT / "docs" / "evidence"
+
+
+def recipe_hash(recipe: str) -> str:
+    """SHA-256 of the resolved recipe: changes with the recipe and with the defaults it leans on."""
+    return hashlib.sha256(config_to_yaml(load_config(ROOT / recipe)).encode()).hexdigest()
+
+
+def write_evidence(name: str, recipe: str, figures: dict[str, Any]) -> Path:
+    """Write docs/evidence/NAME.json with the recipe's hash and the commit that it ran at."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    document = {
+        "recipe": recipe,
+        "recipe_sha256": recipe_hash(recipe),
+        "commit": commit,
+        "figures": figures,
+    }
+    path = EVIDENCE / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path

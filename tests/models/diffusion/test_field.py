@@ -29,11 +29,11 @@ def test_a_network_that_knows_the_data_generates_it_and_clean_tokens_stay() -> N
         levels.append(seen.level_t.tolist())
         assert torch.equal(seen.modalities["video"].latents[:3], data[:3])
         assert torch.equal(seen.modalities["text"].latents, batch.modalities["text"].latents)
-        return {"video": data}
+        return {"video": torch.where(is_noised, data, torch.full_like(data, 7.0))}
 
+    is_noised = (batch.modalities["video"].role == Role.NOISED).unsqueeze(-1)
     objective = build_objective(RectifiedFlowConfig(prediction="x0"))
     noise = normal(generator("noise"), (12, 6))
-    is_noised = (batch.modalities["video"].role == Role.NOISED).unsqueeze(-1)
     start = {"video": torch.where(is_noised, noise, data)}
     out = sample(velocity_field(network, objective, batch), start, time_grid(2))["video"]
     assert torch.equal(out[:3], data[:3])

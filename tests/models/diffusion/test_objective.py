@@ -141,6 +141,10 @@ def test_float64_batches_stay_float64() -> None:
         out = objective.corrupt(batch, SEED)
         prediction = torch.zeros(15, 5, dtype=torch.float64, requires_grad=True)
         assert out.batch.level_t.dtype == torch.float64
+        # The same numbers as a float32 run has, so that proofs are about that run.
+        single = objective.corrupt(pack(), SEED)
+        assert torch.equal(out.batch.level_t, single.batch.level_t.double())
+        assert torch.equal(out.noise["video"], single.noise["video"].double())
         assert out.batch.modalities["video"].latents.dtype == torch.float64
         assert objective.velocity(prediction, out, "video").dtype == torch.float64
         assert objective.errors({"video": prediction}, out)["video"].dtype == torch.float64

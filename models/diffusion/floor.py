@@ -46,7 +46,7 @@ def expectation(law: LevelLaw, function: Callable[[Tensor], Tensor], num_tokens:
 
 
 def mean_gaussian_floor(law: LevelLaw, std: Tensor | float, num_tokens: int = 1) -> float:
-    """The least mean loss on N(m, std^2) data; a tensor of deviations averages over dimensions.
+    """The least mean loss on N(m, std^2) data; deviations of shape [D] average over dimensions.
 
     (pi / 2) s for uniform t without shift; 1.7413 for logit-normal(0, 1) at s = 1.
     """

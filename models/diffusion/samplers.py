@@ -84,5 +84,5 @@ def sample(
 def advance(
     x: Mapping[str, Tensor], velocity: Mapping[str, Tensor], dt: float
 ) -> dict[str, Tensor]:
-    """x + dt v for every tensor, in the dtype of `x`."""
+    """x + dt v for every tensor, in the dtypes and shapes of `x`."""
     return {name: part + dt * velocity[name].to(part.dtype) for name, part in x.items()}

@@ -40,7 +40,7 @@ class UniformTimesteps(TimestepsConfig):
     name: Literal["uniform"] = "uniform"
 
     def quantile(self, u: Tensor) -> Tensor:
-        """t = u."""
+        """t = u, elementwise."""
         return u
 
 
@@ -60,7 +60,7 @@ class LogitNormalTimesteps(TimestepsConfig):
             )
 
     def quantile(self, u: Tensor) -> Tensor:
-        """t = sigmoid(mean + std Phi^-1(u))."""
+        """t = sigmoid(mean + std Phi^-1(u)), elementwise."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
@@ -82,7 +82,7 @@ class ModeTimesteps(TimestepsConfig):
             )
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The formula above; it falls in u, which leaves the law the same."""
+        """The formula above, elementwise; it falls in u, which leaves the law the same."""
         t = 1 - u - self.scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
         return t.clamp(0, 1)
 
@@ -147,7 +147,7 @@ SHIFTS: dict[str, type[ShiftConfig]] = {"fixed": FixedShift, "tokens": TokenShif
 
 
 def shift(t: Tensor, factor: Tensor | float) -> Tensor:
-    """a t / (1 + (a - 1) t): logit(t) + ln a (arXiv 2403.03206, equation 23)."""
+    """a t / (1 + (a - 1) t), elementwise: logit(t) + ln a (arXiv 2403.03206, equation 23)."""
     return factor * t / (1 + (factor - 1) * t)
 
 

@@ -51,7 +51,7 @@ def subbands(temporal_levels: int, spatial_levels: int) -> tuple[Subband, ...]:
 
 
 def forward(blocks: Tensor, temporal_levels: int, spatial_levels: int) -> Tensor:
-    """Blocks to coefficients."""
+    """Blocks [t, h, w, st, sh, sw, 3] to coefficients [t, h, w, B, 3]."""
     details: list[list[Tensor]] = []
     low = blocks
     for _, axes in _levels(temporal_levels, spatial_levels):
@@ -71,7 +71,7 @@ def forward(blocks: Tensor, temporal_levels: int, spatial_levels: int) -> Tensor
 
 
 def inverse(coefficients: Tensor, temporal_levels: int, spatial_levels: int) -> Tensor:
-    """Coefficients to blocks."""
+    """Coefficients [t, h, w, B, 3] to blocks [t, h, w, st, sh, sw, 3]."""
     bands = subbands(temporal_levels, spatial_levels)
     split = torch.split(coefficients, [band.size for band in bands], dim=3)
     found = {

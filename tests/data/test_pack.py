@@ -121,9 +121,9 @@ def test_equal_names_get_keys_of_their_own_and_order_is_stable(tmp_path: Path) -
     assert all(len(key) <= 128 for key in keys)
 
 
-def copied(clip: bytes, path: Path) -> None:
+def copied(clip: bytes, path: Path, **options: str) -> None:
     """The streams of `clip` in the container that `path` asks for."""
-    with av.open(io.BytesIO(clip)) as given, av.open(str(path), "w") as other:
+    with av.open(io.BytesIO(clip)) as given, av.open(str(path), "w", options=options) as other:
         copies = {stream.index: other.add_stream_from_template(stream) for stream in given.streams}
         for packet in given.demux():
             if packet.dts is not None:
@@ -277,6 +277,18 @@ def test_probing_counts_what_is_there(clip: bytes) -> None:
         probe("wav", clip)
     with pytest.raises(MediumError, match="not the extension of a medium"):
         probe("pkl", b"")
+
+
+def test_a_clip_cut_off_behind_its_table_of_contents_is_noticed(tmp_path: Path) -> None:
+    """With the table in front it opens and its first frames decode: only counting tells."""
+    path = tmp_path / "clip.mp4"
+    copied(clip_bytes(48, 12), path, movflags="+faststart")
+    data = path.read_bytes()
+    frames = data.index(b"mdat")
+    assert data.index(b"moov") < frames
+    assert probe("mp4", data).num_frames == 48
+    with pytest.raises(MediumError, match=r"it is cut off: \d+ of 48 frames are there"):
+        probe("mp4", data[: (frames + len(data)) // 2])
 
 
 def test_a_picture_that_would_fill_the_memory_is_not_decoded() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kinodit.data.manifest import Dataset, ManifestError
+from kinodit.data.manifest import Dataset, Manifest, ManifestError
 from kinodit.data.record import Record
 from kinodit.data.validate import ValidationReport, validate
 from kinodit.data.writer import DatasetWriter, index_shards
@@ -92,18 +92,21 @@ def test_an_index_that_contradicts_the_records_is_found(tmp_path: Path) -> None:
     path.write_bytes(data)
     assert "000000.idx: expected SHA-256" in lines(validate(tmp_path / "d"))
     # An index that was written wrong from the start has the right digest.
-    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
-    import hashlib
-
-    from kinodit.data.manifest import Manifest, ShardEntry
-
-    entry = ShardEntry(**manifest["shards"][0])
+    (entry,) = Manifest.load(tmp_path / "d").shards
     Manifest.of("d", [replace(entry, index_sha256=hashlib.sha256(data).hexdigest())]).save(
         tmp_path / "d"
     )
     report = validate(tmp_path / "d")
     assert report.num_good == 1
     assert "image-000: index width: expected 16, found 17" in lines(report)
+
+
+def test_a_manifest_of_other_shards_is_found(tmp_path: Path) -> None:
+    dataset = write_images(tmp_path / "d", count=2)
+    (entry,) = dataset.manifest.shards
+    Manifest.of("d", [replace(entry, sha256="0" * 64)]).save(tmp_path / "d")
+    report = validate(tmp_path / "d")
+    assert f"000000.tar: expected SHA-256 {'0' * 64}, found {entry.sha256}" in lines(report)
 
 
 def test_a_digest_in_the_record_is_compared(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def _wave(sound: NDArray[np.float32]) -> str:
 
 
 def _facts(meta: RecordMeta) -> str:
-    parts = [meta.modality]
+    parts: list[str] = [meta.modality]
     if meta.width:
         parts.append(f"{meta.width}×{meta.height}")
     if meta.modality == "video":

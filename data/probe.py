@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kinodit.data.container import DEMUXERS
 from kinodit.data.record import MAX_SIDE, MEDIA_MEMBERS, Modality, RecordMeta
@@ -80,42 +81,48 @@ def _probe_container(extension: str, data: bytes, modality: Modality) -> MediumF
         with av.open(
             io.BytesIO(data), format=DEMUXERS[extension], options={"protocol_whitelist": ""}
         ) as container:
-            audio = container.streams.audio[0] if container.streams.audio else None
-            video = container.streams.video[0] if container.streams.video else None
-            if modality == "video" and video is None:
-                raise MediumError("there is no video stream in it")
-            if modality == "audio" and audio is None:
-                raise MediumError("there is no audio stream in it")
-            stream = video if modality == "video" else audio
-            end_s, packets, decoded = 0.0, 0, False
-            for packet in container.demux(stream):
-                if packet.size:
-                    packets += 1
-                    start = packet.pts if packet.pts is not None else packet.dts
-                    length = (start or 0) + (packet.duration or 0) - (stream.start_time or 0)
-                    end_s = max(end_s, float(length * packet.time_base))
-                if not decoded:
-                    decoded = bool(packet.decode())
-            if not decoded:
-                raise MediumError("not one frame of it can be decoded")
+            sound = next(iter(container.streams.audio), None)
+            sample_rate = sound.codec_context.sample_rate if sound is not None else 0
+            streams = container.streams.video if modality == "video" else container.streams.audio
+            if not streams:
+                raise MediumError(f"there is no {modality} stream in it")
+            count, end_s = _count_packets(container, streams[0])
             if modality == "audio":
-                return MediumFacts(
-                    duration_s=end_s, has_audio=True, sample_rate=audio.codec_context.sample_rate
-                )
-            if video.frames and packets < video.frames:
-                raise MediumError(f"it is cut off: {packets} of {video.frames} frames are there")
+                return MediumFacts(duration_s=end_s, has_audio=True, sample_rate=sample_rate)
+            video = streams[0]
+            if video.frames and count < video.frames:
+                raise MediumError(f"it is cut off: {count} of {video.frames} frames are there")
             _check_size(video.codec_context.width, video.codec_context.height)
             return MediumFacts(
                 width=video.codec_context.width,
                 height=video.codec_context.height,
                 fps=float(video.average_rate or video.guessed_rate or 0),
-                num_frames=packets,
+                num_frames=count,
                 duration_s=end_s,
-                has_audio=audio is not None,
-                sample_rate=audio.codec_context.sample_rate if audio is not None else 0,
+                has_audio=sound is not None,
+                sample_rate=sample_rate,
             )
     except (OSError, av.FFmpegError) as error:
         raise MediumError(f"it cannot be opened or decoded: {error.strerror}") from error
+
+
+def _count_packets(container: Any, stream: Any) -> tuple[int, float]:
+    """(packets of a stream, seconds from its start to the end of its last packet).
+
+    Decodes until there is one frame; MediumError if there is none.
+    """
+    count, end_s, decoded = 0, 0.0, False
+    for packet in container.demux(stream):
+        if packet.size:
+            count += 1
+            start = packet.pts if packet.pts is not None else packet.dts
+            end = (start or 0) + (packet.duration or 0) - (stream.start_time or 0)
+            end_s = max(end_s, float(end * packet.time_base))
+        if not decoded:
+            decoded = bool(packet.decode())
+    if not decoded:
+        raise MediumError("not one frame of it can be decoded")
+    return count, end_s
 
 
 def _check_size(width: int, height: int) -> None:

@@ -193,7 +193,7 @@ def _check_medium(file: str, record: Record) -> Iterator[Problem]:
 
 def _close(said: Any, found: Any) -> bool:
     if isinstance(said, float) or isinstance(found, float):
-        return abs(said - found) <= _PROBE_TOLERANCE * max(abs(said), abs(found))
+        return bool(abs(said - found) <= _PROBE_TOLERANCE * max(abs(said), abs(found)))
     return bool(said == found)
 
 

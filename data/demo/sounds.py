@@ -36,8 +36,7 @@ def _shaped(wave: NDArray[np.float64]) -> Sound:
     """Scaled to the peak all sounds share, with a short attack and release."""
     t = _times(len(wave) / SAMPLE_RATE)
     envelope = np.minimum(1, t / _ATTACK_S) * np.minimum(1, (t[-1] - t) / _RELEASE_S)
-    scaled = wave / np.abs(wave).max() * envelope * _PEAK
-    return scaled.astype(np.float32)
+    return np.asarray(wave / np.abs(wave).max() * envelope * _PEAK, dtype=np.float32)
 
 
 def _glide(duration_s: float, start_hz: float, end_hz: float) -> Sound:

@@ -109,9 +109,9 @@ def photo_stamps() -> list[Stamp]:
         with Image.open(package_file(*parts)) as image:
             photo = image.convert("RGBA")
         centre_x, centre_y, extent = x * photo.width, y * photo.height, radius * min(photo.size)
-        box = [round(v) for v in (centre_x - extent, centre_y - extent)]
+        left, top = round(centre_x - extent), round(centre_y - extent)
         side = round(2 * extent)
-        photo = photo.crop((*box, box[0] + side, box[1] + side))
+        photo = photo.crop((left, top, left + side, top + side))
         # Drawn four times as large: ImageDraw does not smooth edges.
         mask = Image.new("L", (4 * side, 4 * side))
         ImageDraw.Draw(mask).ellipse((0, 0, 4 * side - 1, 4 * side - 1), fill=255)

@@ -23,7 +23,7 @@ PAGE = """<!doctype html>
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 14px/1.45 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-header, main { max-width: 1500px; margin: 0 auto; padding: 0 24px; }
+header, nav, main { max-width: 1500px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 24px; }
 h1 { font-size: 22px; margin: 0 0 2px; letter-spacing: -0.01em; }
 .sub { color: var(--soft); margin: 0 0 16px; }
@@ -39,9 +39,10 @@ h1 { font-size: 22px; margin: 0 0 2px; letter-spacing: -0.01em; }
 .panel td:last-child, .panel th:last-child { padding-right: 0; }
 .bar { width: 45%; } .bar i { display: block; height: 9px; border-radius: 2px;
   background: var(--accent); min-width: 2px; }
-nav { position: sticky; top: 0; z-index: 1; background: var(--page); padding: 10px 0;
+nav { position: sticky; top: 0; z-index: 1; background: var(--page);
+  padding-top: 10px; padding-bottom: 10px;
   display: flex; flex-wrap: wrap; gap: 8px; align-items: center;
-  border-bottom: 1px solid var(--line); margin-bottom: 16px; }
+  border-bottom: 1px solid var(--line); }
 nav input { flex: 1 1 220px; max-width: 420px; font: inherit; color: inherit;
   background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px; }
 nav button { font: inherit; color: inherit; background: var(--card); cursor: pointer;
@@ -52,8 +53,9 @@ nav button:focus-visible, nav input:focus-visible, .strip:focus-visible {
   outline: 2px solid var(--accent); outline-offset: 1px; }
 #count { color: var(--soft); margin-left: auto; }
 main { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr));
-  padding-bottom: 40px; align-items: start; }
-@media (max-width: 460px) { main { grid-template-columns: 1fr; } header, main { padding: 0 12px; } }
+  padding-top: 16px; padding-bottom: 40px; align-items: start; }
+@media (max-width: 460px) { main { grid-template-columns: 1fr; } 
+  header, nav, main { padding-left: 12px; padding-right: 12px; } }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   overflow: hidden; }
 article[hidden] { display: none; }
@@ -109,6 +111,7 @@ dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
 </table></section>
 {%- endfor %}
 </div>
+</header>
 <nav aria-label="Filter">
 <input id="search" type="search" placeholder="Search captions, keys, scores" aria-label="Search">
 {%- for modality in modalities %}
@@ -119,7 +122,6 @@ dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
 {%- endfor %}
 <span id="count"></span>
 </nav>
-</header>
 <main>
 {%- for card in cards %}
 <article data-modality="{{ card.modality }}" data-flags="{{ card.flags|join('|') }}">

@@ -54,7 +54,7 @@ nav button:focus-visible, nav input:focus-visible, .strip:focus-visible {
 #count { color: var(--soft); margin-left: auto; }
 main { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr));
   padding-top: 16px; padding-bottom: 40px; align-items: start; }
-@media (max-width: 460px) { main { grid-template-columns: 1fr; } 
+@media (max-width: 460px) { main { grid-template-columns: 1fr; }
   header, nav, main { padding-left: 12px; padding-right: 12px; } }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   overflow: hidden; }

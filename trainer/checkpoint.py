@@ -127,7 +127,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What went wrong, on one line; DCP's own error is a traceback of every rank."""
     if isinstance(error, dcp.CheckpointException):
         return "; ".join(

@@ -76,20 +76,21 @@ def run(args: argparse.Namespace) -> int:
 
 def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfig:
     """The recipe's sampling with what the command line gives instead."""
-    sampler = {"steps": args.steps, "method": args.method}
-    guidance = {
-        "scale": args.guidance,
-        "rescale": args.rescale,
-        "interval": tuple(args.interval) if args.interval else None,
-    }
+    sampler, guidance = defaults.sampler, defaults.guidance
+    if args.steps is not None:
+        sampler = replace(sampler, steps=args.steps)
+    if args.method is not None:
+        sampler = replace(sampler, method=args.method)
+    if args.guidance is not None:
+        guidance = replace(guidance, scale=args.guidance)
+    if args.rescale is not None:
+        guidance = replace(guidance, rescale=args.rescale)
+    if args.interval is not None:
+        guidance = replace(guidance, interval=tuple(args.interval))
     return replace(
         defaults,
         seed=defaults.seed if args.seed is None else args.seed,
         ema=defaults.ema if args.ema is None else args.ema,
-        sampler=replace(defaults.sampler, **_given(sampler)),
-        guidance=replace(defaults.guidance, **_given(guidance)),
+        sampler=sampler,
+        guidance=guidance,
     )
-
-
-def _given(values: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in values.items() if value is not None}

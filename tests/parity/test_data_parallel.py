@@ -66,9 +66,8 @@ def run(rank: int, world_size: int, layout: Layout) -> Trace:
     initialize(model, seed=1)
     with torch.no_grad():  # zeros would hide gradients
         for index, parameter in enumerate(model.parameters()):
-            parameter += 0.02 * torch.sin(torch.arange(parameter.numel()) + index).view_as(
-                parameter
-            )
+            ramp = torch.arange(parameter.numel(), dtype=torch.float32) + index
+            parameter.add_(0.02 * torch.sin(ramp).view_as(parameter))
     parallelize(
         model,
         mesh,

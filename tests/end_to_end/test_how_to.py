@@ -1,0 +1,32 @@
+"""docs/first-run.md, to the letter."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kinodit.launch.cli import main
+from tests.support.ranks import ROOT
+from tests.support.recipes import write_clips
+
+DOCUMENT = (ROOT / "docs" / "first-run.md").read_text()
+
+
+def test_every_command_works_in_this_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path / "clips", 8)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    commands = re.findall(r"^\$ kinodit (.*)$", DOCUMENT, re.MULTILINE)
+    assert len(commands) == 9
+    for command in commands:
+        assert main(shlex.split(command)) == 0, capsys.readouterr().err
+    run = tmp_path / "runs" / "first"
+    assert (run / "samples" / "manual" / "000.mp4").stat().st_size > 0
+    assert "a red square moves left" in (run / "report.html").read_text()
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000002", "step-00000004"]

@@ -18,4 +18,5 @@ grep '^torch==' constraints/ci.txt >"$environment/torch.txt"
     echo "# Written by constraints/refresh.sh; install with: pip install -c constraints/ci.txt"
     "$environment/bin/pip" freeze --all --exclude kinodit --exclude pip |
         sed -E 's/\+[A-Za-z0-9.]+$//' | sort --ignore-case
-} >constraints/ci.txt
+} >"$environment/ci.txt"
+mv "$environment/ci.txt" constraints/ci.txt

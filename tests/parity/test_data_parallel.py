@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ class Layout:
     dp_replicate: int = 1
     micro_batches: int = 0
     remat: str = "none"
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ def whole(tensor: Tensor) -> Array:
     return full.detach().numpy().copy()
 
 
-def run(rank: int, world_size: int, layout: Layout) -> Trace:
+def run(
+    rank: int,
+    world_size: int,
+    layout: Layout,
+    precision: PrecisionConfig = FLOAT64,
+    num_steps: int = NUM_STEPS,
+) -> Trace:
     mesh = build_mesh(
         ParallelConfig(dp_replicate=layout.dp_replicate), world_size, rank, torch.device("cpu")
     )
@@ -72,24 +80,25 @@ def run(rank: int, world_size: int, layout: Layout) -> Trace:
         model,
         mesh,
         ParallelConfig(dp_replicate=layout.dp_replicate),
-        FLOAT64,
+        precision,
         RematConfig(layout.remat),  # type: ignore[arg-type]
-        compile_blocks=False,
+        compile_blocks=layout.compiled,
     )
     optimizer = build_optimizer(OptimConfig(lr=3e-3), model)
-    engine = NativeEngine(model, optimizer, mesh, FLOAT64)
+    engine = NativeEngine(model, optimizer, mesh, precision)
     ema = Ema(EmaConfig(0.9), model)
     objective = build_objective(RectifiedFlowConfig(prediction="velocity"))
     step = Step(engine, objective, [ema], mesh, ["video"], {"video": 0.7}, 3, 1.0)
+    dtype = torch.promote_types(precision.compute_dtype, torch.float32)
     losses, norms = [], []
     gradients: dict[str, Array] = {}
-    for number in range(NUM_STEPS):
+    for number in range(num_steps):
         own = [PACKS[i] for i in range(rank, len(PACKS), world_size)]
         own += [[]] * (-(-len(PACKS) // world_size) - len(own))
         if layout.micro_batches:
             per = len(own) // layout.micro_batches
-            own = [sum(own[i : i + per], []) for i in range(0, len(own), per)]
-        batches = [synthetic_pack(number, slots) for slots in own]
+            own = [[*itertools.chain(*own[i : i + per])] for i in range(0, len(own), per)]
+        batches = [synthetic_pack(number, slots, dtype) for slots in own]
         if number == 0:
             gradients = first_gradients(step, engine, batches)
         result = step(number, batches, 3e-3)

@@ -30,7 +30,10 @@ def shard(
     """
     # Blocks hand on views of one joint tensor; nothing writes into a block's output.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    # The engine casts what goes in. Blocks also take tables that must keep their precision.
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
     for block in blocks:
         fully_shard(
             block,

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains one recipe on 1 node(s) x 8 process(es). Submit from the checkout:
+# Trains one recipe on 2 node(s) x 8 process(es). Submit from the checkout:
 #   sbatch slurm/train_t2v.sh
 # (options of sbatch stand before the script's name and win over the lines below)
 # Rendered by:
-#   kinodit slurm render configs/t2v_tiny.yaml --cluster generic --nodes 1 --out slurm/train_t2v.sh
+#   kinodit slurm render configs/t2v_2b.yaml --cluster generic --nodes 2 --out slurm/train_t2v.sh
 # Not to be edited: change the recipe, the cluster's file or the template, and render again.
-#SBATCH --job-name=t2v_tiny
-#SBATCH --nodes=1
+#SBATCH --job-name=t2v_2b
+#SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=8
@@ -21,7 +21,7 @@ set -euo pipefail
 umask 027
 cd -- "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
 
-run_folder=runs/t2v_tiny
+run_folder=runs/t2v_2b
 restarts=${SLURM_RESTART_COUNT:-0}
 
 export OMP_NUM_THREADS=1
@@ -44,7 +44,7 @@ trap 'out_of_time=0; trap "" USR1; scancel --signal=TERM "$SLURM_JOB_ID.0" || tr
 
 checkpoint_before=$(newest_checkpoint)
 srun --kill-on-bad-exit=1 --cpus-per-task=8 \
-    .venv/bin/python -m kinodit train configs/t2v_tiny.yaml &
+    .venv/bin/python -m kinodit train configs/t2v_2b.yaml &
 step=$!
 
 # A signal interrupts `wait`: wait again until the step itself has ended.

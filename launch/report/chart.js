@@ -104,13 +104,14 @@ class Group {
 }
 
 class Chart {
-  /** spec: title, note, x, series [{name, values, color, low?, high?, dashed?, thick?, plain?}],
+  /** spec: title, note, x, series [{name, values, color, low?, high?, dashed?, thick?, plain?, rare?}],
       height?, wide?, group?, log?, zero?, top?, stacked?, smoothing?, marks?, broken?, format?, xName?, xTip,
-      variants? [{label, series, format?, top?}]. `plain` series are never smoothed. */
+      variants? [{label, series, format?, top?}]. `plain` series are never smoothed, `rare` ones are hidden at first. */
   constructor(host, spec) {
     this.spec = { height: 230, xName: "step", format: precise, smoothing: 0, marks: [], broken: [], ...spec };
     this.hidden = new Set();
     if (spec.variants) Object.assign(this.spec, spec.variants[0]);
+    this.spec.series.filter((series) => series.rare).forEach((series) => this.hidden.add(series.name));
     this.plot = html("div", { class: "plot", tabindex: "0" });
     this.tip = html("div", { class: "tip", hidden: true });
     this.legend = html("div", { class: "legend" });

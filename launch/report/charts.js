@@ -55,10 +55,11 @@ function addLoss(host) {
 function addNoiseBins(host) {
   const modalities = Object.entries(train.bins);
   if (!modalities.length) return;
-  const variants = modalities.map(([modality, { edges, values }]) => ({
+  const variants = modalities.map(([modality, { edges, values, rare }]) => ({
     label: modality,
     series: edges.map(([low, high], index) => ({
       name: `t ${quantity(low)}–${quantity(high)}`, values: values[index], color: ramp((low + high) / 2), quiet: true,
+      rare: rare[index],
     })),
   }));
   const chart = new Chart(host, { ...overTrain, title: "Training loss by noise level", note: "t = 0 is data, t = 1 is noise", variants, height: 260 });
@@ -67,30 +68,25 @@ function addNoiseBins(host) {
   addProfile(host, modalities);
 }
 
-/** Loss over the noise level, at four times of the run. */
+/** Loss over the noise level, at a few times of the run. */
 function addProfile(host, modalities) {
-  const count = train.step.length;
-  if (count < 8) return;
-  const window = Math.max(1, Math.round(count / 20));
-  const times = [0.05, 0.25, 0.5, 1].map((share) => Math.max(window, Math.round(share * count)));
-  const mean = (values) => {
-    const known = values.filter((value) => value != null);
-    return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
-  };
-  const [, { edges }] = modalities[0];
-  const x = edges.map(([low, high]) => (low + high) / 2);
-  const variants = modalities.map(([modality, bins]) => ({
-    label: modality,
-    x: bins.edges.map(([low, high]) => (low + high) / 2),
-    series: times.map((end, index) => ({
-      name: `step ${quantity(train.step[end - 1])}`,
-      values: bins.values.map((values) => mean(values.slice(end - window, end))),
-      color: `color-mix(in oklab, var(--c0), var(--card) ${[58, 38, 18, 0][index]}%)`,
-      thick: index === 3,
-    })),
-  }));
+  const { profiles } = train;
+  if (!profiles.length) return;
+  const variants = modalities.map(([modality]) => {
+    const curves = profiles.map(({ curves }) => new Map(curves[modality] || []));
+    const x = [...new Set(curves.flatMap((curve) => [...curve.keys()]))].sort((a, b) => a - b);
+    return {
+      label: modality, x,
+      series: profiles.map(({ step }, index) => ({
+        name: `step ${quantity(step)}`,
+        values: x.map((t) => curves[index].get(t) ?? null),
+        color: `color-mix(in oklab, var(--c0), var(--card) ${[58, 38, 18, 0][index]}%)`,
+        thick: index === profiles.length - 1,
+      })),
+    };
+  });
   const chart = new Chart(host, {
-    x, variants, title: "Loss over the noise level", note: "from data (0) to noise (1)", height: 260, xName: "t",
+    variants, title: "Loss over the noise level", note: "from data (0) to noise (1)", height: 260, xName: "t",
     xTip: (index) => `t = ${quantity(chart.spec.x[index])}`,
   });
   logarithmic.push(chart);

@@ -7,14 +7,20 @@ const view = byId("sample-view");
 const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
 const state = { index: samples.length - 1, playing: !still, mode: "step" };
 
-// Browsers play a limited number of clips: only those in view, or nearly so, have one loaded.
+// Browsers play a limited number of clips: beyond it, only those in view have one loaded.
+const MAX_LOADED = 64;
 const sources = new WeakMap();
+
+function load(video) {
+  if (video.src) return;
+  video.src = sources.get(video);
+  if (state.playing) video.play().catch(() => {});
+}
+
 const nearby = new IntersectionObserver((changes) => {
   for (const { target, isIntersecting } of changes) {
-    if (isIntersecting) {
-      target.src = sources.get(target);
-      if (state.playing) target.play().catch(() => {});
-    } else if (target.src) {
+    if (isIntersecting) load(target);
+    else if (target.src && videos().length > MAX_LOADED) {
       target.removeAttribute("src");
       target.load();
     }
@@ -89,6 +95,20 @@ function play(on) {
   videos().forEach((video) => (on ? video.play().catch(() => {}) : video.pause()));
 }
 
+/** Bring all clips to the same place. */
+function align() {
+  const place = position();
+  videos().forEach((video) => { if (video.duration) video.currentTime = place * video.duration; });
+}
+
+function begin() {
+  [...view.querySelectorAll("video")].slice(0, MAX_LOADED).forEach(load);
+  play(state.playing);
+  // Clips start when they have been decoded, one after the other.
+  clearTimeout(state.aligning);
+  state.aligning = setTimeout(align, 900);
+}
+
 function follow() {
   time.value = position();
   requestAnimationFrame(follow);
@@ -106,7 +126,7 @@ function showStep() {
     label.textContent = `step ${step.toLocaleString("en")}`;
     grid.replaceChildren(...entries.map((entry) => html("figure", { class: "clip" },
       frame(entry, step), html("figcaption", {}, entry.prompt, html("small", {}, details(entry))))));
-    play(state.playing);
+    begin();
   };
   const scrub = html("div", { class: "card scrub" }, html("label", {}, "Training step", slider, label), html("label", {}, "Time in clip", time));
   scrub.firstChild.hidden = samples.length < 2;
@@ -127,7 +147,7 @@ function showAll() {
     requestAnimationFrame(() => { strip.scrollLeft = strip.scrollWidth; });
   }
   view.replaceChildren(html("div", { class: "card scrub" }, html("label", {}, "Time in clip", time)), list);
-  play(state.playing);
+  begin();
 }
 
 if (!samples.length) {

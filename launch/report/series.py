@@ -14,6 +14,11 @@ from kinodit.launch.report.read import Row, number
 
 MAX_POINTS = 1500
 
+RARE = 0.02
+"""A noise bin with a smaller share of the tokens shows chance: it is not drawn unless asked for."""
+PROFILES = (0.1, 0.3, 0.6, 1.0)
+"""Places in a run at which its loss over the noise level is shown."""
+
 NON_FINITE = ("NaN", "Infinity", "-Infinity")
 """How rows write the numbers that JSON lacks."""
 
@@ -37,9 +42,11 @@ def group_size(num_rows: int) -> int:
 def train_columns(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything that is drawn over the steps of training.
 
-    step: the last step of each group; time_h: hours of training until then; columns: name ->
-    {mean, low?, high?}; bins: modality -> {edges, values: one list per bin}; parts: name -> seconds
-    per step; broken: steps whose loss is not a number; rows_per_point.
+    step: the last step of each group; time_h: hours of training until then;
+    columns: name -> {mean, low?, high?};
+    bins: modality -> {edges, values: a list per bin, rare: whether hardly any token falls into it};
+    profiles: see `noise_profiles`; parts: name -> seconds per step;
+    broken: steps whose loss is not a number; rows_per_point.
     """
     size = group_size(len(rows))
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -50,6 +57,7 @@ def train_columns(rows: Sequence[Row]) -> dict[str, Any]:
         "time_h": _hours(rows, groups),
         "columns": columns,
         "bins": _noise_bins(groups),
+        "profiles": noise_profiles(rows),
         "parts": _time_parts(groups, names),
         "broken": [row["step"] for row in rows if not math.isfinite(number(row.get("loss", 0.0)))],
         "rows_per_point": size,
@@ -138,8 +146,40 @@ def _noise_bins(groups: Sequence[Sequence[Row]]) -> dict[str, Any]:
     for modality in modalities:
         edges = sorted({edge for group in sums for edge in group.get(modality, ())})
         values = [[_ratio(group.get(modality, {}).get(edge)) for group in sums] for edge in edges]
-        result[modality] = {"edges": edges, "values": values}
+        counts = [
+            sum(group.get(modality, {}).get(e, (0.0, 0.0))[1] for group in sums) for e in edges
+        ]
+        result[modality] = {
+            "edges": edges,
+            "values": values,
+            "rare": [count < RARE * sum(counts) for count in counts],
+        }
     return result
+
+
+def noise_profiles(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Loss over the noise level at `PROFILES` of the run: step, modality -> [[t, loss], ...].
+
+    Each is the count-weighted mean over a tenth of the rows; bins that hardly any token fell into
+    then are left out, since they show chance.
+    """
+    if len(rows) < 2 * len(PROFILES):
+        return []
+    width = max(2, len(rows) // 10)
+    profiles = []
+    for place in PROFILES:
+        end = max(width, round(place * len(rows)))
+        window = rows[end - width : end]
+        curves = {}
+        for modality, sums in _bin_sums(window).items():
+            tokens = sum(count for _, count in sums.values())
+            curves[modality] = [
+                [(low + high) / 2, clean(total / count)]
+                for (low, high), (total, count) in sorted(sums.items())
+                if count and count >= RARE * tokens
+            ]
+        profiles.append({"step": window[-1]["step"], "curves": curves})
+    return profiles
 
 
 def _bin_sums(group: Sequence[Row]) -> dict[str, dict[tuple[float, float], list[float]]]:

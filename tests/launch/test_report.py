@@ -185,6 +185,22 @@ def test_many_rows_are_thinned_and_no_spike_is_lost() -> None:
     assert len(json.dumps(columns)) < 2_000_000
 
 
+def test_noise_levels_that_hardly_occur_do_not_show_chance() -> None:
+    def row(step: int, loss: float) -> dict[str, Any]:
+        bins = [[0.0, 0.5, 1000.0, 1], [0.5, 1.0, loss, 99]]
+        return {"kind": "train", "step": step, "noise_bins": {"video": bins}}
+
+    columns = train_columns([row(step, 2.0 if step <= 50 else 1.0) for step in range(1, 101)])
+    assert columns["bins"]["video"]["rare"] == [True, False]
+    assert columns["profiles"] == [
+        {"step": 10, "curves": {"video": [[0.75, 2.0]]}},
+        {"step": 30, "curves": {"video": [[0.75, 2.0]]}},
+        {"step": 60, "curves": {"video": [[0.75, 1.0]]}},
+        {"step": 100, "curves": {"video": [[0.75, 1.0]]}},
+    ]
+    assert train_columns([row(step, 2.0) for step in range(1, 8)])["profiles"] == []
+
+
 def test_bins_and_levels_that_come_and_go_stay_aligned() -> None:
     rows = [
         {"step": 1, "noise_bins": {"video": [[0.5, 1.0, 2.0, 1]]}},

@@ -112,7 +112,8 @@ class DataConfig(DecodeConfig):
     token_budget:     most tokens of one pack, text included; left out, what the worst step needs
     num_threads:      decoding threads of each rank
     prefetch_steps:   steps decoded ahead of the one in use
-    cache_mib:        memory for decoded samples that are used again, per rank, MiB; 0 is none
+    cache_mib:        memory for decoded samples that are used again, and as much for their latents,
+                      per rank, MiB; 0 is none
     on_error:         a sample that cannot be read or decoded ends the run with its name
     """
 

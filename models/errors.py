@@ -6,7 +6,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A recipe or an override that does not fit the schema, or fields that contradict each other."""
+    """A recipe or override that does not fit the schema, or fields that contradict each other."""
 
 
 class MissingExtraError(UserError):

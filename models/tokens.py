@@ -62,9 +62,7 @@ class ModalityTokens:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ModalityTokens:
         """The same tokens with `function` applied to every tensor."""
-        return ModalityTokens(
-            **{name: function(tensor) for name, tensor in vars(self).items()}
-        )
+        return ModalityTokens(**{name: function(tensor) for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True)

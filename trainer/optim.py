@@ -129,7 +129,7 @@ class Optimizer:
     def _initialised(self, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.adamw.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
@@ -166,5 +166,6 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
+        fused=True,
     )
     return Optimizer(adamw, names, [scale for _, scale in groups])

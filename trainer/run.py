@@ -15,7 +15,7 @@ from kinodit.data.loader import Loader
 from kinodit.data.manifest import Dataset
 from kinodit.data.plan import CostModel, PlanSpec
 from kinodit.data.select import open_datasets, plan_spec
-from kinodit.models.encoders.base import EncoderError, VideoCodec, build_text_encoder
+from kinodit.models.encoders.base import EncoderError, TextEncoder, VideoCodec, build_text_encoder
 from kinodit.models.encoders.wavelet import WaveletCodec, fit_standardisation
 from kinodit.trainer import checkpoint
 from kinodit.trainer.batches import VIDEO, BatchSource
@@ -67,7 +67,13 @@ def train(
     text = build_text_encoder(config.modalities.text.encoder, device)
     codec = _fitted_codec(config, run_dir, datasets, mesh)
     spec = plan_spec(config.data, datasets, _cost(config, codec, text), config.run.seed)
-    encoder = SampleEncoder(text, codec, config.run.seed, config.objective.condition_dropout)
+    encoder = SampleEncoder(
+        text,
+        codec,
+        config.run.seed,
+        config.objective.condition_dropout,
+        latent_cache_mib=config.data.cache_mib,
+    )
     parts = build_parts(config, mesh, encoder, codec)
     state = (
         _restore(resumed_from, spec, parts)
@@ -189,7 +195,7 @@ def _first_videos(config: RunConfig, datasets: dict[str, Dataset]) -> Sequence[t
     return [sample.video for sample in pack if sample.video is not None]
 
 
-def _cost(config: RunConfig, codec: VideoCodec, text: object) -> CostModel:
+def _cost(config: RunConfig, codec: VideoCodec, text: TextEncoder) -> CostModel:
     """Tokens of a sample at most: what the plan balances and budgets."""
     patch = config.modalities.video.patch
     per_patch = patch[0] * patch[1] * patch[2]
@@ -207,8 +213,8 @@ def _cost(config: RunConfig, codec: VideoCodec, text: object) -> CostModel:
     return CostModel(
         video_tokens=video_tokens,
         image_tokens=image_tokens,
-        text_tokens=getattr(text, "max_tokens", 0),
-        tokenizer=str(getattr(text, "fingerprint", "")) + codec.fingerprint,
+        text_tokens=text.max_tokens,
+        tokenizer=f"{text.fingerprint} {codec.fingerprint}",
     )
 
 
@@ -231,7 +237,7 @@ def _evaluator(
     parts: Parts,
     encoder: SampleEncoder,
     codec: VideoCodec,
-    text: object,
+    text: TextEncoder,
     mesh: Mesh,
 ) -> Evaluator | None:
     """Measures validation loss on a fixed step of its own plan; None if the recipe has none."""

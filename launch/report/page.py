@@ -96,6 +96,7 @@ def render(run: Run, now: float, max_media_mib: float) -> str:
         progress=min(1.0, run.last_step / run.total_steps) if run.total_steps else None,
         facts=_facts(run, now),
         tiles=_tiles(run),
+        drawn=[_embed(file) for file in run.drawn],
         notes=notes,
         events=_event_rows(run.events),
         num_events=len(run.events),
@@ -175,6 +176,10 @@ def _tiles(run: Run) -> list[dict[str, str]]:
         (number(row["memory_gib"]) for row in rows if "memory_gib" in row), default=math.nan
     )
     add("Peak memory", memory, f"{memory:.3g}", "GiB", "of the first rank")
+    if run.motion:
+        accuracy = number(run.motion.get("accuracy"))
+        hint = f"of {run.motion.get('num_clips')} clips; chance is 25 %"
+        add("Moves as told", accuracy, f"{100 * accuracy:.0f}", "%", hint)
     return tiles
 
 

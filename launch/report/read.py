@@ -26,6 +26,10 @@ class ReportError(UserError):
     """The folder is not a run, or the page cannot be written."""
 
 
+MAX_MOTION_CLIPS = 24
+"""Of the clips that `kinodit measure` sampled, how many the page shows."""
+
+
 @dataclass(frozen=True)
 class SampleFile:
     """One sampled clip or picture: its entry of index.json and where its file lies."""
@@ -38,7 +42,8 @@ class SampleFile:
 class Run:
     """Everything a report shows. Rows are in the order of their steps, one per step and kind.
 
-    samples: (step, files) of every sampling, oldest first; notes: what could not be read.
+    samples: (step, files) of every sampling, oldest first; drawn: files of `kinodit sample` and
+    the first of `kinodit measure`; motion: what that measured; notes: what could not be read.
     """
 
     folder: Path
@@ -48,6 +53,8 @@ class Run:
     validation: list[Row]
     events: list[Row]
     samples: list[tuple[int, list[SampleFile]]]
+    drawn: list[SampleFile]
+    motion: dict[str, Any]
     notes: list[str]
 
     @property
@@ -108,6 +115,11 @@ def read_run(folder: Path) -> Run:
         validation=_one_per_step(rows, "validation"),
         events=[_event(row) for row in _rows(folder / "events.jsonl", notes)],
         samples=_samples(folder / "samples", notes),
+        drawn=[
+            *_files(folder / "samples" / "manual" / "index.json", notes),
+            *_files(folder / "samples" / "motion" / "index.json", notes)[:MAX_MOTION_CLIPS],
+        ],
+        motion=_mapping(folder / "motion.json", notes),
         notes=notes,
     )
 
@@ -196,23 +208,29 @@ def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _samples(folder: Path, notes: list[str]) -> list[tuple[int, list[SampleFile]]]:
     found = []
-    missing = 0
     for index_path in sorted(folder.glob("step-*/index.json")):
-        try:
-            step = int(index_path.parent.name.removeprefix("step-"))
-            entries = json.loads(index_path.read_text(encoding="utf-8"))
-        except ValueError:
-            notes.append(f"samples/{index_path.parent.name} could not be read and is left out.")
-            continue
-        files = []
-        for entry in entries:
-            # Only a plain name: an index must not make the report include other files.
-            path = index_path.parent / Path(str(entry["file"])).name
-            if path.is_file():
-                files.append(SampleFile(entry, path))
-            else:
-                missing += 1
-        found.append((step, files))
-    if missing:
-        notes.append(f"{missing} sampled files are named in an index but not there.")
+        step = index_path.parent.name.removeprefix("step-")
+        if step.isdigit():
+            found.append((int(step), _files(index_path, notes)))
     return found
+
+
+def _files(index_path: Path, notes: list[str]) -> list[SampleFile]:
+    """The files that an index names; none if there is no index."""
+    if not index_path.is_file():
+        return []
+    try:
+        entries = json.loads(index_path.read_text(encoding="utf-8"))
+    except ValueError:
+        notes.append(f"samples/{index_path.parent.name} could not be read and is left out.")
+        return []
+    # Only plain names: an index must not make the report include other files.
+    files = [
+        SampleFile(entry, index_path.parent / Path(str(entry["file"])).name) for entry in entries
+    ]
+    present = [file for file in files if file.path.is_file()]
+    if len(present) < len(files):
+        notes.append(
+            f"{len(files) - len(present)} sampled files are named in an index but not there."
+        )
+    return present

@@ -46,6 +46,10 @@ class TextEncoder(Protocol):
         """Length of the pooled vector."""
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens of a caption at most: longer ones are cut."""
+
+    @property
     def fingerprint(self) -> str:
         """Hash of configuration and weights: the key of cached features."""
 

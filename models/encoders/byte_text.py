@@ -47,7 +47,7 @@ class ByteTextEncoder:
     """Keyed-random embeddings of UTF-8 bytes plus sinusoids of their place; pooled is the mean."""
 
     def __init__(self, config: ByteTextConfig, device: torch.device) -> None:
-        self._max_tokens = config.max_tokens
+        self.max_tokens = config.max_tokens
         self.token_dim = config.dim
         self.pooled_dim = config.dim
         self.fingerprint = hashlib.sha256(repr(sorted(asdict(config).items())).encode()).hexdigest()
@@ -59,7 +59,7 @@ class ByteTextEncoder:
         """Features of each caption: [1 + number of bytes, dim], cut to `max_tokens`."""
         features = []
         for caption in captions:
-            codes = [BEGIN, *caption.encode()][: self._max_tokens]
+            codes = [BEGIN, *caption.encode()][: self.max_tokens]
             index = torch.tensor(codes, device=self._table.device)
             tokens = self._table[index] + self._places[: len(codes)]
             features.append(TextFeatures(tokens=tokens, pooled=tokens.mean(0)))

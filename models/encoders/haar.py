@@ -38,11 +38,13 @@ class Subband(NamedTuple):
         return math.prod(self.shape)
 
 
-def subbands(temporal_levels: int, spatial_levels: int) -> tuple[Subband, ...]:
+def subbands(
+    temporal_levels: int, spatial_levels: int, together: bool = True
+) -> tuple[Subband, ...]:
     """The subbands in the order of the coefficients: the low one, then coarse to fine."""
     shape = [2**temporal_levels, 2**spatial_levels, 2**spatial_levels]
     details: list[list[Subband]] = []
-    for level, axes in _levels(temporal_levels, spatial_levels):
+    for level, axes in _levels(temporal_levels, spatial_levels, together):
         shape = [n // 2 if "thw"[axis] in axes else n for axis, n in enumerate(shape)]
         size = (shape[0], shape[1], shape[2])
         details.append([Subband(level, high, size) for high in _combinations(axes) if high])
@@ -50,11 +52,13 @@ def subbands(temporal_levels: int, spatial_levels: int) -> tuple[Subband, ...]:
     return (low, *(band for level in reversed(details) for band in level))
 
 
-def forward(blocks: Tensor, temporal_levels: int, spatial_levels: int) -> Tensor:
+def forward(
+    blocks: Tensor, temporal_levels: int, spatial_levels: int, together: bool = True
+) -> Tensor:
     """Blocks [t, h, w, st, sh, sw, 3] to coefficients [t, h, w, B, 3]."""
     details: list[list[Tensor]] = []
     low = blocks
-    for _, axes in _levels(temporal_levels, spatial_levels):
+    for _, axes in _levels(temporal_levels, spatial_levels, together):
         parts = {"": low}
         for letter in axes:
             axis = FIRST_PIXEL_AXIS + "thw".index(letter)
@@ -70,16 +74,18 @@ def forward(blocks: Tensor, temporal_levels: int, spatial_levels: int) -> Tensor
     return torch.cat([band.flatten(3, 5) for band in bands], dim=3)
 
 
-def inverse(coefficients: Tensor, temporal_levels: int, spatial_levels: int) -> Tensor:
+def inverse(
+    coefficients: Tensor, temporal_levels: int, spatial_levels: int, together: bool = True
+) -> Tensor:
     """Coefficients [t, h, w, B, 3] to blocks [t, h, w, st, sh, sw, 3]."""
-    bands = subbands(temporal_levels, spatial_levels)
+    bands = subbands(temporal_levels, spatial_levels, together)
     split = torch.split(coefficients, [band.size for band in bands], dim=3)
     found = {
         band.name: torch.unflatten(part, 3, band.shape)
         for band, part in zip(bands, split, strict=True)
     }
     low = found["low"]
-    for level, axes in reversed(list(_levels(temporal_levels, spatial_levels))):
+    for level, axes in reversed(list(_levels(temporal_levels, spatial_levels, together))):
         parts = {high: found[f"{level}/{high}"] for high in _combinations(axes) if high}
         parts[""] = low
         for letter in reversed(axes):
@@ -95,8 +101,16 @@ def inverse(coefficients: Tensor, temporal_levels: int, spatial_levels: int) -> 
     return low
 
 
-def _levels(temporal_levels: int, spatial_levels: int) -> Iterator[tuple[int, str]]:
-    """Each level, finest first, with the letters of the axes that it halves."""
+def _levels(temporal_levels: int, spatial_levels: int, together: bool) -> Iterator[tuple[int, str]]:
+    """Each level, finest first, with the letters of the axes that it halves.
+
+    `together` halves time with rows and columns; otherwise time comes after all of them, so that
+    change in time is told apart at the coarsest picture only.
+    """
+    if not together:
+        yield from ((level, "hw") for level in range(1, spatial_levels + 1))
+        yield from ((spatial_levels + level, "t") for level in range(1, temporal_levels + 1))
+        return
     for level in range(1, max(temporal_levels, spatial_levels) + 1):
         temporal = "t" if level <= temporal_levels else ""
         yield level, temporal + ("hw" if level <= spatial_levels else "")

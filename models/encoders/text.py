@@ -84,6 +84,7 @@ class TransformersTextEncoder:
         what = "text encoder 'transformers'"
         self._config = config
         self._device = device
+        self.max_tokens = config.max_tokens - config.skip_tokens
         self._folder = weights_folder(config.path, config.package, what)
         self._tokenizer_folder = (
             self._folder if config.tokenizer_path is None else Path(config.tokenizer_path)

@@ -48,6 +48,9 @@ class WaveletConfig(VideoCodecConfig):
                        None leaves the coefficients of pixels in [-1, 1] as they are
     standardise_power: 1 gives every subband unit variance; at 0 subbands keep their proportions
                        and only the mean variance over channels is 1
+    time_last:         halve rows and columns first and time after all of them, so that a few
+                       coefficients of each block hold how it changes as a whole; otherwise time
+                       is halved together with rows and columns
     gains:             subband name ("3/t": coarsest level, change in time) -> factor on top. Noise
                        hides a subband later the more it is raised, so that a model settles it
                        earlier when it generates: motion before texture, for instance
@@ -59,6 +62,7 @@ class WaveletConfig(VideoCodecConfig):
     first_frame_alone: bool = True
     standardisation: str | None = None
     standardise_power: float = 1.0
+    time_last: bool = False
     gains: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,7 +74,7 @@ class WaveletConfig(VideoCodecConfig):
             )
         if not 0 <= self.standardise_power <= 1:
             raise ConfigError(f"standardise_power lies in [0, 1], got {self.standardise_power}")
-        names = [band.name for band in subbands(*levels)]
+        names = [band.name for band in subbands(*levels, not self.time_last)]
         for name, gain in self.gains.items():
             if name not in names:
                 raise ConfigError(
@@ -102,7 +106,9 @@ class WaveletCodec:
         )
         self.latent_channels = 3 * math.prod(self.stride)
         self.device = device
-        self.subbands = subbands(config.temporal_levels, config.spatial_levels)
+        self.subbands = subbands(
+            config.temporal_levels, config.spatial_levels, not config.time_last
+        )
         self._mean_B3 = torch.zeros(self.latent_channels // 3, 3, device=device)
         self._scale_B3 = torch.ones(self.latent_channels // 3, 3, device=device)
         if standardisation is not None:
@@ -133,7 +139,12 @@ class WaveletCodec:
         latents = latents.to(self.device, torch.float32).permute(1, 2, 3, 0)
         coefficients_thwB3 = torch.unflatten(latents, 3, (-1, 3)) * self._scale_B3 + self._mean_B3
         config = self.config
-        blocks = inverse(coefficients_thwB3, config.temporal_levels, config.spatial_levels)
+        blocks = inverse(
+            coefficients_thwB3,
+            config.temporal_levels,
+            config.spatial_levels,
+            not config.time_last,
+        )
         if self.holds_first_frame:
             # The held copies are equal but for rounding in a clip that was encoded; in a
             # generated one their mean is the nearest clip that could have been.
@@ -153,7 +164,8 @@ class WaveletCodec:
         if self.holds_first_frame:
             pixels = torch.cat([pixels[:1].expand(st - 1, -1, -1, -1), pixels])
         blocks = pixels.reshape(t, st, h, sh, w, sw, 3).permute(0, 2, 4, 1, 3, 5, 6)
-        return forward(blocks, self.config.temporal_levels, self.config.spatial_levels)
+        config = self.config
+        return forward(blocks, config.temporal_levels, config.spatial_levels, not config.time_last)
 
     def _set(self, standardisation: Standardisation, power: float) -> None:
         expected = tuple(band.name for band in self.subbands)
@@ -175,7 +187,12 @@ class WaveletCodec:
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(b"wavelet 1")
-        parts = (self.config.temporal_levels, self.config.spatial_levels, self.holds_first_frame)
+        parts = (
+            self.config.temporal_levels,
+            self.config.spatial_levels,
+            self.holds_first_frame,
+            self.config.time_last,
+        )
         digest.update(repr(parts).encode())
         for tensor in (self._mean_B3, self._scale_B3):
             digest.update(tensor.cpu().numpy().tobytes())

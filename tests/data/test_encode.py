@@ -22,7 +22,7 @@ from kinodit.models.errors import ConfigError
 class Words:
     """One token for each word; counts what it is asked."""
 
-    token_dim, pooled_dim, fingerprint = 3, 2, "words"
+    token_dim, pooled_dim, max_tokens, fingerprint = 3, 2, 9, "words"
 
     def __init__(self) -> None:
         self.asked: list[str] = []

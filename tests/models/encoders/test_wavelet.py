@@ -270,3 +270,18 @@ def test_gains_raise_named_subbands_and_stay_lossless() -> None:
 def test_gains_of_subbands_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ConfigError, match="3/t"):
         WaveletConfig(temporal_levels=1, spatial_levels=1, gains={"3/t": 2.0})
+
+
+def test_time_last_tells_the_change_of_a_whole_block_and_stays_lossless() -> None:
+    last = codec(temporal_levels=2, spatial_levels=1, first_frame_alone=False, time_last=True)
+    assert [band.name for band in last.subbands] == ["low", "3/t", "2/t", "1/h", "1/w", "1/hw"]
+    assert sum(band.size * 3 for band in last.subbands) == last.latent_channels
+    clip = random_clip(8, 8, 8)
+    assert torch.equal(last.decode(last.encode(clip)), clip)
+    flicker = torch.full((4, 2, 2, 3), 100, dtype=torch.uint8)
+    flicker[2:] = 200
+    halves = last.encode(flicker).flatten()
+    changed = halves.abs() > 1e-5
+    assert changed[:6].all() and not changed[6:].any()
+    joint = codec(temporal_levels=2, spatial_levels=1, first_frame_alone=False)
+    assert joint.fingerprint != last.fingerprint

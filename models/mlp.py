@@ -6,7 +6,7 @@ Shape legend: N tokens, d width, h hidden width.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,39 +47,11 @@ class MLP(nn.Module):
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form (Hendrycks and Gimpel, 1606.08415, section 2).
 
-    x (1 + tanh u) / 2 = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3). On a CPU, tanh
-    costs 3.5 times what sigmoid does, and is 3 % of a training step.
+    x (1 + tanh u) / 2 = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3). A compiler fuses
+    either; on a CPU the exponential of the second costs a third of the first one's tanh.
     """
-    if torch.compiler.is_compiling():
-        return x * torch.sigmoid(_doubled_u(x))
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        out: Tensor = _GeluTanh.apply(x)
-        return out
-    return F.gelu(x, approximate="tanh")
-
-
-LINEAR = 2 * math.sqrt(2 / math.pi)
-CUBIC = 0.044715 * LINEAR
-
-
-def _doubled_u(x: Tensor) -> Tensor:
-    """2u = x (LINEAR + CUBIC x^2)."""
-    return (x * x).mul_(CUBIC).add_(LINEAR).mul_(x)
-
-
-class _GeluTanh(torch.autograd.Function):
-    """`gelu_tanh` that keeps x alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _doubled_u(x).sigmoid_().mul_(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        sigmoid = _doubled_u(x).sigmoid_()
-        # d/dx [x s] = s + x s (1 - s) (2u)' and x (2u)' = x (LINEAR + 3 CUBIC x^2)
-        slope = (x * x).mul_(3 * CUBIC).add_(LINEAR).mul_(x)
-        slope.mul_(1 - sigmoid).add_(1).mul_(sigmoid)
-        return slope.mul_(grad)
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    doubled_u = 2 * math.sqrt(2 / math.pi) * wide * (1 + 0.044715 * wide * wide)
+    return (wide * torch.sigmoid(doubled_u)).to(x.dtype)

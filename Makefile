@@ -34,9 +34,18 @@ $(STAMP):
 	touch $@
 
 demo: setup ## make shards from real media, train on 2 ranks, sample clips, write a report
+	@echo "== shards: real clips and a theatre of moving pictures"
 	@test -e $(DEMO_DATA)/manifest.json || $(BIN)/kinodit data demo $(DEMO_DATA)
+	@echo "== training on 2 ranks: $(DEMO_CONFIG)"
 	@$(BIN)/torchrun --nproc-per-node 2 -m kinodit train $(DEMO_CONFIG)
-	@$(BIN)/kinodit sample $(DEMO_RUN) --prompt "a red kangaroo moves left over a beach"
+	@echo "== sampling"
+	@$(BIN)/kinodit sample $(DEMO_RUN) \
+		--prompt "a monkey moves left over a wooden table" \
+		--prompt "a bell moves right over the moon" \
+		--prompt "a kangaroo moves up over a temple garden" \
+		--prompt "an ambulance moves down over a launch pad"
+	@$(BIN)/torchrun --nproc-per-node 2 -m kinodit measure $(DEMO_RUN) --clips 64
+	@echo "== report"
 	@$(BIN)/kinodit report $(DEMO_RUN)
 
 test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)

@@ -93,15 +93,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
 
 
 def attend_segment_major(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-    """`attend` for tensors that already are in segment-major order."""
+    """`attend` for q [J, H, D], k and v [J, H_kv, D] that already are in segment-major order."""
     visibility = merge_groups(layout.lengths, layout.visible)
     kernel = KERNELS.get((q.device.type, visibility.is_block_diagonal), by_group)
     return kernel(q, k, v, visibility)
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """`x` with its rows in another order, one pass forward and one backward."""
-    out: Tensor = _Permute.apply(x, order, inverse)
+    """`x` [J, ...] with its rows in another order, one pass forward and one backward."""
+    out: Tensor = _Permute.apply(x, order, inverse)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -120,7 +120,7 @@ class _Permute(torch.autograd.Function):
 
 
 def by_group(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
-    """One SDPA call per group of queries, over the keys that the group sees."""
+    """One SDPA call per group of queries over the keys it sees; shapes as `attend`: [J, H, D]."""
     if not any(visibility.visible):
         # Nobody sees anything: zeros, but the graph must still reach all three.
         return 0 * (q + k.sum() + v.sum())
@@ -139,7 +139,10 @@ def by_group(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
 
 
 def by_segment(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
-    """One SDPA call per run of segments of equal length; every token sees its whole segment."""
+    """One SDPA call per run of segments of equal length; shapes as `attend`: [J, H, D].
+
+    Every token sees its whole segment.
+    """
     runs = equal_runs(visibility.lengths)
     if len(runs) == 1:
         return _sdpa(q, k, v, runs[0][0])
@@ -171,16 +174,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
 
 
 def varlen_cuda(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
-    """One varlen flash call for all segments. fp16 and bf16 only: others go segment by segment."""
+    """One varlen flash call for all segments; shapes as `attend`.
+
+    fp16 and bf16 only: other dtypes go segment by segment.
+    """
     if q.dtype not in (torch.float16, torch.bfloat16):
         return by_segment(q, k, v, visibility)
     from torch.nn.attention.varlen import varlen_attn
 
     ends = segment_ends(visibility.lengths, q.device)
     longest = max(visibility.lengths)
-    out: Tensor = varlen_attn(
-        q, k, v, ends, ends, longest, longest, enable_gqa=q.shape[-2] != k.shape[-2]
-    )
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, enable_gqa=q.shape[-2] != k.shape[-2])
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -211,7 +216,8 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, segment: Tensor, num_segments
 
         rows = torch.arange(num_segments + 1, device=segment.device)
         ends = torch.searchsorted(segment, rows).to(torch.int32)
-        out: Tensor = varlen_attn(q, k, v, ends, ends, q.shape[0], q.shape[0])
+        out = varlen_attn(q, k, v, ends, ends, q.shape[0], q.shape[0])
+        assert isinstance(out, Tensor)
         return out
     mask = segment.unsqueeze(1) == segment.unsqueeze(0)
     q_HND, k_HND, v_HND = (x.transpose(0, 1) for x in (q, k, v))

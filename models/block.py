@@ -63,7 +63,7 @@ class Context:
 
 
 def merged_table(rotary: Mapping[str, Rotary], level: Mapping[str, Tensor]) -> Rotary:
-    """The tables of all streams one after the other; a stream without one is turned by 0."""
+    """The tables [N, P, 2] of all streams as one [J, P, 2]; a stream without one is turned by 0."""
     known = [table for table in rotary.values() if table is not None]
     if not known:
         return None
@@ -76,11 +76,14 @@ def merged_table(rotary: Mapping[str, Rotary], level: Mapping[str, Tensor]) -> R
     return torch.cat(tables)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def call_attention(
     attend: AttentionOp, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout
 ) -> Tensor:
-    """`attend`, kept out of compiled graphs: a layout is different in every batch."""
+    """`attend`, kept out of compiled graphs: a layout is different in every batch.
+
+    q [J, H, D], k and v [J, H_kv, D] -> [J, H, D].
+    """
     return attend(q, k, v, layout)
 
 

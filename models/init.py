@@ -3,7 +3,9 @@
 What starts at zero and why: modulation, so that every block is the identity at first and gates
 open as they are needed (adaLN-Zero, Peebles and Xie, arXiv 2212.09748, section 3.2); the heads, so
 that the first prediction is 0; biases. Embedding MLPs of times and conditions are normal with
-0.02; all other matrices are Xavier uniform (Glorot and Bengio 2010, equation 16), as in DiT.
+variance 1 / fan-in: DiT's fixed 0.02 comes to the same at its widths, but leaves a narrow model
+almost deaf to its conditions. All other matrices are Xavier uniform (Glorot and Bengio 2010,
+equation 16), as in DiT.
 """
 
 from __future__ import annotations
@@ -39,23 +41,23 @@ def rule(name: str) -> str:
 
 
 def initial_value(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """The whole initial value of a parameter, float32 on the CPU; a shard is a slice of it."""
+    """The whole initial value, float32 [*shape] on the CPU; a shard is a slice of it."""
     choice = rule(name)
     if choice == "zero":
         return torch.zeros(tuple(shape))
     if choice == "one":
         return torch.ones(tuple(shape))
     source = generator(seed, "init", name)
-    if choice == "normal":
-        return 0.02 * normal(source, shape)
     fan_out, fan_in = shape
+    if choice == "normal":
+        return normal(source, shape) / math.sqrt(fan_in)
     bound = math.sqrt(6 / (fan_in + fan_out))
     uniform = torch.from_numpy(source.random(tuple(shape), dtype="float32"))
     return (2 * uniform - 1) * bound
 
 
 def initial_values(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole initial value) of every parameter; works for a model on the meta device."""
+    """(name, whole initial value [*parameter.shape]) of every parameter, also of a meta model."""
     for name, parameter in model.named_parameters():
         yield name, initial_value(name, parameter.shape, seed)
 

@@ -45,7 +45,7 @@ class MLP(nn.Module):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form (Hendrycks and Gimpel, 1606.08415, section 2).
+    """GELU in its tanh form (Hendrycks and Gimpel, 1606.08415, section 2), element-wise.
 
     x (1 + tanh u) / 2 = x sigmoid(2u) with u = sqrt(2 / pi) (x + 0.044715 x^3). A compiler fuses
     either; on a CPU the exponential of the second costs a third of the first one's tanh.

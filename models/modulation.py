@@ -106,7 +106,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, level: Tensor, eps: 
     if torch.compiler.is_compiling():
         normed = F.layer_norm(x, x.shape[-1:], None, None, eps)
         return torch.addcmul(per_token(shift, level), normed, per_token(1 + scale, level))
-    out: Tensor = _ModulatedNorm.apply(x, shift, scale, level, eps)
+    out: Tensor = _ModulatedNorm.apply(x, shift, scale, level, eps)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -115,7 +115,7 @@ def gated_add(x: Tensor, gate: Tensor, branch: Tensor, level: Tensor) -> Tensor:
     gate = gate.to(branch.dtype)
     if torch.compiler.is_compiling():
         return x + per_token(gate, level) * branch
-    out: Tensor = _GatedAdd.apply(x, gate, branch, level)
+    out: Tensor = _GatedAdd.apply(x, gate, branch, level)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -123,7 +123,7 @@ def per_token(rows: Tensor, level: Tensor) -> Tensor:
     """Rows [K, d] of each token's noise level: [N, d], or [1, d] when there is one row for all."""
     if rows.shape[0] == 1:
         return rows
-    out: Tensor = _Lookup.apply(rows, level)
+    out: Tensor = _Lookup.apply(rows, level)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -41,7 +41,7 @@ class HeadNorm(RMSNorm):
         if torch.compiler.is_compiling():
             normed = super().forward(x)
             return normed if rotary is None else rotate(normed, rotary)
-        out: Tensor = _NormRotate.apply(x, self.weight, rotary, self.eps)
+        out: Tensor = _NormRotate.apply(x, self.weight, rotary, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -57,7 +57,8 @@ class _NormRotate(torch.autograd.Function):
         out = (wide * rstd).mul_(weight)
         if rotary is not None:
             as_complex(out).mul_(torch.view_as_complex(rotary).unsqueeze(1))
-        return out.to(x.dtype)
+        normed: Tensor = out.to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

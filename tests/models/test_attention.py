@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_segments_of_one_length_are_one_call(monkeypatch: pytest.MonkeyPatch) ->
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention
 
-    def counted(q, k, v, **options):
+    def counted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         calls.append(tuple(q.shape))
         return original(q, k, v, **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -13,9 +15,12 @@ from tests.models.packs import filler, pack
 from tests.models.test_mmdit import CHANNELS, CONDITIONS, VARIANTS, build, causal, samples
 
 
-def flash_flops(q, k, v, *args, out_shape=None, **kwargs) -> int:
+def flash_flops(
+    q: list[int], k: list[int], v: list[int], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     """FLOPs of CPU flash attention, which torch's counter does not know; H_kv may be below H."""
-    return sdpa_flop_count(q, (*k[:1], q[1], *k[2:]), (*v[:1], q[1], *v[2:]))
+    count: int = sdpa_flop_count(q, (*k[:1], q[1], *k[2:]), (*v[:1], q[1], *v[2:]))
+    return count
 
 
 COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flash_flops}

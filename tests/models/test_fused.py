@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kinodit.models.mlp import MLP, gelu_tanh, hidden_width
+from kinodit.models.mlp import MLP, Activation, gelu_tanh, hidden_width
 from kinodit.models.modulation import (
     AdaNorm,
     Modulation,
@@ -125,7 +126,7 @@ def test_the_compiled_gelu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "silu", "swiglu"])
-def test_mlps_are_their_formulas(activation) -> None:
+def test_mlps_are_their_formulas(activation: Activation) -> None:
     mlp = MLP(8, 16, activation, bias=True).double()
     x = torch.randn(5, 8, dtype=torch.float64)
     hidden = mlp.up(x)
@@ -161,12 +162,13 @@ def test_low_rank_modulation_adds_the_shared_rows() -> None:
     condition = torch.randn(3, 4, dtype=torch.float64)
     shared = torch.randn(3, 6 * WIDTH, dtype=torch.float64)
     (found,) = modulation(condition, shared)
+    assert modulation.down is not None
     weight = modulation.linear.weight @ modulation.down.weight
     expected = condition @ weight.T + modulation.linear.bias + shared[:, : 3 * WIDTH]
     torch.testing.assert_close(torch.cat([found.shift, found.scale, found.gate], -1), expected)
 
 
-def saved_bytes(function, *inputs: Tensor, given: Tensor) -> int:
+def saved_bytes(function: Callable[..., Tensor], *inputs: Tensor, given: Tensor) -> int:
     """Bytes that autograd keeps besides `inputs` and `given`, each storage once."""
     kept = {}
     known = {x.untyped_storage().data_ptr() for x in (*inputs, given)}

@@ -231,3 +231,23 @@ def test_every_variant_starts_from_a_rule(variant: str) -> None:
         is_live = parameter.abs().max() > 0
         starts_at_zero = name.endswith("bias") or "modulation" in name or "heads." in name
         assert is_live != starts_at_zero, name
+
+
+@pytest.mark.parametrize("per_frame", [False, True], ids=["per_segment", "per_frame"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_stays_near_float32(autocast: bool, per_frame: bool) -> None:
+    batch = pack(samples(per_frame))
+    exact, rounded = build(SINGLE, torch.float32), build(SINGLE, torch.float32)
+    if not autocast:
+        rounded.to(torch.bfloat16)
+    expected = exact(batch)["video"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = rounded(batch)["video"]
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    expected.square().mean().backward()
+    found.float().square().mean().backward()
+    wanted, got = gradients(exact), gradients(rounded)
+    for name, gradient in wanted.items():
+        error = (got[name].float() - gradient).norm()
+        assert error < 0.1 * gradient.norm() + 1e-4, name

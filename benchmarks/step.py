@@ -21,17 +21,22 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import diffusers
 import torch
 from contenders import PAIRS, Contender, Pair, packed_pair, per_frame_pair
 from counts import activation_bytes, compiled_block, host_syncs, minimal_pointwise_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW = dict[str, object]
+GUESS_S = {"eager": 30.0, "compiled": 90.0, "packed": 60.0, "counts": 90.0}
+"""What a measurement takes before one of its kind was timed."""
 
 
 def timed(contender: Contender) -> float:
@@ -112,7 +117,8 @@ class Run:
     def fits(self, name: str, kind: str) -> bool:
         """Whether a row like the last one of its kind can still end in time."""
         left_s = self.limit_s - (time.monotonic() - self.start)
-        if left_s > 1.1 * self.last_s.get(kind, 0.0):
+        guess_s = next((value for part, value in GUESS_S.items() if part in kind), 0.0)
+        if left_s > 1.1 * self.last_s.get(kind, guess_s):
             return True
         self.skip(name, f"{left_s:.0f} s left")
         return False
@@ -130,17 +136,24 @@ class Run:
 
     def steps(self) -> Iterator[Callable[[], None]]:
         """Measurements, the most telling first."""
+
+        def pairs(mode: str, dtype: str, tokens: int) -> Iterator[Callable[[], None]]:
+            return (partial(self.pair, model, mode, dtype, tokens) for model in PAIRS)
+
         yield self.host_syncs
-        for tokens in (1024, 4096):
-            for dtype in DTYPES:
-                for mode in ("eager", "compiled"):
-                    for model in PAIRS:
-                        yield lambda m=model, o=mode, d=dtype, n=tokens: self.pair(m, o, d, n)
-                if tokens == 1024:
-                    yield lambda d=dtype: self.packed(d)
-            if tokens == 1024:
-                yield self.per_frame
-                yield self.block_counts
+        yield from pairs("eager", "fp32", 1024)
+        yield partial(self.packed, "fp32")
+        yield self.per_frame
+        yield from pairs("eager", "bf16", 1024)
+        yield partial(self.packed, "bf16")
+        yield from pairs("compiled", "fp32", 1024)
+        yield partial(self.block_counts, "sd3")
+        yield from pairs("eager", "fp32", 4096)
+        yield from pairs("compiled", "bf16", 1024)
+        yield from pairs("eager", "bf16", 4096)
+        yield partial(self.block_counts, "flux")
+        yield from pairs("compiled", "fp32", 4096)
+        yield from pairs("compiled", "bf16", 4096)
 
     def has_fast(self, dtype: str, name: str) -> bool:
         """Whether this CPU has a fast matrix product of `dtype`."""
@@ -210,23 +223,24 @@ class Run:
             found = host_syncs(scalar) + host_syncs(per_frame)
             self.add("host_syncs", {"value": float(len(found)), "ops": sorted(set(found))})
 
-    def block_counts(self) -> None:
+    def block_counts(self, model: str) -> None:
         """What a compiled block runs and moves, and what a step keeps: ours and theirs."""
-        kinds = ("kernels_per_block", "pointwise_bytes", "activation_bytes_per_token")
-        for model, build in PAIRS.items():
-            names = [f"{kind}/{model}" for kind in kinds]
-            if not self.wants(*names) or not self.fits(names[0], "counts"):
-                continue
-            start = time.monotonic()
-            pair: Pair = build(1024, torch.float32)
-            kept = [activation_bytes(contender) / contender.num_tokens for contender in pair]
-            kernels, moved = zip(*(compiled_block(contender) for contender in pair), strict=True)
-            least = [minimal_pointwise_bytes(contender) for contender in pair]
-            self.add(names[0], {"value": float(kernels[1]), "theirs": float(kernels[0])})
-            ratios = [found / minimum for found, minimum in zip(moved, least, strict=True)]
-            self.add(names[1], {"value": ratios[1], "theirs": ratios[0], "mib": moved[1] / 2**20})
-            self.add(names[2], {"value": kept[1], "theirs": kept[0]})
-            self.last_s["counts"] = time.monotonic() - start
+        names = [
+            f"{kind}/{model}"
+            for kind in ("kernels_per_block", "pointwise_bytes", "activation_bytes_per_token")
+        ]
+        if not self.wants(*names) or not self.fits(names[0], "counts"):
+            return
+        start = time.monotonic()
+        pair: Pair = PAIRS[model](1024, torch.float32)
+        kept = [activation_bytes(contender) / contender.num_tokens for contender in pair]
+        kernels, moved = zip(*(compiled_block(contender) for contender in pair), strict=True)
+        least = [minimal_pointwise_bytes(contender) for contender in pair]
+        ratios = [found / minimum for found, minimum in zip(moved, least, strict=True)]
+        self.add(names[0], {"value": float(kernels[1]), "theirs": float(kernels[0])})
+        self.add(names[1], {"value": ratios[1], "theirs": ratios[0], "mib": moved[1] / 2**20})
+        self.add(names[2], {"value": kept[1], "theirs": kept[0]})
+        self.last_s["counts"] = time.monotonic() - start
 
 
 def main() -> None:
@@ -238,6 +252,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="3 at most for 4096 tokens")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity_error()
     run = Run(args.rows, args.minutes, args.repeats)
     print(f"{'row':36s} {'value':>8s}   (our time / theirs unless said otherwise)")
     run.everything()

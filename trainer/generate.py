@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kinodit.data.encode import EncodedSample, SampleEncoder
 from kinodit.data.packing import PackSpec, filler, pack, patch_grid, unpatchify
+from kinodit.models.diffusion.field import velocity_field
 from kinodit.models.diffusion.guidance import GuidanceConfig, guided
-from kinodit.models.diffusion.objective import NoisedBatch, Objective, at_level, noised_rows
-from kinodit.models.diffusion.samplers import SamplerConfig, VelocityFn, sample, time_grid
+from kinodit.models.diffusion.objective import Objective
+from kinodit.models.diffusion.samplers import SamplerConfig, sample, time_grid
 from kinodit.models.errors import ConfigError
 from kinodit.models.random import generator, normal
 from kinodit.models.tokens import SampleKey, TokenBatch
@@ -127,8 +128,8 @@ class Generator:
             source = generator(config.seed, "sample", index, prompt, VIDEO)
             x = normal(source, tuple(with_text.modalities[VIDEO].latents.shape))
         device = self.engine.device
-        conditional = self._velocity(forward, with_text.to(device))
-        unconditional = self._velocity(forward, without_text.to(device))
+        conditional = velocity_field(forward, self.objective, with_text.to(device))
+        unconditional = velocity_field(forward, self.objective, without_text.to(device))
         velocity = guided(conditional, unconditional, config.guidance, with_text.to(device))
         grid = time_grid(config.sampler.steps, config.sampler.shift or shift)
         start = {VIDEO: x.to(device, self.dtype)}
@@ -155,15 +156,3 @@ class Generator:
             conditions=conditions,
         )
         return pack([encoded], self.spec)
-
-    def _velocity(self, forward: Forward, batch: TokenBatch) -> VelocityFn:
-        """The model's velocity of `batch` with other video latents, at one level."""
-        rows = noised_rows(batch)
-
-        def velocity(x: Mapping[str, Tensor], t: float) -> Mapping[str, Tensor]:
-            seen = at_level(batch.with_latents(x), t, rows)
-            noised = NoisedBatch(batch=seen, clean={}, noise={})
-            predictions = forward(seen)
-            return {name: self.objective.velocity(predictions[name], noised, name) for name in x}
-
-        return velocity

@@ -155,30 +155,30 @@ class _Lookup(torch.autograd.Function):
 
 
 class _ModulatedNorm(torch.autograd.Function):
-    """`modulated_norm` that keeps x, its statistics and the rows."""
+    """`modulated_norm` that keeps the normed tokens, their statistics and the rows."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, level: Tensor, eps: float
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        ctx.save_for_backward(x, mean, rstd, scale, level)
-        out = normed.mul_((1 + scale).index_select(0, level))
-        return out.add_(shift.index_select(0, level))
+            normed, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(normed, rstd, scale, level)
+        scale_Nd = (1 + scale).index_select(0, level)
+        return torch.addcmul(shift.index_select(0, level), normed, scale_Nd)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, scale, level = ctx.saved_tensors
+        normed, rstd, scale, level = ctx.saved_tensors
         grad_shift = segment_sum(grad, level, scale.shape[0])
-        wide = x.to(mean.dtype)
-        normed = ((wide - mean) * rstd).to(x.dtype)
-        grad_scale = segment_sum(normed.mul_(grad), level, scale.shape[0])
+        grad_scale = segment_sum(grad * normed, level, scale.shape[0])
         grad_normed = (1 + scale).index_select(0, level).mul_(grad)
+        # The kernel norms its input again: what is normed already has mean 0 and deviation 1.
+        mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_normed, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+            grad_normed, normed, normed.shape[-1:], mean, one, None, None, [True, False, False]
         )
-        return grad_x, grad_shift, grad_scale, None, None
+        return grad_x.mul_(rstd), grad_shift, grad_scale, None, None
 
 
 class _GatedAdd(torch.autograd.Function):

@@ -195,8 +195,9 @@ def test_per_token_rows_are_not_kept() -> None:
         normed = modulated_norm(x, shift, scale, level, EPS)
         return gated_add(x, gate, branch, level) + normed
 
+    # The normed tokens, in the place of x; autograd would add the looked-up scale and gate.
     a_token_tensor = count * width * 4
-    assert saved_bytes(step, x, branch, *table, given=level) < a_token_tensor / 2
+    assert saved_bytes(step, x, branch, *table, given=level) < 1.2 * a_token_tensor
 
 
 def test_rms_norm_in_low_precision_takes_statistics_in_float32() -> None:

@@ -67,6 +67,10 @@ class RecordMeta:
         return known_size and (self.modality == "image" or self.num_frames > 0)
 
 
+KNOWN_FIELDS = frozenset(item.name for item in fields(RecordMeta))
+CAPTION_FIELDS = frozenset(item.name for item in fields(Caption))
+
+
 def parse_meta(key: str, document: Mapping[str, Any]) -> RecordMeta:
     """`RecordMeta` of a decoded JSON object with a `schema`. Raises RecordError."""
     if document["schema"] != SCHEMA:
@@ -74,8 +78,7 @@ def parse_meta(key: str, document: Mapping[str, Any]) -> RecordMeta:
             f"sample {key!r}: its JSON is of schema {document['schema']!r}; "
             f"this version of kinodit reads schema {SCHEMA}"
         )
-    known = {item.name for item in fields(RecordMeta)}
-    unknown = sorted(set(document) - known)
+    unknown = sorted(document.keys() - KNOWN_FIELDS)
     if unknown:
         raise RecordError(
             f"sample {key!r}: JSON field {unknown[0]!r} is unknown; put numbers under 'scores' "
@@ -160,9 +163,8 @@ class _Fields:
         return tuple(self._caption(item) for item in value)
 
     def _caption(self, item: object) -> Caption:
-        names = {part.name for part in fields(Caption)}
-        if not isinstance(item, dict) or "text" not in item or set(item) - names:
-            self._refuse("captions", item, f"objects with 'text' and of {sorted(names)}")
+        if not isinstance(item, dict) or "text" not in item or item.keys() - CAPTION_FIELDS:
+            self._refuse("captions", item, f"objects with 'text' and of {sorted(CAPTION_FIELDS)}")
         read = _Fields(self._key, item)
         weight = read._finite("captions.weight", item.get("weight", 1.0))
         if weight < 0:

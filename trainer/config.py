@@ -185,11 +185,28 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         raw = OmegaConf.merge(OmegaConf.create(recipe), OmegaConf.from_dotlist(list(overrides)))
         assert isinstance(raw, DictConfig)
+        _refuse_interpolation(raw)
         return _build(raw)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_explain(error)}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _refuse_interpolation(raw: DictConfig) -> None:
+    """A recipe says what it means: resolved, `${oc.env:TOKEN}` would be saved in clear."""
+    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(raw, resolve=False))]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{key}.{name}".lstrip("."), item) for name, item in value.items()]
+        elif isinstance(value, list):
+            pending += [(f"{key}[{index}]", item) for index, item in enumerate(value)]
+        elif isinstance(value, str) and "${" in value:
+            raise ConfigError(
+                f"{key}={value!r}: recipes are not interpolated; write the value, or pass it as "
+                f"the override {key}=... from the shell"
+            )
 
 
 def _build(raw: DictConfig) -> RunConfig:

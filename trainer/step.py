@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kinodit.models.diffusion.objective import NoisedBatch, Objective
+from kinodit.models.diffusion.objective import NoisedBatch, Objective, bin_errors
 from kinodit.models.tokens import Role, TokenBatch
 from kinodit.trainer.ema import Ema
 from kinodit.trainer.engine.base import Engine, Predictions
@@ -102,9 +102,9 @@ class Step:
     def __call__(self, step: int, batches: Sequence[TokenBatch], lr: float) -> StepResult:
         """Update the model with `batches`, this rank's micro-batches of the step, on the host."""
         counts = count_step(batches, self.modalities, self._mesh)
-        shape = (len(self.modalities), NUM_NOISE_BINS)
         device = self._engine.device
-        errors, tokens = torch.zeros(2, *shape, device=device, dtype=torch.float64).unbind()
+        shape = (len(self.modalities), NUM_NOISE_BINS, 2)
+        bins = torch.zeros(shape, device=device, dtype=torch.float64)
         losses = torch.zeros(len(self.modalities), device=device, dtype=torch.float64)
         for index, batch in enumerate(batches):
             noised = self._objective.corrupt(batch, self._seed)
@@ -112,7 +112,7 @@ class Step:
 
             def loss(predictions: Predictions, noised: NoisedBatch = noised) -> Tensor:
                 per_token = self._objective.errors(predictions, noised)
-                self._bin(per_token, noised.batch, errors, tokens)
+                self._bin(per_token, noised.batch, bins)
                 terms = self._terms(per_token, noised.batch, counts)
                 losses.add_(torch.stack([term.detach().to(losses.dtype) for term in terms]))
                 return torch.stack(terms).sum()
@@ -122,6 +122,7 @@ class Step:
         self._engine.step(lr)
         for ema in self._emas:
             ema.update(step)
+        errors, tokens = bins.unbind(-1)
         return StepResult(losses, errors, tokens, grad_norm, counts)
 
     def _terms(
@@ -136,15 +137,10 @@ class Step:
             terms.append((error * weight).sum() * scale)
         return terms
 
-    def _bin(
-        self, per_token: Mapping[str, Tensor], batch: TokenBatch, errors: Tensor, tokens: Tensor
-    ) -> None:
+    def _bin(self, per_token: Mapping[str, Tensor], batch: TokenBatch, bins: Tensor) -> None:
         """Add each token's error to the bin of its noise level, without a host sync."""
         for row, name in enumerate(self.modalities):
             part = batch.modalities[name]
-            t = batch.level_t[part.level]
-            index = (t * NUM_NOISE_BINS).long().clamp_(0, NUM_NOISE_BINS - 1)
-            has_loss = loss_tokens(part.weight, part.role).to(errors.dtype)
-            error = per_token[name].detach().to(errors.dtype)
-            errors[row].index_add_(0, index, error * has_loss)
-            tokens[row].index_add_(0, index, has_loss)
+            has_loss = loss_tokens(part.weight, part.role)
+            error = per_token[name].to(bins.dtype)
+            bins[row] += bin_errors(error, batch.level_t[part.level], has_loss, NUM_NOISE_BINS)

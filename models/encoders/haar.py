@@ -1,7 +1,6 @@
 """The Haar transform of blocks of pixels, level by level, and its inverse.
 
-At each level the axes that have that many levels are halved into sums and differences over
-sqrt(2); the part that is low in all of them goes on to the next level. Orthonormal.
+A level halves axes into sums and differences over sqrt(2). Orthonormal.
 
 Shape legend: blocks [t, h, w, st, sh, sw, 3] (a grid of blocks, then the pixels of one block);
 coefficients [t, h, w, B, 3], coarse to fine, B = st sh sw.
@@ -10,7 +9,6 @@ coefficients [t, h, w, B, 3], coarse to fine, B = st sh sw.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,16 +19,18 @@ FIRST_PIXEL_AXIS = 3
 
 
 class Subband(NamedTuple):
-    """One subband: its level (1 is the finest), the axes it is high in, its pixels in a block."""
+    """One subband of a block.
 
-    level: int
-    high: str
+    name:  what is high in it, by level, 1 the finest: "2/hw" within a row and a column at level 2,
+           "1/tw" in time and along a row at level 1, "low" the rest; "2/hw@t3" the change in time,
+           at level 3, of "2/hw"
+    tempo: level of its change in time, 0 for none
+    shape: its coefficients in time, height and width
+    """
+
+    name: str
+    tempo: int
     shape: tuple[int, int, int]
-
-    @property
-    def name(self) -> str:
-        """For instance "1/tw": finest level, change in time and along a row; "low": the rest."""
-        return f"{self.level}/{self.high}" if self.high else "low"
 
     @property
     def size(self) -> int:
@@ -38,27 +38,85 @@ class Subband(NamedTuple):
         return math.prod(self.shape)
 
 
-def subbands(
-    temporal_levels: int, spatial_levels: int, together: bool = True
-) -> tuple[Subband, ...]:
-    """The subbands in the order of the coefficients: the low one, then coarse to fine."""
-    shape = [2**temporal_levels, 2**spatial_levels, 2**spatial_levels]
+class Haar(NamedTuple):
+    """The transform of blocks of 2^temporal_levels frames of 2^spatial_levels squared pixels.
+
+    `separable` transforms the frames first, in rows and columns, and then every subband in time;
+    otherwise each level halves all three axes and only what is low in all of them goes on.
+    """
+
+    temporal_levels: int
+    spatial_levels: int
+    separable: bool = False
+
+    def subbands(self) -> tuple[Subband, ...]:
+        """The subbands in the order of the coefficients: coarse to fine."""
+        block = (2**self.temporal_levels, 2**self.spatial_levels, 2**self.spatial_levels)
+        if not self.separable:
+            return _subbands(block, _steps(self.temporal_levels, self.spatial_levels))
+        found = []
+        for space in _subbands(block, _steps(0, self.spatial_levels)):
+            for time in _subbands(space.shape, _steps(self.temporal_levels, 0)):
+                name = f"{space.name}@t{time.tempo}" if time.tempo else space.name
+                found.append(Subband(name, time.tempo, time.shape))
+        return tuple(found)
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """Blocks [t, h, w, st, sh, sw, 3] to coefficients [t, h, w, B, 3]."""
+        if self.separable:
+            frames = _forward(blocks, _steps(0, self.spatial_levels))
+            steps = _steps(self.temporal_levels, 0)
+            bands = [part for band in frames for part in _forward(band, steps)]
+        else:
+            bands = _forward(blocks, _steps(self.temporal_levels, self.spatial_levels))
+        return torch.cat([band.flatten(3, 5) for band in bands], dim=3)
+
+    def inverse(self, coefficients: Tensor) -> Tensor:
+        """Coefficients [t, h, w, B, 3] to blocks [t, h, w, st, sh, sw, 3]."""
+        bands = self.subbands()
+        split = torch.split(coefficients, [band.size for band in bands], dim=3)
+        parts = [
+            torch.unflatten(part, 3, band.shape) for band, part in zip(bands, split, strict=True)
+        ]
+        if not self.separable:
+            return _inverse(parts, _steps(self.temporal_levels, self.spatial_levels))
+        steps = _steps(self.temporal_levels, 0)
+        each = self.temporal_levels + 1
+        frames = [_inverse(parts[i : i + each], steps) for i in range(0, len(parts), each)]
+        return _inverse(frames, _steps(0, self.spatial_levels))
+
+
+def _steps(temporal_levels: int, spatial_levels: int) -> list[str]:
+    """The letters of the axes that each level halves, finest level first."""
+    return [
+        ("t" if level < temporal_levels else "") + ("hw" if level < spatial_levels else "")
+        for level in range(max(temporal_levels, spatial_levels))
+    ]
+
+
+def _subbands(block: tuple[int, int, int], steps: list[str]) -> tuple[Subband, ...]:
+    """The subbands of a block of that shape, the low one first, then coarse to fine."""
+    shape = list(block)
     details: list[list[Subband]] = []
-    for level, axes in _levels(temporal_levels, spatial_levels, together):
-        shape = [n // 2 if "thw"[axis] in axes else n for axis, n in enumerate(shape)]
+    for level, axes in enumerate(steps, start=1):
+        shape = [n // 2 if letter in axes else n for letter, n in zip("thw", shape, strict=True)]
         size = (shape[0], shape[1], shape[2])
-        details.append([Subband(level, high, size) for high in _combinations(axes) if high])
-    low = Subband(len(details), "", (shape[0], shape[1], shape[2]))
+        details.append(
+            [
+                Subband(f"{level}/{high}", level if "t" in high else 0, size)
+                for high in _combinations(axes)
+                if high
+            ]
+        )
+    low = Subband("low", 0, (shape[0], shape[1], shape[2]))
     return (low, *(band for level in reversed(details) for band in level))
 
 
-def forward(
-    blocks: Tensor, temporal_levels: int, spatial_levels: int, together: bool = True
-) -> Tensor:
-    """Blocks [t, h, w, st, sh, sw, 3] to coefficients [t, h, w, B, 3]."""
+def _forward(blocks: Tensor, steps: list[str]) -> list[Tensor]:
+    """Blocks [t, h, w, st, sh, sw, 3] to the subbands of `_subbands`, of their shapes."""
     details: list[list[Tensor]] = []
     low = blocks
-    for _, axes in _levels(temporal_levels, spatial_levels, together):
+    for axes in steps:
         parts = {"": low}
         for letter in axes:
             axis = FIRST_PIXEL_AXIS + "thw".index(letter)
@@ -70,23 +128,15 @@ def forward(
             parts = halves
         low = parts.pop("")
         details.append([parts[high] for high in _combinations(axes) if high])
-    bands = [low, *(band for level in reversed(details) for band in level)]
-    return torch.cat([band.flatten(3, 5) for band in bands], dim=3)
+    return [low, *(band for level in reversed(details) for band in level)]
 
 
-def inverse(
-    coefficients: Tensor, temporal_levels: int, spatial_levels: int, together: bool = True
-) -> Tensor:
-    """Coefficients [t, h, w, B, 3] to blocks [t, h, w, st, sh, sw, 3]."""
-    bands = subbands(temporal_levels, spatial_levels, together)
-    split = torch.split(coefficients, [band.size for band in bands], dim=3)
-    found = {
-        band.name: torch.unflatten(part, 3, band.shape)
-        for band, part in zip(bands, split, strict=True)
-    }
-    low = found["low"]
-    for level, axes in reversed(list(_levels(temporal_levels, spatial_levels, together))):
-        parts = {high: found[f"{level}/{high}"] for high in _combinations(axes) if high}
+def _inverse(bands: list[Tensor], steps: list[str]) -> Tensor:
+    """The subbands of `_forward` to blocks."""
+    rest = iter(bands)
+    low = next(rest)
+    for axes in reversed(steps):
+        parts = {high: next(rest) for high in _combinations(axes) if high}
         parts[""] = low
         for letter in reversed(axes):
             axis = FIRST_PIXEL_AXIS + "thw".index(letter)
@@ -99,21 +149,6 @@ def inverse(
             parts = merged
         low = parts[""]
     return low
-
-
-def _levels(temporal_levels: int, spatial_levels: int, together: bool) -> Iterator[tuple[int, str]]:
-    """Each level, finest first, with the letters of the axes that it halves.
-
-    `together` halves time with rows and columns; otherwise time comes after all of them, so that
-    change in time is told apart at the coarsest picture only.
-    """
-    if not together:
-        yield from ((level, "hw") for level in range(1, spatial_levels + 1))
-        yield from ((spatial_levels + level, "t") for level in range(1, temporal_levels + 1))
-        return
-    for level in range(1, max(temporal_levels, spatial_levels) + 1):
-        temporal = "t" if level <= temporal_levels else ""
-        yield level, temporal + ("hw" if level <= spatial_levels else "")
 
 
 def _combinations(axes: str) -> list[str]:

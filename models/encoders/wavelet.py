@@ -28,7 +28,7 @@ from kinodit.models.encoders.base import (
     check_video,
     grid_shape,
 )
-from kinodit.models.encoders.haar import forward, inverse, subbands
+from kinodit.models.encoders.haar import Haar
 from kinodit.models.encoders.standardisation import Standardisation
 from kinodit.models.errors import ConfigError
 
@@ -48,12 +48,13 @@ class WaveletConfig(VideoCodecConfig):
                        None leaves the coefficients of pixels in [-1, 1] as they are
     standardise_power: 1 gives every subband unit variance; at 0 subbands keep their proportions
                        and only the mean variance over channels is 1
-    time_last:         halve rows and columns first and time after all of them, so that a few
-                       coefficients of each block hold how it changes as a whole; otherwise time
-                       is halved together with rows and columns
-    gains:             subband name ("3/t": coarsest level, change in time) -> factor on top. Noise
-                       hides a subband later the more it is raised, so that a model settles it
-                       earlier when it generates: motion before texture, for instance
+    transform:         "joint" halves time together with rows and columns; "separable" halves rows
+                       and columns first and then every subband in time, so that how each part of
+                       the picture moves, slowly or fast, has coefficients of its own
+    equalise_time:     each level of change in time gets the energy of what stands still
+    gains:             subband name ("low@t3": the slowest change of the coarsest picture) ->
+                       factor on top. Noise hides a subband later the more it is raised, so that a
+                       model settles it earlier when it generates: motion before texture, say
     """
 
     name: Literal["wavelet"] = "wavelet"
@@ -62,7 +63,8 @@ class WaveletConfig(VideoCodecConfig):
     first_frame_alone: bool = True
     standardisation: str | None = None
     standardise_power: float = 1.0
-    time_last: bool = False
+    transform: Literal["joint", "separable"] = "joint"
+    equalise_time: bool = False
     gains: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class WaveletConfig(VideoCodecConfig):
             )
         if not 0 <= self.standardise_power <= 1:
             raise ConfigError(f"standardise_power lies in [0, 1], got {self.standardise_power}")
-        names = [band.name for band in subbands(*levels, not self.time_last)]
+        names = [band.name for band in self.haar.subbands()]
         for name, gain in self.gains.items():
             if name not in names:
                 raise ConfigError(
@@ -83,6 +85,11 @@ class WaveletConfig(VideoCodecConfig):
                 )
             if not (gain > 0 and math.isfinite(gain)):
                 raise ConfigError(f"wavelet gains are positive, got {name}: {gain}")
+
+    @property
+    def haar(self) -> Haar:
+        """The transform of a block."""
+        return Haar(self.temporal_levels, self.spatial_levels, self.transform == "separable")
 
     def build(self, device: torch.device) -> WaveletCodec:
         """The codec on `device`, with the standardisation that the config names."""
@@ -106,13 +113,11 @@ class WaveletCodec:
         )
         self.latent_channels = 3 * math.prod(self.stride)
         self.device = device
-        self.subbands = subbands(
-            config.temporal_levels, config.spatial_levels, not config.time_last
-        )
+        self.subbands = config.haar.subbands()
         self._mean_B3 = torch.zeros(self.latent_channels // 3, 3, device=device)
         self._scale_B3 = torch.ones(self.latent_channels // 3, 3, device=device)
         if standardisation is not None:
-            self._set(standardisation, config.standardise_power)
+            self._set(standardisation)
         self.fingerprint = self._fingerprint()
 
     @property
@@ -138,13 +143,7 @@ class WaveletCodec:
             )
         latents = latents.to(self.device, torch.float32).permute(1, 2, 3, 0)
         coefficients_thwB3 = torch.unflatten(latents, 3, (-1, 3)) * self._scale_B3 + self._mean_B3
-        config = self.config
-        blocks = inverse(
-            coefficients_thwB3,
-            config.temporal_levels,
-            config.spatial_levels,
-            not config.time_last,
-        )
+        blocks = self.config.haar.inverse(coefficients_thwB3)
         if self.holds_first_frame:
             # The held copies are equal but for rounding in a clip that was encoded; in a
             # generated one their mean is the nearest clip that could have been.
@@ -164,10 +163,9 @@ class WaveletCodec:
         if self.holds_first_frame:
             pixels = torch.cat([pixels[:1].expand(st - 1, -1, -1, -1), pixels])
         blocks = pixels.reshape(t, st, h, sh, w, sw, 3).permute(0, 2, 4, 1, 3, 5, 6)
-        config = self.config
-        return forward(blocks, config.temporal_levels, config.spatial_levels, not config.time_last)
+        return self.config.haar.forward(blocks)
 
-    def _set(self, standardisation: Standardisation, power: float) -> None:
+    def _set(self, standardisation: Standardisation) -> None:
         expected = tuple(band.name for band in self.subbands)
         found = tuple(band.name for band in standardisation.subbands)
         if expected != found:
@@ -175,15 +173,22 @@ class WaveletCodec:
                 f"the standardisation was measured for subbands {', '.join(found)}; this codec "
                 f"has {', '.join(expected)}: measure it again with these levels"
             )
+        config, power = self.config, self.config.standardise_power
         sizes = torch.tensor([band.size for band in self.subbands])
         mean_G3 = torch.tensor([band.mean for band in standardisation.subbands])
         std_G3 = torch.tensor([band.std for band in standardisation.subbands])
-        gain_G1 = torch.tensor([[self.config.gains.get(band.name, 1.0)] for band in self.subbands])
+        factor_G1 = torch.tensor([[config.gains.get(band.name, 1.0)] for band in self.subbands])
+        if config.equalise_time:
+            energy_G = sizes * (std_G3 ** (1 - power)).square().sum(1)
+            tempo_G = torch.tensor([band.tempo for band in self.subbands])
+            for tempo in range(1, config.temporal_levels + 1):
+                ratio = energy_G[tempo_G == 0].sum() / energy_G[tempo_G == tempo].sum()
+                factor_G1[tempo_G == tempo] *= ratio.sqrt()
         std_B3 = std_G3.repeat_interleave(sizes, dim=0)
-        gain_B1 = gain_G1.repeat_interleave(sizes, dim=0)
-        level = (gain_B1 * std_B3 ** (1 - power)).square().mean().sqrt()
+        factor_B1 = factor_G1.repeat_interleave(sizes, dim=0)
+        level = (factor_B1 * std_B3 ** (1 - power)).square().mean().sqrt()
         self._mean_B3 = mean_G3.repeat_interleave(sizes, dim=0).to(self.device)
-        self._scale_B3 = (std_B3**power * level / gain_B1).to(self.device)
+        self._scale_B3 = (std_B3**power * level / factor_B1).to(self.device)
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(b"wavelet 1")
@@ -191,7 +196,7 @@ class WaveletCodec:
             self.config.temporal_levels,
             self.config.spatial_levels,
             self.holds_first_frame,
-            self.config.time_last,
+            self.config.transform,
         )
         digest.update(repr(parts).encode())
         for tensor in (self._mean_B3, self._scale_B3):
@@ -220,7 +225,7 @@ def fit_standardisation(codec: WaveletCodec, videos: Iterable[Tensor]) -> Wavele
         start = 0
         coefficients_thwB3 = codec.coefficients(video).cpu().to(torch.float64)
         for index, band in enumerate(bands):
-            skipped = 1 if "t" in band.high and codec.holds_first_frame else 0
+            skipped = 1 if band.tempo and codec.holds_first_frame else 0
             part = coefficients_thwB3[skipped:, :, :, start : start + band.size].reshape(-1, 3)
             start += band.size
             count_G[index] += part.shape[0]

@@ -17,6 +17,7 @@ from kinodit.launch import cli
 from kinodit.launch.report import write_report
 from kinodit.launch.report.read import ReportError, read_run, run_state
 from kinodit.launch.report.series import MAX_POINTS, train_columns, validation_columns
+from kinodit.trainer.motion import MotionResult
 from tests.support.fake_run import (
     CANARY,
     LEVELS,
@@ -25,6 +26,7 @@ from tests.support.fake_run import (
     add_samples,
     make_run,
     train_row,
+    write_samples,
 )
 
 LONG_AFTER = START_S + 1e6
@@ -121,6 +123,22 @@ def test_clips_are_inside(html: str, run_dir: Path) -> None:
     source = run_dir / "samples" / "step-00001200" / "002.mp4"
     assert base64.b64decode(body) == source.read_bytes()
     assert (entry["fps"], entry["width"], entry["seed"], entry["guidance"]) == (8.0, 64, 2, 4.0)
+
+
+def test_clips_on_request_and_their_measured_directions_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", total_steps=100, every=50)
+    html = write_report(run, now=LONG_AFTER).read_text()
+    assert "Clips on request" not in html and "Moves as told" not in html
+    write_samples(run / "samples" / "manual", 1.0, ["a kite moves <b>up</b>"])
+    write_samples(run / "samples" / "motion", 1.0, [f"prompt {index}" for index in range(30)])
+    MotionResult(32, 28, {"left": {"left": 28, "up": 4}}).save(run)
+    html = write_report(run, now=LONG_AFTER).read_text()
+    shown = re.findall(r"<figcaption>(.*?)</figcaption>", html)
+    assert shown == ["a kite moves &lt;b&gt;up&lt;/b&gt;", *(f"prompt {i}" for i in range(24))]
+    clip = base64.b64encode((run / "samples" / "manual" / "000.mp4").read_bytes()).decode()
+    assert f'src="data:video/mp4;base64,{clip}"' in html
+    tile = html[html.index("Moves as told") :]
+    assert re.search(r">\s*88\s*<", tile[:400]) and "of 32 clips; chance is 25 %" in tile[:400]
 
 
 def test_config_and_events_are_there_and_secrets_are_not(html: str) -> None:

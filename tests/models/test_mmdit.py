@@ -193,6 +193,10 @@ def test_initial_weights_depend_on_the_name_alone() -> None:
         others["embeds.video.linear.weight"], values["embeds.video.linear.weight"]
     )
     assert values["joint_blocks.0.streams.text.modulation.linear.weight"].abs().max() == 0
+    alike = "joint_blocks.0.streams.{}.attention.q.weight"
+    video, text = (values[alike.format(stream)] for stream in ("video", "text"))
+    assert video.shape == text.shape
+    assert not torch.equal(video, text)
 
 
 @pytest.mark.parametrize(

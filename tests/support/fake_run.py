@@ -107,7 +107,11 @@ def clip(prompt_index: int, quality: float, size: int = 64, num_frames: int = 16
 
 
 def add_samples(run_dir: Path, step: int, quality: float, prompts: Sequence[str] = PROMPTS) -> None:
-    folder = run_dir / "samples" / f"step-{step:08d}"
+    write_samples(run_dir / "samples" / f"step-{step:08d}", quality, prompts)
+
+
+def write_samples(folder: Path, quality: float, prompts: Sequence[str]) -> None:
+    """A folder of clips with their index, as every sampling command writes it."""
     entries = []
     videos = [clip(index, quality) for index in range(len(prompts))]
     for index, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):

@@ -66,6 +66,9 @@ def test_overrides_beat_the_recipe(tmp_path: Path) -> None:
         ("a: [", [], "not YAML"),
         ("{}", ["steps"], "key=value"),
         ("optim: {betas: [0.9, 1.5]}", [], "betas"),
+        ("run: {name: '${oc.env:HOME}'}", [], "run.name='${oc.env:HOME}': recipes are not"),
+        ("sample: {prompts: [a, '${run.name}']}", [], "sample.prompts[1]="),
+        ("{}", ["run.out_dir=${oc.env:HOME}"], "run.out_dir="),
         ("modalities: {video: {patch: [0, 1, 1]}}", [], "patch"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kinodit.models.encoders.base import EncoderError, build_video_codec
-from kinodit.models.encoders.haar import forward, inverse, subbands
+from kinodit.models.encoders.haar import Haar
 from kinodit.models.encoders.standardisation import MIN_STD, Standardisation
 from kinodit.models.encoders.wavelet import WaveletCodec, WaveletConfig, fit_standardisation
 from kinodit.models.errors import ConfigError
@@ -77,18 +77,22 @@ def test_extreme_pixels_survive_a_standardisation_to_flat_clips() -> None:
 
 
 @pytest.mark.parametrize(("temporal", "spatial"), LEVELS)
-def test_the_transform_is_an_orthonormal_rotation_of_a_block(temporal: int, spatial: int) -> None:
+@pytest.mark.parametrize("separable", [False, True])
+def test_the_transform_is_an_orthonormal_rotation_of_a_block(
+    temporal: int, spatial: int, separable: bool
+) -> None:
     st, ss = 2**temporal, 2**spatial
     size = st * ss * ss
     blocks = torch.eye(size, dtype=torch.float64).reshape(size, 1, 1, st, ss, ss, 1)
-    rows = forward(blocks, temporal, spatial).reshape(size, size)
+    haar = Haar(temporal, spatial, separable)
+    rows = haar.forward(blocks).reshape(size, size)
     torch.testing.assert_close(rows @ rows.T, torch.eye(size, dtype=torch.float64))
-    back = inverse(rows.reshape(size, 1, 1, size, 1), temporal, spatial)
+    back = haar.inverse(rows.reshape(size, 1, 1, size, 1))
     torch.testing.assert_close(back, blocks)
 
 
 def test_subbands_cover_a_block_and_know_their_axes() -> None:
-    bands = subbands(1, 2)
+    bands = Haar(1, 2).subbands()
     assert [band.name for band in bands] == [
         "low", "2/h", "2/w", "2/hw", "1/t", "1/h", "1/th", "1/w", "1/tw", "1/hw", "1/thw",
     ]  # fmt: skip
@@ -133,7 +137,7 @@ def test_standardised_subbands_have_unit_variance() -> None:
         part = channels[start : start + band.size].transpose(0, 1).flatten(1)
         start += band.size
         # The low band's first frames count in the fit and are left out here.
-        bound = 0.15 if band.name == "low" or "t" not in band.high else 1e-3
+        bound = 1e-3 if band.tempo else 0.15
         assert part.std(1, unbiased=False).sub(1).abs().max() < bound, band.name
 
 
@@ -272,16 +276,45 @@ def test_gains_of_subbands_that_do_not_exist_are_refused() -> None:
         WaveletConfig(temporal_levels=1, spatial_levels=1, gains={"3/t": 2.0})
 
 
-def test_time_last_tells_the_change_of_a_whole_block_and_stays_lossless() -> None:
-    last = codec(temporal_levels=2, spatial_levels=1, first_frame_alone=False, time_last=True)
-    assert [band.name for band in last.subbands] == ["low", "3/t", "2/t", "1/h", "1/w", "1/hw"]
-    assert sum(band.size * 3 for band in last.subbands) == last.latent_channels
+def test_separable_tells_slow_change_from_fast_at_every_scale_and_stays_lossless() -> None:
+    ours = codec(
+        temporal_levels=2, spatial_levels=1, first_frame_alone=False, transform="separable"
+    )
+    assert [(band.name, band.tempo, band.size) for band in ours.subbands] == [
+        (f"{space}@t{tempo}" if tempo else space, tempo, 2 if tempo == 1 else 1)
+        for space in ("low", "1/h", "1/w", "1/hw")
+        for tempo in (0, 2, 1)
+    ]
     clip = random_clip(8, 8, 8)
-    assert torch.equal(last.decode(last.encode(clip)), clip)
-    flicker = torch.full((4, 2, 2, 3), 100, dtype=torch.uint8)
-    flicker[2:] = 200
-    halves = last.encode(flicker).flatten()
-    changed = halves.abs() > 1e-5
-    assert changed[:6].all() and not changed[6:].any()
+    assert torch.equal(ours.decode(ours.encode(clip)), clip)
+    halfway = torch.full((4, 2, 2, 3), 100, dtype=torch.uint8)
+    halfway[2:, 0] = 200
+    sizes = [band.size * 3 for band in ours.subbands]
+    strong = [part.abs().max() > 1e-5 for part in ours.encode(halfway).flatten().split(sizes)]
+    found = {band.name for band, is_strong in zip(ours.subbands, strong, strict=True) if is_strong}
+    assert found == {"low", "low@t2", "1/h", "1/h@t2"}
     joint = codec(temporal_levels=2, spatial_levels=1, first_frame_alone=False)
-    assert joint.fingerprint != last.fingerprint
+    assert joint.fingerprint != ours.fingerprint
+
+
+@pytest.mark.parametrize("transform", ["joint", "separable"])
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_equalised_time_gives_each_tempo_the_energy_of_what_stands_still(
+    transform: str, power: float
+) -> None:
+    clips = [natural_clip(4, 16, seed) for seed in range(6)]
+    plain = codec(
+        temporal_levels=2,
+        first_frame_alone=False,
+        transform=transform,
+        equalise_time=True,
+        standardise_power=power,
+    )
+    fitted = fit_standardisation(plain, clips)
+    latents = torch.stack([fitted.encode(clip) for clip in clips]).transpose(0, 1).flatten(1)
+    tempo = torch.tensor([band.tempo for band in fitted.subbands for _ in range(band.size * 3)])
+    # A subband has one mean for all of its coefficients, so that energy is about that mean.
+    energy = torch.stack([latents[tempo == level].square().sum() for level in range(3)])
+    torch.testing.assert_close(energy, energy[:1].expand(3), rtol=1e-3, atol=0.0)
+    assert float(latents.square().mean()) == pytest.approx(1, rel=1e-3)
+    assert torch.equal(fitted.decode(fitted.encode(clips[0])), clips[0])

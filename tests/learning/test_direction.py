@@ -1,7 +1,7 @@
 """On the demo set a small model learns what its captions say: which way things move.
 
 `--size full` is the committed recipe to its last step, on two ranks; its figures are kept. The ci
-size trains a short part of it and asks for less.
+size trains three quarters of it on fewer clips and asks for less.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def kinodit(*arguments: str, ranks: int = 1) -> None:
 @pytest.fixture(scope="module")
 def trained(size: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("direction")
-    clips = "2000" if size == "full" else "500"
+    clips = "2000" if size == "full" else "800"
     demo = ["--num-clips", clips, "--num-images", "0", "--num-sounds", "0", "--no-real-clips"]
     actions = [] if size == "full" else ["--actions", "move"]
     kinodit("data", "demo", str(root / "data"), *demo, *actions)
-    steps = [] if size == "full" else ["run.steps=500", "eval.every_steps=250"]
+    steps = [] if size == "full" else ["run.steps=1500", "schedule.decay_steps=450"]
     start_s = time.monotonic()
     kinodit(
         "train",
@@ -78,18 +78,19 @@ def test_loss_falls_and_captions_matter(trained: Trained) -> None:
         f"validation loss {final['loss/video']:.4f} with true captions, "
         f"{final['loss_shuffled_captions/video']:.4f} with others' ({margin:+.4f})"
     )
-    assert margin > (0.1 if trained.size == "full" else 0.03) * final["loss/video"]
+    assert margin > 0.2 * final["loss/video"]
 
 
 @pytest.mark.learning
 @pytest.mark.timeout(7200)
 def test_clips_move_as_their_prompt_says(trained: Trained) -> None:
-    if trained.size == "ci":
-        pytest.skip("the ci size does not train long enough to move things: see --size full")
-    kinodit("measure", str(trained.folder), "--clips", "256", ranks=2)
+    clips = "256" if trained.size == "full" else "128"
+    kinodit("measure", str(trained.folder), "--clips", clips, ranks=2)
     motion = json.loads((trained.folder / "motion.json").read_text())
     print(f"{motion['num_right']} of {motion['num_clips']} clips move as their prompt says")
-    assert motion["accuracy"] >= 0.8
+    assert motion["accuracy"] >= (0.8 if trained.size == "full" else 0.5)
+    if trained.size == "ci":
+        return
     final = trained.validation[-1]
     write_evidence(
         "direction",

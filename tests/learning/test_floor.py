@@ -32,10 +32,11 @@ from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT, MMDiTConfig, StreamConfig
 from kinodit.models.random import generator, normal
 from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch, build_layout
+from tests.support.evidence import write_evidence
 
 SEED = 3
 CHANNELS = 8
-VALIDATION_SAMPLES = 32_000
+VALIDATION_SAMPLES = 34_560
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,16 @@ def standard_error(values: Tensor) -> float:
     return float(values.std()) / math.sqrt(len(values))
 
 
+@pytest.fixture(scope="module")
+def figures(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
+    """One row of each run; kept when all of them passed."""
+    rows: list[dict[str, object]] = []
+    yield rows
+    if request.config.getoption("--size") == "full" and request.session.testsfailed == 0:
+        command = "pytest -m learning --size full tests/learning/test_floor.py"
+        write_evidence("floor", "tests/learning/test_floor.py", {"command": command, "runs": rows})
+
+
 @pytest.mark.learning
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
@@ -147,6 +158,7 @@ def test_the_loss_reaches_the_analytic_floor_and_never_goes_below(
     timesteps: TimestepsConfig,
     shift: float,
     std: float,
+    figures: list[dict[str, object]],
 ) -> None:
     objective = build_objective(
         RectifiedFlowConfig(
@@ -176,11 +188,20 @@ def test_the_loss_reaches_the_analytic_floor_and_never_goes_below(
     # ... and with the known share of their spread taken out, the loss is known to 0.1 %.
     excess = error - floor_at_t
     mean, stderr = floor + float(excess.mean()), standard_error(excess)
-    print(
-        f"{build.__name__}, {timesteps.name}, shift {shift:g}, s = {std:g}, {prediction}: "
-        f"loss {mean:.4f} +- {stderr:.4f}, floor {floor:.4f}, "
-        f"excess {100 * (mean / floor - 1):+.2f} % +- {100 * stderr / floor:.2f} %"
-    )
-    assert stderr <= 1.1e-3 * floor
+    row = {
+        "model": build.__name__,
+        "prediction": prediction,
+        "timesteps": timesteps.name,
+        "shift": shift,
+        "std": std,
+        "floor": floor,
+        "loss": mean,
+        "standard_error": stderr,
+        "excess_percent": 100 * (mean / floor - 1),
+        "samples": len(error),
+    }
+    figures.append(row)
+    print(", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    assert stderr <= 1e-3 * floor
     assert mean >= floor - 4 * stderr
     assert mean <= 1.01 * floor

@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 EXTRAS := dev,demo,encoders,media,tensorboard,wandb
 # The environment is current if it was made from these very requirements.
 STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints/ci.txt | sha256sum | cut -c 1-16)
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/ci.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints/ci.txt
 SHELL_SCRIPTS := .ci/run constraints/refresh.sh $(wildcard slurm/*.sh)
 
 # What `make demo` trains, and where the recipe reads and writes.

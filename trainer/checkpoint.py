@@ -74,7 +74,7 @@ def save(
     Raises:
         CheckpointError: the folder cannot be written (disk full, permissions).
     """
-    if mesh.dp_size > 1:
+    if mesh.world_size > 1:
         plain = [name for name, value in tensors.items() if not isinstance(value, DTensor)]
         assert not plain, f"per-rank tensors would be de-duplicated: {plain[:3]}"
     final = run_dir / "checkpoints" / f"step-{state.step:08d}"
@@ -82,8 +82,8 @@ def save(
     temporary = final.with_name(f"{final.name}.tmp-{token}")
     try:
         with _alone_on_purpose():
-            dcp.save(dict(tensors), checkpoint_id=temporary, no_dist=mesh.dp_size == 1)
-        if mesh.dp_index == 0:
+            dcp.save(dict(tensors), checkpoint_id=temporary, no_dist=mesh.world_size == 1)
+        if mesh.is_main:
             (temporary / STATE_FILE).write_text(state.to_json())
             _sync(temporary)
             if final.exists():
@@ -93,7 +93,7 @@ def save(
     except (OSError, dcp.CheckpointException) as error:
         raise CheckpointError(f"cannot write checkpoint {final}: {_reason(error)}") from error
     mesh.barrier()
-    if mesh.dp_index == 0 and keep_last:
+    if mesh.is_main and keep_last:
         for old in find_checkpoints(run_dir)[:-keep_last]:
             shutil.rmtree(old)
     return final
@@ -119,7 +119,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     """
     try:
         with _alone_on_purpose():
-            dcp.load(dict(tensors), checkpoint_id=path, no_dist=mesh.dp_size == 1)
+            dcp.load(dict(tensors), checkpoint_id=path, no_dist=mesh.world_size == 1)
     except (OSError, RuntimeError, ValueError, dcp.CheckpointException) as error:
         raise CheckpointError(
             f"cannot load {path} into this model: {_reason(error)}. "

@@ -17,6 +17,7 @@ from kinodit.trainer.engine.base import Engine, Forward
 from kinodit.trainer.generate import using_ema
 from kinodit.trainer.metrics import Row
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.sequence import share
 from kinodit.trainer.step import loss_tokens
 
 
@@ -88,7 +89,7 @@ class Evaluator:
         for batch in batches:
             at_levels = validation_batches(self.objective, batch, self.seed, self.levels)
             for column, (_, noised) in enumerate(at_levels):
-                noised = noised.to(self.engine.device)
+                noised = share(noised, self.mesh.place).to(self.engine.device)
                 errors = self.objective.errors(forward(noised.batch), noised)
                 for row, name in enumerate(self.modalities):
                     tokens = noised.batch.modalities[name]

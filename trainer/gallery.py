@@ -67,7 +67,7 @@ class Gallery:
                 prompts, clip_shape(self.config), settings, sampling_shift(self.config, parts)
             )
         gathered = parts.mesh.gather_objects(clips)
-        if parts.mesh.dp_index:
+        if not parts.mesh.is_main:
             return []
         everything = sorted((c for part in gathered for c in part), key=lambda clip: clip.index)
         return save_gallery(folder, everything, settings)

@@ -92,7 +92,10 @@ class Loop:
         tokens = sum(batch.num_tokens for batch in batches)
         samples = sum(batch.num_segments for batch in batches)
         flops = sum(3 * pack_flops(self.model_config, batch) for batch in batches)
-        window.add(result, tokens, samples, flops)
+        if self.mesh.counts:
+            window.add(result, tokens, samples, flops)
+        else:
+            window.add(result, 0, 0, 0.0)
         state = replace(
             state,
             step=state.step + 1,

@@ -129,7 +129,7 @@ class Window:
             "tokens_per_s": tokens / elapsed_s,
             "samples_per_s": samples / elapsed_s,
             "flops": flops / self.num_steps,
-            "mfu": flops / elapsed_s / (peak * mesh.dp_size) if peak else 0.0,
+            "mfu": flops / elapsed_s / (peak * mesh.world_size) if peak else 0.0,
             "memory_gib": _peak_memory_gib(mesh.device),
         }
         for name, value in zip(self.modalities, losses, strict=True):

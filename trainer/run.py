@@ -282,4 +282,4 @@ def _headline(parts: Parts, spec: PlanSpec) -> str:
     """One line that says what is being trained on what."""
     count = sum(p.numel() for p in parts.engine.model.parameters())
     sizes = ", ".join(f"{d.name}: {d.num_eligible} samples" for d in spec.datasets)
-    return f"{count / 1e6:.1f} M parameters; {sizes}; {parts.mesh.dp_size} rank(s)"
+    return f"{count / 1e6:.1f} M parameters; {sizes}; {parts.mesh.world_size} rank(s)"

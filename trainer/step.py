@@ -20,6 +20,7 @@ from kinodit.models.tokens import Role, TokenBatch
 from kinodit.trainer.ema import Ema
 from kinodit.trainer.engine.base import Engine, Predictions
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.sequence import share
 
 NUM_NOISE_BINS = 10
 
@@ -71,7 +72,8 @@ def count_step(batches: Sequence[TokenBatch], modalities: Sequence[str], mesh: M
         for name in modalities
     ]
     ours += [sum(b.num_tokens for b in batches), sum(b.num_segments for b in batches)]
-    *tokens, num_tokens, num_samples = mesh.sum(torch.tensor(ours, device=mesh.device)).tolist()
+    table = torch.tensor(ours, device=mesh.device) * int(mesh.counts)
+    *tokens, num_tokens, num_samples = mesh.sum(table).tolist()
     return StepCounts(dict(zip(modalities, tokens, strict=True)), num_tokens, num_samples)
 
 
@@ -108,7 +110,7 @@ class Step:
         losses = torch.zeros(len(self.modalities), device=device, dtype=torch.float64)
         for index, batch in enumerate(batches):
             noised = self._objective.corrupt(batch, self._seed)
-            noised = noised.to(device)
+            noised = share(noised, self._mesh.place).to(device)
 
             def loss(predictions: Predictions, noised: NoisedBatch = noised) -> Tensor:
                 per_token = self._objective.errors(predictions, noised)

@@ -24,7 +24,7 @@ from tests.support.ranks import Ranks
 from tests.support.recipes import tiny_recipe, write_dataset
 
 STEPS = 6
-MESH = Mesh(torch.device("cpu"), None, 0, 1)
+MESH = Mesh(torch.device("cpu"))
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -124,6 +124,18 @@ def test_four_ranks_resume_bit_equal(dp_replicate: int, recipe: Path, four: Rank
 
 
 @pytest.mark.gloo
+@pytest.mark.parametrize("ring", [1, 2])
+def test_ranks_that_share_packs_resume_bit_equal(ring: int, recipe: Path, four: Ranks) -> None:
+    whole, cut = f"cp{ring}", f"cp{ring}-cut"
+    extra = ("parallel.cp=2", f"parallel.ring={ring}", "eval.every_steps=3", "eval.num_samples=5")
+    four.run(run_case, Start(recipe, whole, overrides=extra))
+    for stop_after in (2, 0):
+        four.run(run_case, Start(recipe, cut, stop_after, overrides=extra))
+    assert_equal_bits(final_tensors(recipe, cut), final_tensors(recipe, whole))
+    assert metrics(recipe, cut) == metrics(recipe, whole)
+
+
+@pytest.mark.gloo
 @pytest.mark.parametrize("dp_replicate", [1, 4])
 def test_evaluating_and_sampling_leave_training_alone(
     dp_replicate: int, recipe: Path, four: Ranks
@@ -151,9 +163,12 @@ def test_other_number_of_ranks_agrees_in_float64(recipe: Path, four: Ranks) -> N
     run_case(0, 1, Start(recipe, "f64-4to1", overrides=float64))
     run_case(0, 1, Start(recipe, "f64-1to4", 3, overrides=float64))
     four.run(run_case, Start(recipe, "f64-1to4", dp_replicate=2, overrides=float64))
+    run_case(0, 1, Start(recipe, "f64-1to-cp4", 3, overrides=float64))
+    shared = ("parallel.cp=4", "parallel.ring=2")
+    four.run(run_case, Start(recipe, "f64-1to-cp4", overrides=(*float64, *shared)))
     reference = final_tensors(recipe, "f64")
     scale = max(float(np.abs(value).max()) for value in reference.values())
-    for name in ("f64-4to1", "f64-1to4"):
+    for name in ("f64-4to1", "f64-1to4", "f64-1to-cp4"):
         tensors = final_tensors(recipe, name)
         worst = max(float(np.abs(tensors[key] - reference[key]).max()) for key in reference)
         assert worst / scale < 1e-12

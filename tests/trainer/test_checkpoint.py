@@ -9,7 +9,7 @@ from kinodit.trainer import checkpoint
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.state import CheckpointError, TrainState
 
-MESH = Mesh(torch.device("cpu"), None, 0, 1)
+MESH = Mesh(torch.device("cpu"))
 
 
 def save(folder: Path, step: int, keep_last: int = 0) -> Path:

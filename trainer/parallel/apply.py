@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from kinodit.models.block import JointBlock, SingleBlock
+from kinodit.models.mmdit import MMDiT
+from kinodit.trainer.parallel.context import ContextAttention, check_context
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig, apply_remat
 from kinodit.trainer.parallel.shard import shard
@@ -58,7 +60,15 @@ def parallelize(
     remat: RematConfig,
     compile_blocks: bool,
 ) -> None:
-    """Recompute -> compile -> shard, in place. One process with one dtype stays a plain module."""
+    """Context -> recompute -> compile -> shard, in place. One process stays a plain module.
+
+    Raises:
+        ConfigError: the model's attention cannot be shared out as the mesh says.
+    """
+    if mesh.place.size > 1:
+        assert isinstance(model, MMDiT)
+        check_context(model.config, mesh.place.ulysses)
+        model.attend = ContextAttention(mesh.place, mesh.heads, mesh.ring)
     blocks = model_blocks(model)
     model.to(dtype=precision.params_dtype)
     apply_remat(remat, blocks)

@@ -40,6 +40,8 @@ class Layout:
     world_size: int
     dp_replicate: int = 1
     micro_batches: int = 0
+    cp: int = 1
+    ring: int = 1
     remat: str = "none"
     compiled: bool = False
 
@@ -67,9 +69,8 @@ def run(
     precision: PrecisionConfig = FLOAT64,
     num_steps: int = NUM_STEPS,
 ) -> Trace:
-    mesh = build_mesh(
-        ParallelConfig(dp_replicate=layout.dp_replicate), world_size, rank, torch.device("cpu")
-    )
+    parallel = ParallelConfig(dp_replicate=layout.dp_replicate, cp=layout.cp, ring=layout.ring)
+    mesh = build_mesh(parallel, world_size, rank, torch.device("cpu"))
     model = MMDiT(tiny_model_config())
     initialize(model, seed=1)
     with torch.no_grad():  # zeros would hide gradients
@@ -79,7 +80,7 @@ def run(
     parallelize(
         model,
         mesh,
-        ParallelConfig(dp_replicate=layout.dp_replicate),
+        parallel,
         precision,
         RematConfig(layout.remat),  # type: ignore[arg-type]
         compile_blocks=layout.compiled,
@@ -93,8 +94,8 @@ def run(
     losses, norms = [], []
     gradients: dict[str, Array] = {}
     for number in range(num_steps):
-        own = [PACKS[i] for i in range(rank, len(PACKS), world_size)]
-        own += [[]] * (-(-len(PACKS) // world_size) - len(own))
+        own = [PACKS[i] for i in range(mesh.dp_index, len(PACKS), mesh.dp_size)]
+        own += [[]] * (-(-len(PACKS) // mesh.dp_size) - len(own))
         if layout.micro_batches:
             per = len(own) // layout.micro_batches
             own = [[*itertools.chain(*own[i : i + per])] for i in range(0, len(own), per)]
@@ -183,6 +184,15 @@ LAYOUTS = {
     "hsdp2x2": Layout(4, dp_replicate=2),
     "ddp4": Layout(4, dp_replicate=4),
     "fsdp2-remat": Layout(2, remat="full"),
+    "ulysses2": Layout(2, cp=2),
+    "ring2": Layout(2, cp=2, ring=2),
+    "ring4": Layout(4, cp=4, ring=4),
+    "ulysses2 x ring2": Layout(4, cp=4, ring=2),
+    "fsdp2 x ulysses2": Layout(4, cp=2),
+    "fsdp2 x ring2": Layout(4, cp=2, ring=2),
+    "ddp2 x ulysses2": Layout(4, dp_replicate=2, cp=2),
+    "ring2-remat": Layout(2, cp=2, ring=2, remat="full"),
+    "ulysses2-accumulate1": Layout(2, cp=2, micro_batches=1),
 }
 
 

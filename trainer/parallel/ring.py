@@ -1,0 +1,221 @@
+"""Attention while keys and values travel round a ring of ranks, with its own backward.
+
+Every rank keeps its queries. In hop i it meets the keys and values of the rank i places before it,
+while those of the next hop are on their way. Partial outputs are merged by their log-sum-exp; the
+backward runs each partial attention again with the output and log-sum-exp of the whole, which makes
+its gradients exact (Liu et al., arXiv 2310.01889, section 3).
+
+Shape legend: m queries here (segment-major), m_r keys of rank r, H query heads, K key/value heads,
+D head dim, G groups of the layout, R ranks of the ring.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kinodit.trainer.parallel.collectives import Shift
+from kinodit.trainer.parallel.sequence import CutLayout
+
+
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: CutLayout, hop: int, group: ProcessGroup
+) -> Tensor:
+    """q [m, H, D], k and v [m, K, D], each in segment-major order -> [m, H, D].
+
+    `hop` is this rank's place in the ring, which is `group`.
+    """
+    out: Tensor = _Ring.apply(q, k, v, layout, hop, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+class Flash(NamedTuple):
+    """Flash attention of a device that tells its log-sum-exp.
+
+    forward:  (q, k, v [1, H, L, D]) -> out [1, H, L, D], log-sum-exp [1, H, L]
+    backward: (grad of out, q, k, v, out, log-sum-exp) -> gradients of q, k, v
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, lse
+
+
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grad_q, grad_k, grad_v = backward(grad, q, k, v, out, lse, 0.0, False)
+    return grad_q, grad_k, grad_v
+
+
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, lse
+
+
+def _cuda_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Without dropout the state of the random generator is not looked at.
+    unused = torch.empty((), dtype=torch.int64, device=q.device)
+    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, unused, unused
+    )
+    return grad_q, grad_k, grad_v
+
+
+FLASH: dict[str, Flash] = {
+    "cpu": Flash(_cpu_forward, _cpu_backward),
+    "cuda": Flash(_cuda_forward, _cuda_backward),
+}
+"""Device type -> its flash attention. On CUDA for 16-bit formats only."""
+
+
+class Pair(NamedTuple):
+    """Neighbouring queries here, and the keys of one rank that all of them attend to.
+
+    first, num_rows: the rows of the queries
+    keys:            (first row, number of rows) of each run of keys
+    """
+
+    first: int
+    num_rows: int
+    keys: tuple[tuple[int, int], ...]
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The visible rows of keys or values."""
+        runs = [x.narrow(0, first, count) for first, count in self.keys]
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """Add `part`, in the order of `pick`, to the rows of `total` that it belongs to."""
+        sizes = [count for _, count in self.keys]
+        for (first, count), piece in zip(self.keys, part.split(sizes), strict=True):
+            total.narrow(0, first, count).add_(piece)
+
+
+def pairs(layout: CutLayout, here: int, there: int) -> list[Pair]:
+    """What queries of hop `here` have to meet of the keys of hop `there`.
+
+    Neighbouring groups that see the same keys share one call.
+    """
+    starts_q, starts_k = _starts(layout.pieces[here]), _starts(layout.pieces[there])
+    found: list[Pair] = []
+    for group, row in enumerate(layout.visible):
+        count = layout.pieces[here][group]
+        runs: list[tuple[int, int]] = []
+        for key in row:
+            first, size = starts_k[key], layout.pieces[there][key]
+            if size and runs and sum(runs[-1]) == first:
+                runs[-1] = (runs[-1][0], runs[-1][1] + size)
+            elif size:
+                runs.append((first, size))
+        if not count or not runs:
+            continue
+        pair = Pair(starts_q[group], count, tuple(runs))
+        last = found[-1] if found else None
+        if last and last.keys == pair.keys and last.first + last.num_rows == pair.first:
+            found[-1] = last._replace(num_rows=last.num_rows + count)
+        else:
+            found.append(pair)
+    return found
+
+
+def _starts(lengths: tuple[int, ...]) -> list[int]:
+    return [0, *itertools.accumulate(lengths)]
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: CutLayout, hop: int, group: ProcessGroup
+    ) -> Tensor:
+        flash = FLASH[q.device.type]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_zeros(q.shape, dtype=wide)
+        lse_mH = q.new_full(q.shape[:2], -math.inf, dtype=wide)
+        for there, kv in _passing(torch.stack((k, v)), layout, hop, group):
+            for pair in pairs(layout, hop, there):
+                rows = slice(pair.first, pair.first + pair.num_rows)
+                q_i, k_i, v_i = _call_shapes(q[rows], pair.pick(kv[0]), pair.pick(kv[1]))
+                part, part_lse = flash.forward(q_i, k_i, v_i)
+                _merge(out[rows], lse_mH[rows], part[0].transpose(0, 1), part_lse[0].t())
+        result = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, result, lse_mH)
+        ctx.layout, ctx.hop, ctx.group = layout, hop, group
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse_mH = ctx.saved_tensors
+        layout, hop, group = ctx.layout, ctx.hop, ctx.group
+        flash = FLASH[q.device.type]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grad_q = q.new_zeros(q.shape, dtype=wide)
+        own = kept = k.new_zeros(2, *k.shape, dtype=wide)
+        for there, kv in _passing(torch.stack((k, v)), layout, hop, group):
+            if there != hop:
+                # Gradients travel one hop behind the keys that they belong to.
+                shape = (2, sum(layout.pieces[there]), *k.shape[1:])
+                first = (hop - 1) % len(layout.pieces) == there
+                kept = (
+                    kv.new_zeros(shape, dtype=wide) if first else Shift(kept, shape, group).wait()
+                )
+            for pair in pairs(layout, hop, there):
+                rows = slice(pair.first, pair.first + pair.num_rows)
+                q_i, k_i, v_i = _call_shapes(q[rows], pair.pick(kv[0]), pair.pick(kv[1]))
+                grad_i, out_i = (x[rows].transpose(0, 1).unsqueeze(0) for x in (grad, out))
+                lse_i = lse_mH[rows].t().unsqueeze(0)
+                parts = flash.backward(grad_i, q_i, k_i, v_i, out_i, lse_i)
+                grad_q[rows] += parts[0][0].transpose(0, 1)
+                for total, part in zip(kept.unbind(), parts[1:], strict=True):
+                    by_query_head = part[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
+                    pair.add(total, by_query_head.sum(2, dtype=wide))
+        if kept is not own:
+            own = own + Shift(kept, own.shape, group).wait()
+        grad_k, grad_v = own.to(k.dtype).unbind()
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
+
+
+def _passing(
+    kv: Tensor, layout: CutLayout, hop: int, group: ProcessGroup
+) -> Iterator[tuple[int, Tensor]]:
+    """(whose they are, keys and values [2, m_r, K, D]) in turn, the own ones first."""
+    num_hops = len(layout.pieces)
+    for turn in range(num_hops):
+        there = (hop - turn) % num_hops
+        following = None
+        if turn + 1 < num_hops:
+            num_rows = sum(layout.pieces[(there - 1) % num_hops])
+            following = Shift(kv, (2, num_rows, *kv.shape[2:]), group)
+        yield there, kv
+        if following is not None:
+            kv = following.wait()
+
+
+def _call_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[L, H, D] and [L, K, D] -> [1, H, L, D] each: key/value heads repeated for their queries."""
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return q, k, v
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add a partial softmax attention [m, H, D] with log-sum-exp [m, H] to the one so far."""
+    total = torch.logaddexp(lse, part_lse.to(lse.dtype))
+    out.mul_((lse - total).exp_().unsqueeze(-1))
+    out.addcmul_(part.to(out.dtype), (part_lse.to(lse.dtype) - total).exp_().unsqueeze(-1))
+    lse.copy_(total)

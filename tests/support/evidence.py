@@ -8,18 +8,28 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from kinodit.trainer.config import config_to_yaml, load_config
+from kinodit.trainer.config import (
+    MAY_CHANGE_ON_RESUME,
+    config_to_dict,
+    flatten,
+    load_config,
+)
 from tests.support.ranks import ROOT
 
 EVIDENCE = ROOT / "docs" / "evidence"
 
 
 def recipe_hash(recipe: str) -> str:
-    """SHA-256 of what was run: a resolved recipe, which changes with the defaults that it leans on,
-    too, or the file of a test that builds its own model."""
+    """SHA-256 of what decides the figures.
+
+    Of a recipe: every key, with the defaults that it leans on, but those that leave the loss curve
+    as it is. Of a test that builds its own model: its file.
+    """
     if recipe.endswith(".py"):
         return hashlib.sha256((ROOT / recipe).read_bytes()).hexdigest()
-    return hashlib.sha256(config_to_yaml(load_config(ROOT / recipe)).encode()).hexdigest()
+    keys = flatten(config_to_dict(load_config(ROOT / recipe)))
+    decisive = {k: v for k, v in keys.items() if not k.startswith(MAY_CHANGE_ON_RESUME)}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def write_evidence(name: str, recipe: str, figures: dict[str, Any]) -> Path:

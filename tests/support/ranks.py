@@ -1,104 +1,16 @@
-"""Real processes that talk over gloo, started once and used for many cases.
-
-Ranks are forked from a server that has torch loaded: a group of four starts in a fraction of a
-second. A case is a module-level function `case(rank, world_size, *args)`; what it returns comes
-back by rank, and what it raises fails the test with the rank's traceback.
-"""
+"""Real processes that talk over gloo, started once and used for many cases of the tests."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import multiprocessing
-import os
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+
+from kinodit.trainer.certify import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-CASE_TIMEOUT_S = 120
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
-    """Body of one rank: join the group, then run cases until told to stop."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for folder in (str(ROOT), str(ROOT / "src")):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, world_size),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=CASE_TIMEOUT_S),
-    )
-    while (request := pipe.recv()) is not None:
-        module, name, args = request
-        try:
-            case = getattr(importlib.import_module(module), name)
-            pipe.send((True, case(rank, world_size, *args)))
-        except BaseException:  # noqa: BLE001 - whatever a case raises belongs to the test
-            pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
-class Ranks:
-    """A group of `world_size` gloo processes."""
+class Ranks(ranks.Ranks):
+    """A group of `world_size` gloo processes that can import the tests."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
-        self.world_size = world_size
-        self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world_size, store, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def run(self, case: Callable[..., Any], *args: Any) -> list[Any]:
-        """`case(rank, world_size, *args)` on every rank; the results by rank."""
-        for pipe in self._pipes:
-            pipe.send((case.__module__, case.__qualname__, args))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(CASE_TIMEOUT_S):
-                self.close()
-                raise TimeoutError(f"rank {rank} did not answer within {CASE_TIMEOUT_S} s")
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                raise RuntimeError(f"rank {rank} died") from None
-            if not ok:
-                self.close()
-                raise AssertionError(f"rank {rank} of {self.world_size}:\n{value}")
-            results.append(value)
-        return results
-
-    def close(self) -> None:
-        """Stop the processes."""
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            if process.is_alive():
-                with contextlib.suppress(OSError):
-                    pipe.send(None)
-        for process in self._processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-        self._folder.cleanup()
+        super().__init__(world_size, (str(ROOT), str(ROOT / "src")))

@@ -1,0 +1,98 @@
+"""Packs of keyed random tokens with odd lengths: for proofs that must not open anyone's data.
+
+Shape legend: N tokens of one modality, C its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kinodit.models.random import generator, normal
+from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch, build_layout
+
+SECONDS_PER_FRAME = 0.25
+
+
+@dataclass(frozen=True)
+class SyntheticStream:
+    """channels: C; is_noised: whether its tokens have a loss, or are conditions like a caption."""
+
+    channels: int
+    is_noised: bool
+
+
+def synthetic_pack(
+    step: int,
+    slots: Sequence[int],
+    streams: Mapping[str, SyntheticStream],
+    conditions: Mapping[str, int],
+    dtype: torch.dtype,
+) -> TokenBatch:
+    """A pack of the given slots of a step; what a slot holds depends on step and slot alone.
+
+    Lengths are odd, differ from slot to slot and are 1 at times, as are numbers of frames; every
+    third slot lacks the last noised stream if there are several (an image beside clips with sound).
+    `conditions` are the dims of condition vectors. Latents are of `dtype`, without slots there
+    are no tokens (a filler pack).
+    """
+    parts: dict[str, list[ModalityTokens]] = {name: [] for name in streams}
+    noised = [name for name, stream in streams.items() if stream.is_noised]
+    for segment, slot in enumerate(slots):
+        for name, stream in streams.items():
+            source = generator("synthetic", step, slot, name)
+            is_absent = len(noised) > 1 and name == noised[-1] and slot % 3 == 2
+            grid = _grid(slot, stream.is_noised, 0 if is_absent else 1)
+            latents = normal(source, (len(grid), stream.channels)).to(dtype)
+            parts[name].append(_tokens(latents, grid, segment, stream.is_noised))
+    modalities = {
+        name: _joined(parts[name], stream.channels, dtype) for name, stream in streams.items()
+    }
+    vectors = {
+        name: torch.stack([_vector(step, slot, name, dim) for slot in slots] or [torch.zeros(dim)])
+        for name, dim in conditions.items()
+    }
+    return TokenBatch(
+        modalities=modalities,
+        level_segment=torch.arange(len(slots)),
+        level_t=torch.zeros(len(slots)),
+        conditions={name: vector[: len(slots)].to(dtype) for name, vector in vectors.items()},
+        layout=build_layout(list(modalities.values())),
+        samples=tuple(SampleKey(step, slot, f"synthetic:{slot}") for slot in slots),
+    )
+
+
+def _vector(step: int, slot: int, name: str, dim: int) -> Tensor:
+    return normal(generator("synthetic", step, slot, name), (dim,))
+
+
+def _grid(slot: int, is_noised: bool, factor: int) -> Tensor:
+    """[N, 3] positions: a grid of frames, rows and columns, or as many words at the origin."""
+    if not is_noised:
+        return torch.zeros(1 + slot * 2 % 7, 3)
+    frames = torch.arange(factor * (1 + slot % 3)) * SECONDS_PER_FRAME
+    return torch.cartesian_prod(frames, torch.arange(3.0), torch.arange(1.0 + slot % 4))
+
+
+def _tokens(latents: Tensor, position: Tensor, segment: int, is_noised: bool) -> ModalityTokens:
+    count = len(latents)
+    owner = torch.full((count,), segment, dtype=torch.int64)
+    return ModalityTokens(
+        latents=latents,
+        segment=owner,
+        group=torch.zeros(count, dtype=torch.int64),
+        position=position.reshape(-1, 3),
+        role=torch.full((count,), int(Role.NOISED if is_noised else Role.CLEAN), dtype=torch.int8),
+        level=owner.clone(),
+        weight=torch.full((count,), float(is_noised)),
+    )
+
+
+def _joined(parts: list[ModalityTokens], channels: int, dtype: torch.dtype) -> ModalityTokens:
+    empty = _tokens(torch.zeros(0, channels, dtype=dtype), torch.zeros(0, 3), 0, False)
+    fields = [vars(part) for part in [*parts, empty]]
+    joined = {name: torch.cat([part[name] for part in fields]) for name in vars(empty)}
+    return ModalityTokens(**joined)

@@ -1,0 +1,120 @@
+"""Real processes that talk over gloo, started once and used for many cases.
+
+Ranks are forked from a server that has torch loaded: a group of four starts in a fraction of a
+second. A case is a module-level function `case(rank, world_size, *args)`; what it returns comes
+back by rank, and what it raises is raised here as `RankError` with the rank's traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 120
+
+
+def _serve(
+    rank: int, world_size: int, store: str, paths: tuple[str, ...], pipe: Connection
+) -> None:
+    """Body of one rank: join the group, then run cases until told to stop."""
+    sys.path[:0] = [folder for folder in paths if folder not in sys.path]
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )
+    while (request := pipe.recv()) is not None:
+        module, name, args = request
+        try:
+            case = getattr(importlib.import_module(module), name)
+            pipe.send((True, case(rank, world_size, *args)))
+        except BaseException:  # noqa: BLE001 - whatever a case raises belongs to the caller
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class RankError(RuntimeError):
+    """A case failed on some rank; the message is its traceback."""
+
+
+class Ranks:
+    """A group of `world_size` gloo processes."""
+
+    def __init__(self, world_size: int, paths: tuple[str, ...] = ()) -> None:
+        """Start the processes; `paths` are put before their `sys.path`."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed"])
+        self.world_size = world_size
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world_size, store, paths, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, case: Callable[..., Any], *args: Any) -> list[Any]:
+        """`case(rank, world_size, *args)` on every rank; the results by rank.
+
+        Raises:
+            RankError: a rank raised or died. The others may wait for it in vain, so the group is
+                closed.
+            TimeoutError: some rank did not answer.
+        """
+        for pipe in self._pipes:
+            pipe.send((case.__module__, case.__qualname__, args))
+        results: dict[int, Any] = {}
+        while len(results) < self.world_size:
+            waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in results}
+            answered = multiprocessing.connection.wait(list(waiting), TIMEOUT_S)
+            if not answered:
+                self.close()
+                missing = sorted(waiting.values())
+                raise TimeoutError(f"ranks {missing} did not answer within {TIMEOUT_S} s")
+            for pipe in self._pipes:
+                if pipe not in answered:
+                    continue
+                rank = waiting[pipe]
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, "it died"
+                if not ok:
+                    self.close()
+                    raise RankError(f"rank {rank} of {self.world_size}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        """Stop the processes."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                with contextlib.suppress(OSError):
+                    pipe.send(None)
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+        self._folder.cleanup()

@@ -1,0 +1,165 @@
+"""What a few optimizer steps leave behind, gathered whole: the thing that certificates compare."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kinodit.data.synthetic import synthetic_pack
+from kinodit.models.diffusion.objective import (
+    NoisedBatch,
+    Objective,
+    TokenShape,
+    build_objective,
+)
+from kinodit.models.init import initialize
+from kinodit.models.mmdit import MMDiT
+from kinodit.models.random import generator
+from kinodit.models.tokens import TokenBatch
+from kinodit.trainer.certify.twin import Twin
+from kinodit.trainer.ema import Ema, EmaConfig
+from kinodit.trainer.engine.base import Engine
+from kinodit.trainer.engine.native import NativeEngine
+from kinodit.trainer.optim import build_optimizer
+from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.step import Step
+
+Array = NDArray[np.float64]
+FLOAT64 = PrecisionConfig("float64", "float64", "float64")
+NUM_STEPS = 3
+SLOTS_OF_PACKS = ((0, 5), (1, 2, 6), (3,), (4, 7))
+"""Samples of each pack of a step: unequal packs, whose number no group of 3 or more divides."""
+
+
+@dataclass
+class Trace:
+    """What training left, tensors in the order of the model's parameters.
+
+    losses, norms: of each step
+    gradients:     of the first step, before clipping
+    parameters:    after the last step
+    averages:      the EMA after the last step
+    draws:         (step, slot) -> digest of the sample's latents, noise and level as they were used
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Array] = field(default_factory=dict)
+    parameters: dict[str, Array] = field(default_factory=dict)
+    averages: dict[str, Array] = field(default_factory=dict)
+    draws: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+def trace(rank: int, world_size: int, twin: Twin, parallel: ParallelConfig) -> Trace:
+    """Train the twin on synthetic packs under `parallel`, in float64. Every rank calls it."""
+    config = twin.config
+    mesh = build_mesh(parallel, world_size, rank, torch.device("cpu"))
+    model = MMDiT(config.model)
+    initialize(model, seed=config.run.seed)
+    _stir(model)
+    parallelize(model, mesh, parallel, FLOAT64, config.remat, compile_blocks=False)
+    engine = NativeEngine(model, build_optimizer(config.optim, model), mesh, FLOAT64)
+    averages = Ema(next(iter(config.ema.values()), EmaConfig(0.9)), model)
+    found = Trace()
+    outputs = [name for name, stream in config.model.streams.items() if stream.output]
+    shapes = {
+        name: TokenShape(config.model.streams[name].in_channels, config.model.stream_width(name))
+        for name in outputs
+    }
+    step = Step(
+        engine,
+        _Recorder(build_objective(config.objective, shapes), found),
+        [averages],
+        mesh,
+        outputs,
+        config.objective.loss_weights,
+        config.run.seed,
+        config.optim.max_grad_norm,
+    )
+    for number in range(NUM_STEPS):
+        batches = _batches(twin, number, mesh.dp_index, mesh.dp_size)
+        with _recorded_gradients(engine, found.gradients if number == 0 else None):
+            result = step(number, batches, config.optim.lr)
+        found.losses.append(float(mesh.sum(result.losses.sum())))
+        found.norms.append(float(result.grad_norm))
+    found.parameters = {name: whole(p) for name, p in model.named_parameters()}
+    found.averages = {name: whole(p) for name, p in averages.average.items()}
+    return found
+
+
+def whole(tensor: Tensor) -> Array:
+    """All of a tensor that may be sharded, on the host. Collective for one that is."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    array: Array = full.detach().cpu().numpy().copy()
+    return array
+
+
+@torch.no_grad()
+def _stir(model: nn.Module) -> None:
+    """Move every parameter off its initial value: behind a closed gate no gradient can be wrong."""
+    for name, parameter in model.named_parameters():
+        drawn = generator("certify", name).standard_normal(tuple(parameter.shape))
+        parameter.add_(torch.from_numpy(0.02 * drawn).to(parameter.dtype))
+
+
+def _batches(twin: Twin, step: int, dp_index: int, dp_size: int) -> list[TokenBatch]:
+    """The packs of one data-parallel rank, with as many filler packs as it takes."""
+    own: list[Sequence[int]] = list(itertools.islice(SLOTS_OF_PACKS, dp_index, None, dp_size))
+    own += [()] * (-(-len(SLOTS_OF_PACKS) // dp_size) - len(own))
+    return [
+        synthetic_pack(step, slots, twin.streams, twin.conditions, torch.float64) for slots in own
+    ]
+
+
+@contextmanager
+def _recorded_gradients(engine: Engine, into: dict[str, Array] | None) -> Iterator[None]:
+    """Within it, gradients are kept in `into` before they are clipped."""
+    clip = engine.clip
+
+    def recording(max_norm: float) -> Tensor:
+        if into is not None:
+            into.update({name: whole(gradient) for name, gradient in engine.gradients()})
+        return clip(max_norm)
+
+    engine.clip = recording  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.clip = clip  # type: ignore[method-assign]
+
+
+class _Recorder:
+    """An objective that notes what it drew for each sample."""
+
+    def __init__(self, objective: Objective, found: Trace) -> None:
+        self._objective, self._found = objective, found
+
+    def corrupt(self, batch: TokenBatch, seed: int, level: float | None = None) -> NoisedBatch:
+        """See `Objective`."""
+        noised = self._objective.corrupt(batch, seed, level)
+        for segment, key in enumerate(batch.samples):
+            digest = hashlib.sha256(key.sample.encode())
+            for name, tokens in noised.batch.modalities.items():
+                mine = tokens.segment == segment
+                for tensor in (noised.clean[name], noised.noise[name], noised.t(name)):
+                    digest.update(tensor[mine].contiguous().numpy().tobytes())
+            self._found.draws[key.step, key.slot] = digest.hexdigest()
+        return noised
+
+    def velocity(self, prediction: Tensor, noised: NoisedBatch, modality: str) -> Tensor:
+        """See `Objective`."""
+        return self._objective.velocity(prediction, noised, modality)
+
+    def errors(self, predictions: Mapping[str, Tensor], noised: NoisedBatch) -> dict[str, Tensor]:
+        """See `Objective`."""
+        return self._objective.errors(predictions, noised)

@@ -1,0 +1,122 @@
+"""A small model of the same structure: what a certificate is computed on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from kinodit.data.synthetic import SyntheticStream
+from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
+from kinodit.models.rope import RopeConfig
+from kinodit.trainer.config import RunConfig, differences, flatten
+
+HEAD_DIM = 12
+MAX_HEADS = 4
+MAX_BLOCKS = 2
+MAX_RANK = 4
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A recipe with a small model. shrunk: (key, the recipe's value, the twin's)."""
+
+    config: RunConfig
+    shrunk: tuple[tuple[str, Any, Any], ...]
+
+    @property
+    def streams(self) -> dict[str, SyntheticStream]:
+        """What its synthetic packs hold."""
+        return {
+            name: SyntheticStream(stream.in_channels, stream.output)
+            for name, stream in self.config.model.streams.items()
+        }
+
+    @property
+    def conditions(self) -> dict[str, int]:
+        """Dims of the condition vectors of its packs."""
+        return {name: condition.dim for name, condition in self.config.model.conditions.items()}
+
+
+def twin(config: RunConfig) -> Twin:
+    """The recipe with its model made small, and nothing else of its structure changed.
+
+    Streams and their relative widths, kinds of blocks, norms, modulation, biases, the ratio of
+    query to key/value heads, conditions, positions and their axes stay. Fewer and narrower heads,
+    fewer blocks, fewer channels: none of them is what a layout gets wrong.
+    """
+    small = _small_model(config.model)
+    shrunk = differences(flatten_model(config.model), flatten_model(small))
+    return Twin(replace(config, model=small), tuple(shrunk))
+
+
+def flatten_model(model: MMDiTConfig) -> dict[str, Any]:
+    """Every key of a model's config with its value."""
+    return flatten({"model": asdict(model)})
+
+
+def _small_model(model: MMDiTConfig) -> MMDiTConfig:
+    per_kv = model.num_heads // model.kv_heads
+    kv_heads = _divisor(model.kv_heads, max(1, MAX_HEADS // per_kv))
+    num_heads = kv_heads * per_kv
+    inner = model.num_heads * model.dim_of_head
+    width = _scaled(model.width, inner, num_heads * HEAD_DIM)
+    streams = {
+        name: _small_stream(stream, index, width / model.width)
+        for index, (name, stream) in enumerate(model.streams.items())
+    }
+    conditions = {
+        name: ConditionConfig(min(condition.dim, 5 + index), condition.kind)
+        for index, (name, condition) in enumerate(model.conditions.items())
+    }
+    return replace(
+        model,
+        streams=streams,
+        conditions=conditions,
+        width=width,
+        num_heads=num_heads,
+        head_dim=HEAD_DIM,
+        num_kv_heads=None if model.num_kv_heads is None else kv_heads,
+        num_double_blocks=min(model.num_double_blocks, MAX_BLOCKS),
+        num_single_blocks=min(model.num_single_blocks, MAX_BLOCKS),
+        modulation_rank=min(model.modulation_rank, MAX_RANK),
+        condition_width=(
+            None
+            if model.condition_width is None
+            else _scaled(model.condition_width, inner, num_heads * HEAD_DIM)
+        ),
+        rope=_small_rope(model.rope),
+    )
+
+
+def _small_stream(stream: StreamConfig, index: int, scale: float) -> StreamConfig:
+    return replace(
+        stream,
+        in_channels=min(stream.in_channels, 5 + index),
+        out_channels=None if stream.out_channels is None else min(stream.out_channels, 5 + index),
+        width=None if stream.width is None else _multiple_of_four(stream.width * scale),
+        refiner_blocks=min(stream.refiner_blocks, 1),
+    )
+
+
+def _small_rope(rope: RopeConfig) -> RopeConfig:
+    """Axes that have no share keep none; the others share the small head."""
+    if not rope.axes:
+        return rope
+    used = [axis for axis, dim in enumerate(rope.axes) if dim]
+    share = HEAD_DIM // len(used)
+    return replace(rope, axes=tuple(share if axis in used else 0 for axis in range(3)))
+
+
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(d for d in range(1, limit + 1) if number % d == 0)
+
+
+def _scaled(value: int, whole: int, small: int) -> int:
+    """`value` in the proportion of `small` to `whole`."""
+    return _multiple_of_four(value * small / whole)
+
+
+def _multiple_of_four(value: float) -> int:
+    return 4 * max(1, math.ceil(value / 4))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kinodit.trainer.parallel.apply import PrecisionConfig
-from tests.parity.test_data_parallel import Layout, Trace, run
+from tests.parity.test_layouts import Layout, Trace, run
 from tests.support.ranks import Ranks
 
 FLOAT32 = PrecisionConfig()

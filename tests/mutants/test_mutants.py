@@ -1,0 +1,85 @@
+"""Every known bug is noticed by the certificate, and by the line that says what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from kinodit.trainer.certify.compare import compare
+from kinodit.trainer.certify.layouts import num_ranks, parse_layouts
+from kinodit.trainer.certify.ranks import RankError
+from kinodit.trainer.certify.trace import Trace, trace
+from kinodit.trainer.certify.twin import Twin, twin
+from kinodit.trainer.config import load_config
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from tests.mutants.mutations import MUTANTS, mutated_trace
+from tests.support.ranks import ROOT, Ranks
+
+ALONE = ParallelConfig(dp_shard=1)
+
+
+@cache
+def small(num_kv_heads: int) -> Twin:
+    made = twin(load_config(ROOT / "configs" / "t2v_tiny.yaml"))
+    if not num_kv_heads:
+        return made
+    model = replace(made.config.model, num_kv_heads=num_kv_heads)
+    return replace(made, config=replace(made.config, model=model))
+
+
+@cache
+def reference(num_kv_heads: int) -> Trace:
+    return trace(0, 1, small(num_kv_heads), ALONE)
+
+
+class Groups:
+    """Groups of processes by size; one that a mutant broke is started anew."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, Ranks] = {}
+
+    def run(self, name: str, layout: ParallelConfig, num_kv_heads: int) -> list[Trace]:
+        size = num_ranks(layout)
+        if size not in self._groups:
+            self._groups[size] = Ranks(size)
+        try:
+            return self._groups[size].run(mutated_trace, name, small(num_kv_heads), layout)
+        except RankError:
+            del self._groups[size]
+            raise
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.close()
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Groups]:
+    made = Groups()
+    yield made
+    made.close()
+
+
+@pytest.mark.mutants
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("layout", "num_kv_heads"), sorted({(m.layout, m.num_kv_heads) for m in MUTANTS.values()})
+)
+def test_without_a_bug_nothing_is_reported(layout: str, num_kv_heads: int, groups: Groups) -> None:
+    (parsed,) = parse_layouts(layout, ALONE)
+    verdict = compare(reference(num_kv_heads), groups.run("", parsed, num_kv_heads))
+    assert verdict.ok, verdict.faults
+
+
+@pytest.mark.mutants
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_bug_is_told(name: str, groups: Groups) -> None:
+    mutant = MUTANTS[name]
+    (parsed,) = parse_layouts(mutant.layout, ALONE)
+    verdict = compare(reference(mutant.num_kv_heads), groups.run(name, parsed, mutant.num_kv_heads))
+    assert not verdict.ok
+    assert any(mutant.expected in fault for fault in verdict.faults), verdict.faults

@@ -29,7 +29,7 @@ COMMANDS: dict[str, str] = {
     "sample": "generate clips from a run",
     "measure": "measure which way sampled clips of the demo set move",
     "report": "write a run's HTML report",
-    "certify": "prove that every layout trains as one process does, without a GPU",
+    "certify": "prove that every layout trains like one process",
     "data": "pack, check, describe and preview shards",
     "config": "show, describe and compare recipes",
     "slurm": "render batch scripts",

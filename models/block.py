@@ -4,8 +4,9 @@ The joint block is Esser et al., "Scaling rectified flow transformers" (SD3, arX
 figure 2, for any number of streams; the single block with parallel attention and MLP is FLUX's,
 after Dehghani et al. (ViT-22B, arXiv 2302.05442), section 2.
 
-Shape legend: N tokens of one stream, J tokens of all streams (stream-major), d width, H heads,
-D head dim, P = D / 2, K rows of the noise-level table, c width of the condition.
+Shape legend: N tokens of one stream, M of its tokens that matrices see (N in one process), J tokens
+of all streams (stream-major), d width, H heads, D head dim, P = D / 2, K rows of the noise-level
+table, c width of the condition.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from kinodit.models.attention import AttentionOp
 from kinodit.models.config import MMDiTConfig
+from kinodit.models.exchange import Exchange, Parts
 from kinodit.models.mlp import MLP
 from kinodit.models.modulation import AdaNorm, Modulation, Rows, gated_add
 from kinodit.models.norm import HeadNorm, RMSNorm
@@ -41,29 +43,48 @@ class Context:
     condition: [K, c], activated
     shared:    stream -> [K, parts * d], rows of the modulation that all blocks share; may be empty
     level:     stream -> [N] int64, each token's row of `condition`
-    rotary:    stream -> cosines and sines [N, P, 2], or None for a stream that is not rotated
+    num_seen:  stream -> number of tokens M that its projections see; N in one process
+    rotary:    stream -> cosines and sines [M, P, 2], or None for a stream that is not rotated
     layout:    who attends to whom
     attend:    the attention op
+    exchange:  what happens where processes share tokens and matrices; None in one process
     """
 
     condition: Tensor
     shared: Mapping[str, Tensor]
     level: Mapping[str, Tensor]
+    num_seen: Mapping[str, int]
     rotary: Mapping[str, Rotary]
     layout: AttentionLayout
     attend: AttentionOp
+    exchange: Exchange | None = None
 
     def merged(self) -> Context:
         """The same for all streams' tokens seen as one stream, as single blocks do."""
         return replace(
             self,
             level={ALL: torch.cat(list(self.level.values()))},
-            rotary={ALL: merged_table(self.rotary, self.level)},
+            num_seen={ALL: sum(self.num_seen.values())},
+            rotary={ALL: merged_table(self.rotary, self.num_seen)},
         )
 
+    def gather(self, parts: Parts) -> Parts:
+        """Own tokens [N, d] of every stream -> the tokens that its matrices see [M, d]."""
+        return parts if self.exchange is None else call_gather(self.exchange, parts, self.layout)
 
-def merged_table(rotary: Mapping[str, Rotary], level: Mapping[str, Tensor]) -> Rotary:
-    """The tables [N, P, 2] of all streams as one [J, P, 2]; a stream without one is turned by 0."""
+    def scatter(self, parts: Parts) -> Parts:
+        """Results [M, d] of matrices that may be parts of whole ones -> of own tokens [N, d]."""
+        return parts if self.exchange is None else call_scatter(self.exchange, parts, self.layout)
+
+    def rows(self, modulations: Mapping[str, Modulation]) -> dict[str, list[Rows]]:
+        """What the condition does to every branch of every stream."""
+        made: Parts = {name: m.project(self.condition) for name, m in modulations.items()}
+        made = made if self.exchange is None else call_join(self.exchange, made)
+        return {name: m.rows(made[name], self.shared.get(name)) for name, m in modulations.items()}
+
+
+def merged_table(rotary: Mapping[str, Rotary], num_seen: Mapping[str, int]) -> Rotary:
+    """The tables [M, P, 2] of all streams as one [J, P, 2]; a stream without one is turned by 0."""
     known = [table for table in rotary.values() if table is not None]
     if not known:
         return None
@@ -72,7 +93,7 @@ def merged_table(rotary: Mapping[str, Rotary], level: Mapping[str, Tensor]) -> R
     unturned = torch.stack((like.new_ones(pairs), like.new_zeros(pairs)), dim=-1)
     tables = []
     for name, table in rotary.items():
-        tables.append(unturned.expand(level[name].shape[0], -1, -1) if table is None else table)
+        tables.append(unturned.expand(num_seen[name], -1, -1) if table is None else table)
     return torch.cat(tables)
 
 
@@ -85,6 +106,24 @@ def call_attention(
     q [J, H, D], k and v [J, H_kv, D] -> [J, H, D].
     """
     return attend(q, k, v, layout)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def call_gather(exchange: Exchange, parts: Parts, layout: AttentionLayout) -> Parts:
+    """`exchange.gather`, kept out of compiled graphs, as are the others: counts differ by batch."""
+    return exchange.gather(parts, layout)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def call_scatter(exchange: Exchange, parts: Parts, layout: AttentionLayout) -> Parts:
+    """`exchange.scatter`, kept out of compiled graphs."""
+    return exchange.scatter(parts, layout)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def call_join(exchange: Exchange, parts: Parts) -> Parts:
+    """`exchange.join`, kept out of compiled graphs."""
+    return exchange.join(parts)
 
 
 class Projections(nn.Module):
@@ -144,21 +183,13 @@ class StreamLayer(nn.Module):
         self.attention_postnorm = RMSNorm(width, config.norm_eps) if has_postnorm else None
         self.mlp_postnorm = RMSNorm(width, config.norm_eps) if has_postnorm else None
 
-    def before(
-        self, x: Tensor, rows: list[Rows], level: Tensor, rotary: Rotary
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`x` [N, d] -> this stream's q, k, v."""
-        q, k, v = self.attention(self.attention_prenorm(x, rows[0], level), rotary)
-        return q, k, v
+    def after(self, x: Tensor, branch: Tensor, rows: Rows, level: Tensor) -> Tensor:
+        """`x` [N, d] with the attention's `branch` [N, d] added."""
+        return self._add(x, branch, rows, self.attention_postnorm, level)
 
-    def after(self, x: Tensor, attended: Tensor, rows: list[Rows], level: Tensor) -> Tensor:
-        """`x` [N, d] and `attended` [N, H, D] -> [N, d]."""
-        if self.mlp is None or self.attention.out is None:
-            return x
-        branch = self.attention.out(attended.flatten(-2))
-        x = self._add(x, branch, rows[0], self.attention_postnorm, level)
-        branch = self.mlp(self.mlp_prenorm(x, rows[1], level))
-        return self._add(x, branch, rows[1], self.mlp_postnorm, level)
+    def after_mlp(self, x: Tensor, branch: Tensor, rows: Rows, level: Tensor) -> Tensor:
+        """`x` [N, d] with the feed-forward's `branch` [N, d] added."""
+        return self._add(x, branch, rows, self.mlp_postnorm, level)
 
     @staticmethod
     def _add(
@@ -182,23 +213,60 @@ class JointBlock(nn.Module):
         )
 
     def forward(self, x: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
-        """`x`: stream -> [N, d] -> the same."""
+        """`x`: stream -> [N, d] -> the same.
+
+        What crosses between processes does so for all streams at once.
+        """
         layers = {name: cast(StreamLayer, layer) for name, layer in self.streams.items()}
-        rows = {
-            name: layer.modulation(context.condition, context.shared.get(name))
+        rows = context.rows({name: layer.modulation for name, layer in layers.items()})
+        attended = self._attend(layers, x, rows, context)
+        branches = context.scatter(
+            {
+                name: layer.attention.out(attended[name])
+                for name, layer in layers.items()
+                if layer.attention.out is not None
+            }
+        )
+        going_on = {name: layers[name] for name in branches}
+        x = {**x}
+        for name, layer in going_on.items():
+            x[name] = layer.after(x[name], branches[name], rows[name][0], context.level[name])
+        normed = {
+            name: layer.mlp_prenorm(x[name], rows[name][1], context.level[name])
+            for name, layer in going_on.items()
+        }
+        hidden = context.gather(normed)
+        branches = context.scatter(
+            {
+                name: layer.mlp(hidden[name])
+                for name, layer in going_on.items()
+                if layer.mlp is not None
+            }
+        )
+        for name, layer in going_on.items():
+            x[name] = layer.after_mlp(x[name], branches[name], rows[name][1], context.level[name])
+        return x
+
+    @staticmethod
+    def _attend(
+        layers: Mapping[str, StreamLayer],
+        x: Mapping[str, Tensor],
+        rows: Mapping[str, list[Rows]],
+        context: Context,
+    ) -> dict[str, Tensor]:
+        """stream -> [M, H * D]: what the joint attention gives to its tokens."""
+        normed = {
+            name: layer.attention_prenorm(x[name], rows[name][0], context.level[name])
             for name, layer in layers.items()
         }
+        seen = context.gather(normed)
         parts = [
-            layer.before(x[name], rows[name], context.level[name], context.rotary[name])
-            for name, layer in layers.items()
+            layer.attention(seen[name], context.rotary[name]) for name, layer in layers.items()
         ]
         q, k, v = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        joint = call_attention(context.attend, q, k, v, context.layout)
-        attended = torch.split(joint, [x[name].shape[0] for name in layers])
-        return {
-            name: layer.after(x[name], part, rows[name], context.level[name])
-            for (name, layer), part in zip(layers.items(), attended, strict=True)
-        }
+        joint = call_attention(context.attend, q, k, v, context.layout).flatten(-2)
+        sizes = [context.num_seen[name] for name in layers]
+        return dict(zip(layers, torch.split(joint, sizes), strict=True))
 
 
 class SingleBlock(nn.Module):
@@ -223,11 +291,12 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`x` [J, d] -> [J, d]; `context` must be the merged one."""
         level = context.level[ALL]
-        (rows,) = self.modulation(context.condition, context.shared.get(ALL))
-        normed = self.prenorm(x, rows, level)
+        (rows,) = context.rows({ALL: self.modulation})[ALL]
+        normed = context.gather({ALL: self.prenorm(x, rows, level)})[ALL]
         q, k, v = self.attention(normed, context.rotary[ALL])
         attended = call_attention(context.attend, q, k, v, context.layout)
         assert self.attention.out is not None and rows.gate is not None
-        branch = self.attention.out(attended.flatten(-2)) + self.mlp(normed)
+        both = self.attention.out(attended.flatten(-2)) + self.mlp(normed)
+        branch = context.scatter({ALL: both})[ALL]
         branch = branch if self.postnorm is None else self.postnorm(branch)
         return gated_add(x, rows.gate, branch, level)

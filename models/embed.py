@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kinodit.models.attention import attend_within
 from kinodit.models.config import MMDiTConfig
+from kinodit.models.exchange import Exchange
 from kinodit.models.mlp import MLP
 from kinodit.models.modulation import gated_add
 from kinodit.models.rope import sincos_2d
@@ -83,12 +84,22 @@ class StreamEmbed(nn.Module):
         super().__init__()
         stream = config.streams[name]
         width = config.stream_width(name)
-        self.stream = stream
+        self.name, self.stream = name, stream
         self.linear = nn.Linear(stream.in_channels, width)
         self.refiner = TokenRefiner(name, config) if stream.refiner_blocks else None
 
-    def forward(self, tokens: ModalityTokens, batch: TokenBatch, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self,
+        tokens: ModalityTokens,
+        batch: TokenBatch,
+        dtype: torch.dtype,
+        exchange: Exchange | None = None,
+    ) -> Tensor:
         """[N, d]; positions and times are computed in `dtype`."""
+        own: Tensor | None = None
+        if self.refiner is not None and exchange is not None:
+            # The refiner looks at a whole stream: each process has it do so, and keeps its own.
+            tokens, own = exchange.whole(self.name, batch)
         latents = tokens.latents.to(self.linear.weight.dtype)
         x: Tensor = self.linear(latents)
         if self.stream.position == "sincos_2d":
@@ -96,7 +107,7 @@ class StreamEmbed(nn.Module):
             x = x + sincos_2d(tokens.position, x.shape[1], scale, dtype).to(x.dtype)
         if self.refiner is not None:
             x = self.refiner(x, latents, tokens, batch, dtype)
-        return x
+        return x if own is None else x.index_select(0, own)
 
 
 class TokenRefiner(nn.Module):

@@ -15,6 +15,7 @@ from kinodit.models.block import ALL, Context, JointBlock, Rotary, SingleBlock
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.embed import ConditionEmbed, StreamEmbed
 from kinodit.models.errors import ConfigError
+from kinodit.models.exchange import Exchange, Parts, Spot
 from kinodit.models.modulation import AdaNorm, Modulation
 from kinodit.models.rope import rotary_table
 from kinodit.models.tokens import TokenBatch
@@ -45,7 +46,8 @@ class Head(nn.Module):
 class MMDiT(nn.Module):
     """Predicts, for every stream with a head, C numbers per token.
 
-    `attend` may be set to another op of the same signature; every block uses it.
+    `attend` may be set to another op of the same signature, and `exchange` to what processes that
+    share the model do at its seams; every block uses them.
     """
 
     def __init__(self, config: MMDiTConfig) -> None:
@@ -58,6 +60,7 @@ class MMDiT(nn.Module):
             )
         self.config = config
         self.attend: AttentionOp = attend
+        self.exchange: Exchange | None = None
         self.embeds = nn.ModuleDict({name: StreamEmbed(name, config) for name in config.streams})
         self.condition = ConditionEmbed(config)
         self.shared_modulation = nn.ModuleDict(_shared_modulation(config))
@@ -78,32 +81,46 @@ class MMDiT(nn.Module):
         # Positions and times are computed in at least float32, whatever the weights are in.
         dtype = torch.promote_types(self.condition.time.input.weight.dtype, torch.float32)
         x: dict[str, Tensor] = {}
-        rotary: dict[str, Rotary] = {}
-        for name, stream in self.config.streams.items():
-            tokens = batch.modalities[name]
-            x[name] = self.embeds[name](tokens, batch, dtype)
-            rotary[name] = None
-            if stream.position == "rope":
-                head_dim, level_t = self.config.dim_of_head, batch.level_t
-                rotary[name] = rotary_table(
-                    self.config.rope, head_dim, tokens.position, tokens.level, level_t, dtype
-                )
-        condition = F.silu(self.condition(batch, dtype))
-        context = Context(
-            condition=condition,
-            shared={name: rows(condition) for name, rows in self.shared_modulation.items()},
-            level={name: batch.modalities[name].level for name in x},
-            rotary=rotary,
-            layout=batch.layout,
-            attend=self.attend,
-        )
+        for name in self.config.streams:
+            x[name] = self.embeds[name](batch.modalities[name], batch, dtype, self.exchange)
+        context = self._context(batch, dtype)
         for block in self.joint_blocks:
             x = block(x, context)
         if self.single_blocks:
             x = self._run_single_blocks(x, context.merged())
         return {
-            name: head(x[name], condition, context.level[name]) for name, head in self.heads.items()
+            name: head(x[name], context.condition, context.level[name])
+            for name, head in self.heads.items()
         }
+
+    def _context(self, batch: TokenBatch, dtype: torch.dtype) -> Context:
+        """What all blocks see; positions and times are computed in `dtype`."""
+        rotary: dict[str, Rotary] = {}
+        num_seen: dict[str, int] = {}
+        for name, stream in self.config.streams.items():
+            tokens = batch.modalities[name]
+            spot = Spot(tokens.position, tokens.level)
+            if self.exchange is not None:
+                spot = self.exchange.seen(name, batch)
+            num_seen[name] = spot.level.shape[0]
+            rotary[name] = None
+            if stream.position == "rope":
+                head_dim = self.config.dim_of_head
+                rotary[name] = rotary_table(self.config.rope, head_dim, *spot, batch.level_t, dtype)
+        condition = F.silu(self.condition(batch, dtype))
+        shared: Parts = {name: rows(condition) for name, rows in self.shared_modulation.items()}
+        if self.exchange is not None and shared:
+            shared = self.exchange.join(shared)
+        return Context(
+            condition=condition,
+            shared=shared,
+            level={name: tokens.level for name, tokens in batch.modalities.items()},
+            num_seen=num_seen,
+            rotary=rotary,
+            layout=batch.layout,
+            attend=self.attend,
+            exchange=self.exchange,
+        )
 
     def _run_single_blocks(self, x: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
         joint = torch.cat(list(x.values()))

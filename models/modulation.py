@@ -54,12 +54,20 @@ class Modulation(nn.Module):
 
     def forward(self, condition: Tensor, shared: Tensor | None = None) -> list[Rows]:
         """`condition` [K, c], `shared` [K, at least parts * d] -> the rows of each branch."""
+        return self.rows(self.project(condition), shared)
+
+    def project(self, condition: Tensor) -> Tensor:
+        """`condition` [K, c] -> [K, parts * d], or those columns that this module holds."""
         if self.down is not None:
             condition = self.down(condition)
-        rows = self.linear(condition)
+        out: Tensor = self.linear(condition)
+        return out
+
+    def rows(self, projected: Tensor, shared: Tensor | None = None) -> list[Rows]:
+        """`projected` [K, parts * d], `shared` as in `forward` -> the rows of each branch."""
         if shared is not None:
-            rows = rows + shared.narrow(1, 0, rows.shape[1])
-        return [self._branch(part) for part in rows.chunk(self.branches, dim=-1)]
+            projected = projected + shared.narrow(1, 0, projected.shape[1])
+        return [self._branch(part) for part in projected.chunk(self.branches, dim=-1)]
 
     def _branch(self, rows: Tensor) -> Rows:
         parts = list(rows.chunk(1 + self.has_shift + self.has_gate, dim=-1))

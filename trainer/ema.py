@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kinodit.models.errors import ConfigError
+from kinodit.trainer.parallel.shard import local_part
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the average towards the parameters, after the update of step `step`."""
         weight = 1.0 - self.config.decay_at(step)
-        averages = [_local(tensor) for tensor in self.average.values()]
-        parameters = [_local(parameter) for parameter in self._parameters.values()]
+        averages = [local_part(tensor) for tensor in self.average.values()]
+        parameters = [local_part(parameter) for parameter in self._parameters.values()]
         torch._foreach_lerp_(averages, parameters, weight)
 
     @contextmanager
@@ -56,13 +57,7 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
-            ours, theirs = _local(self.average[name]), _local(parameter)
+            ours, theirs = local_part(self.average[name]), local_part(parameter)
             kept = theirs.clone()
             theirs.copy_(ours)
             ours.copy_(kept)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor.detach()

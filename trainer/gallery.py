@@ -66,7 +66,7 @@ class Gallery:
             clips = generator(
                 prompts, clip_shape(self.config), settings, sampling_shift(self.config, parts)
             )
-        gathered = parts.mesh.gather_objects(clips)
+        gathered = parts.mesh.gather_objects(clips if parts.mesh.counts else [])
         if not parts.mesh.is_main:
             return []
         everything = sorted((c for part in gathered for c in part), key=lambda clip: clip.index)

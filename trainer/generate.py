@@ -94,6 +94,8 @@ class Generator:
     ) -> list[Clip]:
         """This rank's clips: prompts rank, rank + num_ranks, ...
 
+        Ranks that share packs have equal `rank`, and draw the same clips together.
+
         Collective: a rank that has run out of prompts goes on with empty packs, so that all ranks
         make the same number of forward passes. A clip's noise depends on seed, prompt and the
         prompt's place alone, so it is bit-equal on any number of ranks.

@@ -49,8 +49,8 @@ class Parts:
             encoder=self.encoder,
             spec=self.pack_spec,
             dtype=dtype,
-            rank=self.mesh.rank,
-            num_ranks=self.mesh.world_size,
+            rank=self.mesh.dp_index,
+            num_ranks=self.mesh.dp_size,
         )
 
 

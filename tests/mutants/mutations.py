@@ -6,6 +6,7 @@ A mutation is a context manager that is entered on every rank before it trains.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,14 +19,23 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from kinodit.models.diffusion import objective
-from kinodit.models.tokens import SampleKey, TokenBatch
+from kinodit.models.exchange import Spot
+from kinodit.models.tokens import ModalityTokens, SampleKey, TokenBatch
 from kinodit.trainer import ema
 from kinodit.trainer import step as step_module
 from kinodit.trainer.certify import trace as trace_module
 from kinodit.trainer.certify.trace import Trace
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.engine import native
-from kinodit.trainer.parallel import apply, context, ring, sequence, shard
+from kinodit.trainer.parallel import (
+    apply,
+    collectives,
+    context,
+    ring,
+    sequence,
+    shard,
+    tensor,
+)
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.parallel.sequence import Cut, CutLayout, Place
 
@@ -103,7 +113,7 @@ def _counted(change: Callable[[int, Mesh], int]) -> AbstractContextManager[Any]:
 
 @mutant("loss divided by the tokens of dp, not of dp x cp", "cp=2", "loss is off")
 def loss_over_dp_tokens() -> AbstractContextManager[Any]:
-    return _counted(lambda count, mesh: count // mesh.place.size)
+    return _counted(lambda count, mesh: count // mesh.place.num_shares)
 
 
 @mutant("loss divided by each rank's share of tokens", "dp_shard=2", "loss is off")
@@ -133,7 +143,7 @@ def gradients_averaged() -> AbstractContextManager[Any]:
     return patch.object(apply, "shard", averaging)
 
 
-@mutant("gradients left on their ranks", "dp_shard=2", "gradients are off")
+@mutant("gradients left on their ranks", "dp_shard=2", "no parameter has a gradient")
 def gradients_not_reduced() -> AbstractContextManager[Any]:
     real = original(native, "set_gradient_sync")
     return patch.object(native, "set_gradient_sync", lambda model, enabled: real(model, False))
@@ -234,7 +244,7 @@ def wrong_token_at_an_uneven_cut() -> AbstractContextManager[Any]:
 
     def cut(batch: TokenBatch, place: Place) -> Cut:
         made = real(batch, place)
-        if place.index != place.size - 1:
+        if place.share != place.num_shares - 1:
             return made
         rows = {}
         for name, mine in made.rows.items():
@@ -247,19 +257,10 @@ def wrong_token_at_an_uneven_cut() -> AbstractContextManager[Any]:
 
 @mutant("positions start anew on each rank", "cp=2", "loss is off")
 def positions_start_anew() -> AbstractContextManager[Any]:
-    real = Cut.of
+    def spot(tokens: ModalityTokens, rows: Tensor) -> Spot:
+        return Spot(tokens.position[: len(rows)], tokens.level.index_select(0, rows))
 
-    def of(self: Cut, batch: TokenBatch) -> TokenBatch:
-        local = real(self, batch)
-        modalities = {
-            name: dataclasses.replace(
-                tokens, position=batch.modalities[name].position[: tokens.num_tokens]
-            )
-            for name, tokens in local.modalities.items()
-        }
-        return dataclasses.replace(local, modalities=modalities)
-
-    return patch.object(Cut, "of", of)
+    return patch.object(sequence, "_spot", spot)
 
 
 @mutant("heads come home in another order", "cp=2", "loss is off")
@@ -290,7 +291,9 @@ def average_of_one_rank_stands_still() -> AbstractContextManager[Any]:
 @mutant("clipped by the local norm", "dp_shard=2", "gradient norm is off")
 def clipped_by_the_local_norm() -> AbstractContextManager[Any]:
     def clip(self: native.NativeEngine, max_norm: float) -> Tensor:
-        gradients = [ema._local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        gradients = [
+            shard.local_part(p.grad) for p in self.model.parameters() if p.grad is not None
+        ]
         norm = torch.nn.utils.get_total_norm(gradients)
         scale = min(1.0, 0.1 / float(norm))
         for gradient in gradients:
@@ -319,3 +322,73 @@ def weights_drawn_by_rank() -> AbstractContextManager[Any]:
         real(model, seed + dist.get_rank())
 
     return patch.object(trace_module, "initialize", initialize)
+
+
+@mutant("gradients of whole parameters left on their tp ranks", "tp=2", "gradients are off")
+def whole_gradients_not_summed() -> AbstractContextManager[Any]:
+    return patch.object(native, "sum_whole_gradients", lambda model, tp_mesh: None)
+
+
+@mutant("gradients of QK norms left on their tp ranks", "tp=2", "gradients are off")
+def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
+    real = original(native, "sum_whole_gradients")
+
+    def without_norms(model: Any, tp_mesh: Any) -> None:
+        kept = {
+            name: shard.local_part(parameter.grad).clone()
+            for name, parameter in model.named_parameters()
+            if re.search("[qk]_norm", name)
+        }
+        real(model, tp_mesh)
+        for name, gradient in kept.items():
+            shard.local_part(model.get_parameter(name).grad).copy_(gradient)
+
+    return patch.object(native, "sum_whole_gradients", without_norms)
+
+
+@mutant("each tp rank adds the whole bias", "tp=2", "loss is off")
+def bias_added_by_each_rank() -> AbstractContextManager[Any]:
+    real = tensor._read
+
+    def read(parameter: Any, split: Any, tp_mesh: Any) -> Tensor:
+        return real(parameter, dataclasses.replace(split, summed=False), tp_mesh)
+
+    return patch.object(tensor, "_read", read)
+
+
+@mutant("tokens gathered, but their gradients not summed", "tp=2", "gradients are off")
+def gathered_gradients_not_summed() -> AbstractContextManager[Any]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        own, made = dist.get_rank(ctx.group), []
+        for grad, rows in zip(grads, ctx.counts, strict=True):
+            first = sum(rows[:own])
+            made.append(grad[first : first + rows[own]])
+        return None, None, *made
+
+    return patch.object(collectives._GatherRows, "backward", staticmethod(backward))
+
+
+@mutant("rotary angles of the own tokens for all that are seen", "tp=2", "loss is off")
+def angles_of_other_tokens() -> AbstractContextManager[Any]:
+    real = tensor.TokenExchange.seen
+
+    def seen(self: tensor.TokenExchange, name: str, batch: TokenBatch) -> Any:
+        spot = real(self, name, batch)
+        return spot._replace(position=spot.position.roll(1, dims=0))
+
+    return patch.object(tensor.TokenExchange, "seen", seen)
+
+
+@mutant("columns of the modulation in another order", "tp=2", "loss is off")
+def modulation_columns_swapped() -> AbstractContextManager[Any]:
+    real = tensor.TokenExchange.join
+
+    def join(self: tensor.TokenExchange, rows: Any) -> Any:
+        return {name: part.roll(1, dims=1) for name, part in real(self, rows).items()}
+
+    return patch.object(tensor.TokenExchange, "join", join)
+
+
+@mutant("parameters counted twice in the gradient norm", "tp=2", "gradient norm is off")
+def copies_counted_twice() -> AbstractContextManager[Any]:
+    return patch.object(shard, "_num_copies", lambda tensor: 1)

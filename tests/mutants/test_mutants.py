@@ -80,6 +80,10 @@ def test_without_a_bug_nothing_is_reported(layout: str, num_kv_heads: int, group
 def test_a_bug_is_told(name: str, groups: Groups) -> None:
     mutant = MUTANTS[name]
     (parsed,) = parse_layouts(mutant.layout, ALONE)
-    verdict = compare(reference(mutant.num_kv_heads), groups.run(name, parsed, mutant.num_kv_heads))
-    assert not verdict.ok
-    assert any(mutant.expected in fault for fault in verdict.faults), verdict.faults
+    try:
+        traces = groups.run(name, parsed, mutant.num_kv_heads)
+    except RankError as error:
+        faults: tuple[str, ...] = (str(error),)
+    else:
+        faults = compare(reference(mutant.num_kv_heads), traces).faults
+    assert any(mutant.expected in fault for fault in faults), faults

@@ -67,7 +67,7 @@ def with_gradients(op: object, parts: list[Tensor], layout: object) -> list[Tens
     out.backward(parts[3])
     found = [x.grad for x in (q, k, v)]
     assert all(grad is not None for grad in found)
-    return [out.detach(), *found]  # type: ignore[list-item]
+    return [out.detach(), *found]
 
 
 def rank_errors(rank: int, world_size: int, case: Case) -> list[float]:
@@ -129,21 +129,32 @@ def test_bfloat16_stays_within_its_rounding(ranks: dict[int, Ranks], cp: int, ri
         assert max(errors) < 2e-2
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize(("cp", "tp"), [(2, 1), (3, 1), (8, 1), (1, 2), (2, 2), (3, 4)])
 @pytest.mark.parametrize("block_causal", [False, True])
 def test_every_token_is_dealt_once_and_every_rank_has_its_share(
-    size: int, block_causal: bool
+    cp: int, tp: int, block_causal: bool
 ) -> None:
     batch = batch_of(Case("odd", 1, 1, block_causal))
-    cuts = [cut(batch, Place(index, size, 1)) for index in range(size)]
+    cuts = [
+        cut(batch, Place(index, cp, 1, tp_index, tp))
+        for index in range(cp)
+        for tp_index in range(tp)
+    ]
     for name, tokens in batch.modalities.items():
         dealt = torch.cat([one.rows[name] for one in cuts])
         assert torch.equal(dealt.sort().values, torch.arange(tokens.num_tokens))
-        for one in cuts:
-            assert torch.equal(one.rows[name], one.rows[name].sort().values)
+        sizes = [len(one.rows[name]) for one in cuts]
+        assert max(sizes) - min(sizes) <= 1
+        for first in range(0, cp * tp, tp):
+            for one in cuts[first : first + tp]:
+                assert one.layout.counts[name] == tuple(sizes[first : first + tp])
+                assert torch.equal(one.rows[name], one.rows[name].sort().values)
     totals = [sum(len(rows) for rows in one.rows.values()) for one in cuts]
     assert max(totals) - min(totals) <= 1
-    for hop in range(size):
-        pieces = cut(batch, Place(hop, 1, size)).layout.pieces[hop]
+    for hop in range(cp):
+        place = Place(hop, 1, cp, 0, tp)
+        pieces = cut(batch, place).layout.pieces[hop]
+        assert sum(pieces) == sum(totals[hop * tp : (hop + 1) * tp])
         for piece, length in zip(pieces, batch.layout.lengths, strict=True):
-            assert length // size <= piece <= -(-length // size)
+            # Each stream's part of a group is dealt by itself, within one token a share.
+            assert abs(piece - length / cp) < tp * len(batch.modalities)

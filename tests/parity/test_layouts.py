@@ -29,6 +29,7 @@ from tests.support.synthetic import synthetic_pack, tiny_model_config
 
 Array = NDArray[np.float64]
 NUM_STEPS = 20
+FEW_STEPS = 5
 PACKS = [[0, 5], [1, 2, 6], [3], [4, 7]]
 FLOAT64 = PrecisionConfig("float64", "float64", "float64")
 
@@ -42,6 +43,7 @@ class Layout:
     micro_batches: int = 0
     cp: int = 1
     ring: int = 1
+    tp: int = 1
     remat: str = "none"
     compiled: bool = False
 
@@ -62,6 +64,17 @@ def whole(tensor: Tensor) -> Array:
     return full.detach().numpy().copy()
 
 
+def stirred_model() -> MMDiT:
+    """A model without zeros, which would hide gradients."""
+    model = MMDiT(tiny_model_config(num_heads=4))
+    initialize(model, seed=1)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            ramp = torch.arange(parameter.numel(), dtype=torch.float32) + index
+            parameter.add_(0.02 * torch.sin(ramp).view_as(parameter))
+    return model
+
+
 def run(
     rank: int,
     world_size: int,
@@ -69,14 +82,11 @@ def run(
     precision: PrecisionConfig = FLOAT64,
     num_steps: int = NUM_STEPS,
 ) -> Trace:
-    parallel = ParallelConfig(dp_replicate=layout.dp_replicate, cp=layout.cp, ring=layout.ring)
+    parallel = ParallelConfig(
+        dp_replicate=layout.dp_replicate, cp=layout.cp, ring=layout.ring, tp=layout.tp
+    )
     mesh = build_mesh(parallel, world_size, rank, torch.device("cpu"))
-    model = MMDiT(tiny_model_config())
-    initialize(model, seed=1)
-    with torch.no_grad():  # zeros would hide gradients
-        for index, parameter in enumerate(model.parameters()):
-            ramp = torch.arange(parameter.numel(), dtype=torch.float32) + index
-            parameter.add_(0.02 * torch.sin(ramp).view_as(parameter))
+    model = stirred_model()
     parallelize(
         model,
         mesh,
@@ -114,6 +124,20 @@ def run(
     )
 
 
+def predict(rank: int, world_size: int, layout: Layout) -> Array:
+    """What the model makes of a whole pack, and then of another with the same structure."""
+    parallel = ParallelConfig(cp=layout.cp, ring=layout.ring, tp=layout.tp)
+    mesh = build_mesh(parallel, world_size, rank, torch.device("cpu"))
+    model = stirred_model()
+    parallelize(model, mesh, parallel, FLOAT64, RematConfig(), compile_blocks=False)
+    optimizer = build_optimizer(OptimConfig(), model)
+    pack = synthetic_pack(0, [1, 2, 6])
+    others = {"video": 1 - 2 * pack.modalities["video"].latents}
+    with NativeEngine(model, optimizer, mesh, FLOAT64).inference() as forward:
+        made = [forward(batch)["video"] for batch in (pack, pack.with_latents(others))]
+    return torch.stack(made).numpy()
+
+
 def first_gradients(step: Step, engine: NativeEngine, batches: list[Any]) -> dict[str, Array]:
     """Gradients of step 0, by running its backward without the update."""
     captured: dict[str, Array] = {}
@@ -142,6 +166,11 @@ def worst(ours: dict[str, Array], theirs: dict[str, Array]) -> float:
 @pytest.fixture(scope="module")
 def reference() -> Trace:
     return run(0, 1, Layout(1))
+
+
+@pytest.fixture(scope="module")
+def few_steps() -> Trace:
+    return run(0, 1, Layout(1), num_steps=FEW_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +213,10 @@ LAYOUTS = {
     "hsdp2x2": Layout(4, dp_replicate=2),
     "ddp4": Layout(4, dp_replicate=4),
     "fsdp2-remat": Layout(2, remat="full"),
+}
+"""Who has which packs: these sum in another order, step after step."""
+
+SHARED = {
     "ulysses2": Layout(2, cp=2),
     "ring2": Layout(2, cp=2, ring=2),
     "ring4": Layout(4, cp=4, ring=4),
@@ -193,7 +226,15 @@ LAYOUTS = {
     "ddp2 x ulysses2": Layout(4, dp_replicate=2, cp=2),
     "ring2-remat": Layout(2, cp=2, ring=2, remat="full"),
     "ulysses2-accumulate1": Layout(2, cp=2, micro_batches=1),
+    "tp2": Layout(2, tp=2),
+    "tp2-accumulate1": Layout(2, tp=2, micro_batches=1),
+    "tp2-remat": Layout(2, tp=2, remat="full"),
+    "fsdp2 x tp2": Layout(4, tp=2),
+    "ddp2 x tp2": Layout(4, dp_replicate=2, tp=2),
+    "ulysses2 x tp2": Layout(4, cp=2, tp=2),
+    "ring2 x tp2": Layout(4, cp=2, ring=2, tp=2),
 }
+"""Who has which tokens and matrices."""
 
 
 @pytest.mark.gloo
@@ -202,3 +243,24 @@ def test_layout(name: str, ranks: dict[int, Ranks], reference: Trace) -> None:
     layout = LAYOUTS[name]
     for trace in ranks[layout.world_size].run(run, layout):
         check(trace, reference)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", SHARED)
+def test_layout_that_shares_packs(name: str, ranks: dict[int, Ranks], few_steps: Trace) -> None:
+    layout = SHARED[name]
+    for trace in ranks[layout.world_size].run(run, layout, FLOAT64, FEW_STEPS):
+        check(trace, few_steps)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "layout", [Layout(2, cp=2), Layout(2, tp=2), Layout(4, cp=2, ring=2, tp=2)], ids=str
+)
+def test_whole_packs_may_be_given_to_ranks_that_share_them(
+    layout: Layout, ranks: dict[int, Ranks]
+) -> None:
+    expected = predict(0, 1, Layout(1))
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    for made in ranks[layout.world_size].run(predict, layout):
+        assert np.abs(made - expected).max() < 1e-12

@@ -124,10 +124,12 @@ def test_four_ranks_resume_bit_equal(dp_replicate: int, recipe: Path, four: Rank
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("ring", [1, 2])
-def test_ranks_that_share_packs_resume_bit_equal(ring: int, recipe: Path, four: Ranks) -> None:
-    whole, cut = f"cp{ring}", f"cp{ring}-cut"
-    extra = ("parallel.cp=2", f"parallel.ring={ring}", "eval.every_steps=3", "eval.num_samples=5")
+@pytest.mark.parametrize("axes", ["cp=2", "cp=2 ring=2", "tp=2"])
+def test_ranks_that_share_packs_resume_bit_equal(axes: str, recipe: Path, four: Ranks) -> None:
+    whole, cut = f"shared-{axes[:2]}{len(axes)}", f"shared-{axes[:2]}{len(axes)}-cut"
+    layout = [f"parallel.{axis}" for axis in axes.split()]
+    sampling = ("sample.every_steps=4", "sample.prompts=[a red square moves left]")
+    extra = (*layout, "eval.every_steps=3", "eval.num_samples=5", *sampling)
     four.run(run_case, Start(recipe, whole, overrides=extra))
     for stop_after in (2, 0):
         four.run(run_case, Start(recipe, cut, stop_after, overrides=extra))
@@ -166,9 +168,14 @@ def test_other_number_of_ranks_agrees_in_float64(recipe: Path, four: Ranks) -> N
     run_case(0, 1, Start(recipe, "f64-1to-cp4", 3, overrides=float64))
     shared = ("parallel.cp=4", "parallel.ring=2")
     four.run(run_case, Start(recipe, "f64-1to-cp4", overrides=(*float64, *shared)))
+    split = ("parallel.tp=2",)
+    four.run(run_case, Start(recipe, "f64-tp2-to-cp4", 3, overrides=(*float64, *split)))
+    four.run(run_case, Start(recipe, "f64-tp2-to-cp4", overrides=(*float64, *shared)))
+    four.run(run_case, Start(recipe, "f64-cp4-to-tp2", 3, overrides=(*float64, *shared)))
+    four.run(run_case, Start(recipe, "f64-cp4-to-tp2", overrides=(*float64, *split)))
     reference = final_tensors(recipe, "f64")
     scale = max(float(np.abs(value).max()) for value in reference.values())
-    for name in ("f64-4to1", "f64-1to4", "f64-1to-cp4"):
+    for name in ("f64-4to1", "f64-1to4", "f64-1to-cp4", "f64-tp2-to-cp4", "f64-cp4-to-tp2"):
         tensors = final_tensors(recipe, name)
         worst = max(float(np.abs(tensors[key] - reference[key]).max()) for key in reference)
         assert worst / scale < 1e-12

@@ -43,7 +43,7 @@ def test_a_twin_is_small_and_of_the_same_structure(preset: str) -> None:
         ours = MMDiT(small)
         few = {"num_double_blocks": 2, "num_single_blocks": 2}
         deep = {key: min(value, getattr(PRESETS[preset], key)) for key, value in few.items()}
-        theirs = MMDiT(replace(PRESETS[preset], **deep))  # type: ignore[arg-type]
+        theirs = MMDiT(replace(PRESETS[preset], **deep))
     assert sum(p.numel() for p in ours.parameters()) < 400_000
     names = {name for name, _ in theirs.named_parameters()}
     refined = {name for name in names if ".refiner.blocks.1." in name}
@@ -69,7 +69,7 @@ def test_layouts_have_names_that_read_back() -> None:
     assert ";".join(layout_name(layout) for layout in layouts) == text
     assert [num_ranks(layout) for layout in layouts] == [2, 8, 4]
     for wrong, message in (
-        ("tp=2", "no axis 'tp'"),
+        ("pp=2", "no axis 'pp'"),
         ("cp=x", "needs a number"),
         (" ; ", "names no"),
     ):
@@ -80,9 +80,12 @@ def test_layouts_have_names_that_read_back() -> None:
 def test_the_grid_has_every_axis_and_pair_that_fits() -> None:
     four_heads = twin_of(PRESETS["2b"]).config.model
     names = [layout_name(layout) for layout in default_layouts(four_heads, BASE, 4)]
-    assert names[:4] == ["dp_replicate=2", "dp_shard=2", "cp=2", "cp=2,ring=2"]
+    assert names[:5] == ["dp_replicate=2", "dp_shard=2", "cp=2", "cp=2,ring=2", "tp=2"]
     assert {"cp=4", "cp=4,ring=4", "cp=4,ring=2", "dp_shard=2,cp=2,ring=2"} <= set(names)
-    assert len(names) == len(set(names)) == 14
+    assert {"tp=2", "tp=4", "dp_shard=2,tp=2", "dp_replicate=2,tp=2", "cp=2,ring=2,tp=2"} <= set(
+        names
+    )
+    assert len(names) == len(set(names)) == 20
     one_head = replace(four_heads, num_heads=1, width=12)
     assert [layout_name(x) for x in default_layouts(one_head, BASE, 2)] == [
         "dp_replicate=2",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+
+import torch
 
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.errors import ConfigError
-from kinodit.trainer.parallel.context import check_context
+from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.table import assign_splits, check_heads, mmdit_table
 
-DEGREES = ("dp_replicate", "dp_shard", "cp", "ring")
+DEGREES = ("dp_replicate", "dp_shard", "cp", "ring", "tp")
 """The axes of the mesh, as they are called in a recipe."""
 
 
@@ -23,7 +26,7 @@ def layout_name(layout: ParallelConfig) -> str:
 
 def num_ranks(layout: ParallelConfig) -> int:
     """Processes of a layout whose dp_shard is given."""
-    return layout.dp_replicate * layout.dp_shard * layout.cp
+    return layout.dp_replicate * layout.dp_shard * layout.cp * layout.tp
 
 
 def parse_layouts(text: str, base: ParallelConfig) -> list[ParallelConfig]:
@@ -42,7 +45,7 @@ def parse_layouts(text: str, base: ParallelConfig) -> list[ParallelConfig]:
             if not value.strip().isdecimal():
                 raise ConfigError(f"layout {part!r}: {name.strip()} needs a number, as in cp=2")
             degrees[name.strip()] = int(value)
-        layouts.append(_with_degrees(base, degrees))
+        layouts.append(with_degrees(base, degrees))
     if not layouts:
         raise ConfigError(f"--layouts {text!r} names no layout; for instance cp=2;dp_shard=2,cp=2")
     return layouts
@@ -61,32 +64,30 @@ def default_layouts(model: MMDiTConfig, base: ParallelConfig, world: int) -> lis
 
 def _grid(base: ParallelConfig) -> Iterator[ParallelConfig]:
     # A ring is a way to spend cp, so its degree counts in cp too.
-    axes = [{"dp_replicate": 1}, {"dp_shard": 1}, {"cp": 1}, {"cp": 1, "ring": 1}]
+    axes = [{"dp_replicate": 1}, {"dp_shard": 1}, {"cp": 1}, {"cp": 1, "ring": 1}, {"tp": 1}]
     for degree in (2, 4):
         for axis in axes:
-            yield _with_degrees(base, dict.fromkeys(axis, degree))
+            yield with_degrees(base, dict.fromkeys(axis, degree))
     for first, second in itertools.combinations(axes, 2):
         if "ring" in second and "cp" in first:
-            yield _with_degrees(base, {"cp": 4, "ring": 2})
+            yield with_degrees(base, {"cp": 4, "ring": 2})
         else:
-            yield _with_degrees(base, dict.fromkeys((*first, *second), 2))
+            yield with_degrees(base, dict.fromkeys((*first, *second), 2))
 
 
-def _with_degrees(base: ParallelConfig, degrees: dict[str, int]) -> ParallelConfig:
-    return replace(
-        base,
-        dp_replicate=degrees.get("dp_replicate", 1),
-        dp_shard=degrees.get("dp_shard", 1),
-        cp=degrees.get("cp", 1),
-        ring=degrees.get("ring", 1),
-    )
+def with_degrees(base: ParallelConfig, degrees: Mapping[str, int]) -> ParallelConfig:
+    """`base` with these degrees, and 1 for the others."""
+    return replace(base, **{**dict.fromkeys(DEGREES, 1), **degrees})  # type: ignore[arg-type]
 
 
 def _fits(model: MMDiTConfig, layout: ParallelConfig) -> bool:
-    if layout.cp == 1:
+    if layout.cp * layout.tp == 1:
         return True
+    with torch.device("meta"):
+        unmade = MMDiT(model)
     try:
-        check_context(model, layout.ulysses)
+        check_heads(model, layout.tp, layout.ulysses)
+        assign_splits(unmade, mmdit_table(model), layout.tp)
     except ConfigError:
         return False
     return True

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kinodit.trainer.certify.compare import Verdict, compare
-from kinodit.trainer.certify.layouts import layout_name, num_ranks
+from kinodit.trainer.certify.layouts import layout_name, num_ranks, with_degrees
 from kinodit.trainer.certify.ranks import RankError, Ranks
 from kinodit.trainer.certify.trace import trace
 from kinodit.trainer.certify.twin import Twin
@@ -46,7 +46,7 @@ class Row:
 
 def certify(twin: Twin, layouts: Sequence[ParallelConfig]) -> Iterator[Row]:
     """A row for each layout, as they are done. Starts gloo processes; needs no accelerator."""
-    alone = replace(twin.config.parallel, dp_replicate=1, dp_shard=1, cp=1, ring=1)
+    alone = with_degrees(twin.config.parallel, {})
     with ExitStack() as stack:
         groups: dict[int, Ranks] = {}
 

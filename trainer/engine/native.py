@@ -15,7 +15,10 @@ from kinodit.trainer.engine.base import Forward, Predictions
 from kinodit.trainer.optim import Optimizer
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.parallel.shard import reshard, set_gradient_sync
+from kinodit.trainer.parallel.sequence import CutLayout
+from kinodit.trainer.parallel.shard import global_norm, local_part, reshard, set_gradient_sync
+from kinodit.trainer.parallel.sharing import SharedForward
+from kinodit.trainer.parallel.tensor import sum_whole_gradients
 
 
 class NativeEngine:
@@ -32,6 +35,7 @@ class NativeEngine:
         self.device = mesh.device
         self._optimizer = optimizer
         self._mesh = mesh
+        self._whole = SharedForward(self._forward, mesh) if mesh.place.num_shares > 1 else None
         self._dtype = precision.compute_dtype
         self._autocast = mesh.device_mesh is None and (
             precision.compute_dtype != precision.params_dtype
@@ -44,16 +48,18 @@ class NativeEngine:
         set_gradient_sync(self.model, last)
         value = loss(self._forward(batch))
         value.backward()
+        if last and self._mesh.tp_mesh is not None:
+            sum_whole_gradients(self.model, self._mesh.tp_mesh)
         return value.detach()
 
     def clip(self, max_norm: float) -> Tensor:
         """See `Engine`."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        assert gradients, "no parameter has a gradient"
+        norm = global_norm(gradients, self._mesh)
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+            scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
         return norm
 
     def step(self, lr: float) -> None:
@@ -67,7 +73,7 @@ class NativeEngine:
         self.model.eval()
         try:
             with torch.no_grad():
-                yield self._forward
+                yield self._shared
         finally:
             reshard(self.model)
             self.model.train()
@@ -89,6 +95,12 @@ class NativeEngine:
     def set_num_steps(self, num_steps: int) -> None:
         """See `Engine`."""
         self._optimizer.set_num_steps(num_steps)
+
+    def _shared(self, batch: TokenBatch) -> Predictions:
+        """The forward of a batch, which ranks that share packs may be given whole."""
+        if self._whole is None or isinstance(batch.layout, CutLayout):
+            return self._forward(batch)
+        return self._whole(batch)
 
     def _forward(self, batch: TokenBatch) -> Predictions:
         latents = {

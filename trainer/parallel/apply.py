@@ -10,10 +10,12 @@ from torch import nn
 
 from kinodit.models.block import JointBlock, SingleBlock
 from kinodit.models.mmdit import MMDiT
-from kinodit.trainer.parallel.context import ContextAttention, check_context
+from kinodit.trainer.parallel.context import ContextAttention
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig, apply_remat
 from kinodit.trainer.parallel.shard import shard
+from kinodit.trainer.parallel.table import check_heads, mmdit_table
+from kinodit.trainer.parallel.tensor import TokenExchange, split_model
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,17 +62,20 @@ def parallelize(
     remat: RematConfig,
     compile_blocks: bool,
 ) -> None:
-    """Context -> recompute -> compile -> shard, in place. One process stays a plain module.
+    """Tensor -> context -> recompute -> compile -> shard, in place. One process: a plain module.
 
     Raises:
         ConfigError: the model's attention cannot be shared out as the mesh says.
     """
-    if mesh.place.size > 1:
-        assert isinstance(model, MMDiT)
-        check_context(model.config, mesh.place.ulysses)
-        model.attend = ContextAttention(mesh.place, mesh.heads, mesh.ring)
     blocks = model_blocks(model)
     model.to(dtype=precision.params_dtype)
+    if mesh.place.num_shares > 1:
+        assert isinstance(model, MMDiT)
+        check_heads(model.config, parallel.tp, parallel.ulysses)
+        if mesh.tp_mesh is not None:
+            split_model(model, mmdit_table(model.config), mesh.tp_mesh)
+        model.attend = ContextAttention(mesh.place, mesh.heads, mesh.ring)
+        model.exchange = TokenExchange(mesh.tp_mesh.get_group() if mesh.tp_mesh else None)
     apply_remat(remat, blocks)
     if compile_blocks:
         for block in blocks:

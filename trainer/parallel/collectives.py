@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -47,6 +49,118 @@ def _exchange(
     out = x.new_empty(sum(receive_rows), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), list(receive_rows), list(send_rows), group=group)
     return out
+
+
+def gather_rows(
+    parts: Sequence[Tensor], counts: Sequence[Sequence[int]], group: ProcessGroup
+) -> list[Tensor]:
+    """Every rank's rows of several tensors, in one message. `parts`: of one dtype, [n, ...] each.
+
+    counts: for each tensor, its rows on each rank. Returns [sum(counts), ...] each: the first
+    rank's rows, then the second's. The backward sums over ranks what each makes of them.
+    """
+    made: tuple[Tensor, ...] = _GatherRows.apply(_table(counts), group, *parts)  # type: ignore[no-untyped-call]
+    return list(made)
+
+
+def scatter_rows(
+    parts: Sequence[Tensor], counts: Sequence[Sequence[int]], group: ProcessGroup
+) -> list[Tensor]:
+    """Sums over ranks of several tensors, each rank's rows, in one message.
+
+    `parts`: of one dtype, [sum(counts), ...] each, whose rows are laid out as `gather_rows` returns
+    them. Returns [n, ...] each. The backward is `gather_rows`.
+    """
+    made: tuple[Tensor, ...] = _ScatterRows.apply(_table(counts), group, *parts)  # type: ignore[no-untyped-call]
+    return list(made)
+
+
+Table = tuple[tuple[int, ...], ...]
+
+
+def _table(counts: Sequence[Sequence[int]]) -> Table:
+    return tuple(tuple(row) for row in counts)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, counts: Table, group: ProcessGroup, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.counts, ctx.group = counts, group
+        return _gather(parts, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_scatter(grads, ctx.counts, ctx.group)
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, counts: Table, group: ProcessGroup, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.counts, ctx.group = counts, group
+        return _scatter(parts, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_gather(grads, ctx.counts, ctx.group)
+
+
+def _row_sizes(parts: Sequence[Tensor]) -> list[int]:
+    return [math.prod(part.shape[1:]) for part in parts]
+
+
+def _slot(parts: Sequence[Tensor], counts: Table) -> int:
+    """Elements that each rank has in the message: what the rank with the most of them needs."""
+    sizes = _row_sizes(parts)
+    by_rank: list[tuple[int, ...]] = list(zip(*counts, strict=True))
+    return max(sum(n * size for n, size in zip(rows, sizes, strict=True)) for rows in by_rank)
+
+
+def _gather(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tuple[Tensor, ...]:
+    slot = _slot(parts, counts)
+    num_ranks = len(counts[0])
+    buffer = parts[0].new_empty(num_ranks, slot)
+    if slot:
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        mine = F.pad(flat, (0, slot - flat.numel()))
+        dist.all_gather_single(buffer.view(-1), mine, group=group)
+    pieces: list[list[Tensor]] = [[] for _ in parts]
+    for rank, line in enumerate(buffer):
+        start = 0
+        for index, (part, size) in enumerate(zip(parts, _row_sizes(parts), strict=True)):
+            num_rows = counts[index][rank]
+            end = start + num_rows * size
+            pieces[index].append(line[start:end].view(num_rows, *part.shape[1:]))
+            start = end
+    return tuple(torch.cat(piece) for piece in pieces)
+
+
+def _scatter(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tuple[Tensor, ...]:
+    slot = _slot(parts, counts)
+    num_ranks, rank = len(counts[0]), dist.get_rank(group)
+    buffer = parts[0].new_empty(num_ranks, slot)
+    mine = parts[0].new_empty(slot)
+    if slot:
+        starts = [0] * num_ranks
+        for part, rows in zip(parts, counts, strict=True):
+            for there, piece in enumerate(part.split(list(rows))):
+                flat = piece.reshape(-1)
+                buffer[there, starts[there] : starts[there] + flat.numel()] = flat
+                starts[there] += flat.numel()
+        dist.reduce_scatter_single(mine, buffer.view(-1), group=group)
+    made, start = [], 0
+    for part, rows, size in zip(parts, counts, _row_sizes(parts), strict=True):
+        end = start + rows[rank] * size
+        made.append(mine[start:end].view(rows[rank], *part.shape[1:]))
+        start = end
+    return tuple(made)
+
+
+def gather_dim(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Equal parts of a tensor along `dim`, put together; the backward hands out summed parts."""
+    num_ranks = dist.get_world_size(group)
+    rows = x.transpose(0, dim)
+    (whole,) = gather_rows([rows], [[rows.shape[0]] * num_ranks], group)
+    return whole.transpose(0, dim)
 
 
 class Shift:

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kinodit.models.attention import attend, attend_segment_major, permute
-from kinodit.models.config import MMDiTConfig
-from kinodit.models.errors import ConfigError
+from kinodit.models.attention import attend_segment_major, permute
 from kinodit.models.tokens import AttentionLayout
 from kinodit.trainer.parallel.collectives import all_to_all
 from kinodit.trainer.parallel.ring import ring_attention
@@ -30,7 +28,7 @@ from kinodit.trainer.parallel.sequence import CutLayout, Place
 
 @dataclass(frozen=True)
 class ContextAttention:
-    """An attention op for batches that `cut` dealt out; whole batches go to the plain op.
+    """An attention op for batches that `cut` dealt out.
 
     heads: process group that exchanges heads, in the order of the ranks' indices
     ring:  process group of ranks with the same heads, in the order of their hops
@@ -42,8 +40,7 @@ class ContextAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
         """q [n, H, D], k and v [n, K, D] of this rank's tokens -> [n, H, D]."""
-        if not isinstance(layout, CutLayout):
-            return attend(q, k, v, layout)
+        assert isinstance(layout, CutLayout), "a batch that was not dealt out to the ranks"
         if sum(layout.lengths) == 0:
             # A filler pack: the graph must reach all three, and nobody communicates.
             return q + k.sum() + v.sum()
@@ -90,25 +87,3 @@ def _enough_heads(x: Tensor, ulysses: int) -> Tensor:
     if x.shape[1] % ulysses == 0:
         return x
     return x.repeat_interleave(ulysses // x.shape[1], dim=1)
-
-
-def check_context(config: MMDiTConfig, ulysses: int) -> None:
-    """Whether the model's tokens can be dealt out over ranks of which so many exchange heads.
-
-    Raises:
-        ConfigError: heads do not divide, or a part of the model looks at a whole stream.
-    """
-    num_heads, num_kv = config.num_heads, config.kv_heads
-    if num_heads % ulysses or (num_kv % ulysses and ulysses % num_kv):
-        raise ConfigError(
-            f"parallel.cp / parallel.ring = {ulysses} ranks exchange heads; it must divide "
-            f"model.num_heads = {num_heads}, and divide or be a multiple of the {num_kv} key/value "
-            "heads: raise parallel.ring, or change the heads"
-        )
-    refined = [name for name, stream in config.streams.items() if stream.refiner_blocks]
-    if refined:
-        raise ConfigError(
-            f"model.streams.{refined[0]}.refiner_blocks = "
-            f"{config.streams[refined[0]].refiner_blocks}: the refiner looks at all tokens of its "
-            "stream, which context parallelism does not share out: set parallel.cp=1"
-        )

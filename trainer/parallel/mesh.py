@@ -22,7 +22,7 @@ ALONE = Place(0, 1, 1)
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of the mesh axes. dp_replicate x dp_shard x cp is the number of processes.
+    """Degrees of the mesh axes. dp_replicate x dp_shard x cp x tp is the number of processes.
 
     dp_replicate: replicas of the (sharded) model; gradients are summed over them
     dp_shard:     ranks with packs of their own among which, together with cp, each parameter is
@@ -30,6 +30,8 @@ class ParallelConfig:
     cp:           ranks that share each pack, its tokens dealt out over them
     ring:         how many of the cp ranks keys and values travel round; the other factor of cp
                   exchanges heads (Ulysses). 1: Ulysses alone; cp: a ring alone
+    tp:           ranks among which matrices are split by heads and hidden units, and the tokens of
+                  a cp rank dealt out once more everywhere else (tensor and sequence parallelism)
     reshard_after_forward: free gathered parameters between forward and backward
     """
 
@@ -37,10 +39,11 @@ class ParallelConfig:
     dp_shard: int = -1
     cp: int = 1
     ring: int = 1
+    tp: int = 1
     reshard_after_forward: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "cp", "ring"):
+        for name in ("dp_replicate", "cp", "ring", "tp"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)}: must be at least 1")
         if self.dp_shard < 1 and self.dp_shard != -1:
@@ -65,19 +68,19 @@ class ParallelConfig:
             ConfigError: the degrees do not multiply to `world_size`.
         """
         if self.dp_shard != -1:
-            product = self.dp_replicate * self.dp_shard * self.cp
+            product = self.dp_replicate * self.dp_shard * self.cp * self.tp
             if product != world_size:
                 raise ConfigError(
                     f"parallel.dp_replicate={self.dp_replicate} x dp_shard={self.dp_shard} x "
-                    f"cp={self.cp} = {product}, but {world_size} process(es) were started: start "
-                    f"{product}, or set parallel.dp_shard=-1"
+                    f"cp={self.cp} x tp={self.tp} = {product}, but {world_size} process(es) were "
+                    f"started: start {product}, or set parallel.dp_shard=-1"
                 )
             return self.dp_replicate, self.dp_shard
-        fixed = self.dp_replicate * self.cp
+        fixed = self.dp_replicate * self.cp * self.tp
         if world_size % fixed:
             raise ConfigError(
-                f"parallel.dp_replicate={self.dp_replicate} x cp={self.cp} = {fixed} does not "
-                f"divide the {world_size} process(es) that were started"
+                f"parallel.dp_replicate={self.dp_replicate} x cp={self.cp} x tp={self.tp} = "
+                f"{fixed} does not divide the {world_size} process(es) that were started"
             )
         return self.dp_replicate, world_size // fixed
 
@@ -88,14 +91,17 @@ class Mesh:
 
     device_mesh:       (dp_replicate, dp_shard x cp): parameters are sharded over the second axis,
                        gradients summed over both; None in a run of one process
+    tp_mesh:           the ranks that parameters are split over; None where there is one
     rank, world_size:  of all processes
-    dp_index, dp_size: among the ranks that have packs of their own; cp ranks share an index
-    place:             on the context-parallel axis
-    heads, ring:       its process groups, None where the axis has one rank
+    dp_index, dp_size: among the ranks that have packs of their own; cp and tp ranks share an index
+    place:             among the ranks that share a pack
+    heads, ring:       process groups of the cp axis, None where there is one rank
+    pack:              process group of all ranks that share a pack, None where there is one rank
     """
 
     device: torch.device
     device_mesh: DeviceMesh | None = None
+    tp_mesh: DeviceMesh | None = None
     rank: int = 0
     world_size: int = 1
     dp_index: int = 0
@@ -103,6 +109,7 @@ class Mesh:
     place: Place = ALONE
     heads: ProcessGroup | None = None
     ring: ProcessGroup | None = None
+    pack: ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -112,7 +119,7 @@ class Mesh:
     @property
     def counts(self) -> bool:
         """Whether this rank counts its pack: one of those that share it does."""
-        return self.place.index == 0
+        return self.place.share == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over all ranks, in place."""
@@ -161,29 +168,41 @@ class Mesh:
 def build_mesh(config: ParallelConfig, world_size: int, rank: int, device: torch.device) -> Mesh:
     """The mesh of `world_size` processes. The process group must exist if there are several.
 
-    Neighbouring ranks share packs, and exchange heads before they share a ring: what talks most is
+    Neighbouring ranks split matrices, then exchange heads, then share a ring: what talks most is
     nearest.
     """
     replicate, shard = config.resolve(world_size)
     if world_size == 1:
         return Mesh(device)
-    device_mesh = init_device_mesh(
-        device.type, (replicate, shard * config.cp), mesh_dim_names=("dp_replicate", "dp_shard_cp")
+    every = init_device_mesh(
+        device.type,
+        (replicate, shard * config.cp, config.tp),
+        mesh_dim_names=("dp_replicate", "dp_shard_cp", "tp"),
     )
-    heads = ring = None
+    heads = ring = pack = None
     if config.cp > 1:
-        shape = (replicate * shard, config.ring, config.ulysses)
-        context = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ring", "heads"))
+        shape = (replicate * shard, config.ring, config.ulysses, config.tp)
+        context = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ring", "heads", "tp"))
         heads = context.get_group("heads") if config.ulysses > 1 else None
         ring = context.get_group("ring") if config.ring > 1 else None
+    num_shares = config.cp * config.tp
+    if num_shares > 1:
+        sharing = init_device_mesh(
+            device.type, (replicate * shard, num_shares), mesh_dim_names=("dp", "pack")
+        )
+        pack = sharing.get_group("pack")
+    dp_index, share = divmod(rank, num_shares)
+    index, tp_index = divmod(share, config.tp)
     return Mesh(
         device,
-        device_mesh,
+        every["dp_replicate", "dp_shard_cp"],
+        every["tp"] if config.tp > 1 else None,
         rank,
         world_size,
-        dp_index=rank // config.cp,
-        dp_size=world_size // config.cp,
-        place=Place(rank % config.cp, config.ulysses, config.ring),
+        dp_index=dp_index,
+        dp_size=world_size // num_shares,
+        place=Place(index, config.ulysses, config.ring, tp_index, config.tp),
         heads=heads,
         ring=ring,
+        pack=pack,
     )

@@ -1,42 +1,59 @@
-"""Which tokens of a packed batch each rank of the context-parallel axis holds.
+"""Which tokens of a packed batch each rank that shares it holds.
 
-All ranks of the axis are given the same pack. Its tokens, in segment-major order, are dealt out
-like cards: token p goes to rank p mod cp. Whatever the lengths of segments, streams and groups,
-and whoever sees whom, every rank then has its share of each of them within one token, so that
-neither a block-causal mask nor a long clip beside short ones makes one rank wait for another, and
-nothing has to be padded. (Striped Attention, Brandon et al., arXiv 2311.09431, does this for
-causal language models.)
+All ranks of the cp and tp axes are given the same pack. Its tokens, in stream-major order, are
+dealt out like cards: token p goes to share p mod (cp * tp). Whatever the lengths of segments,
+streams and groups, and whoever sees whom, every rank then has its share of each stream of each
+group within one token, so that neither a block-causal mask nor a long clip beside short ones makes
+one rank wait for another, and nothing has to be padded. (Striped Attention, Brandon et al., arXiv
+2311.09431, does this for causal language models.)
+
+Norms and gates are computed on a rank's own share; tp ranks put theirs together for the matrices
+that they hold parts of, and attention has the tokens that its cp rank's tp ranks hold together.
 
 Shape legend: J tokens of the pack, all modalities; N tokens of one modality; n of them here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kinodit.models.diffusion.objective import NoisedBatch
-from kinodit.models.tokens import AttentionLayout, TokenBatch
+from kinodit.models.exchange import Spot
+from kinodit.models.tokens import AttentionLayout, ModalityTokens, TokenBatch
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's place on the context-parallel axis of `ulysses` x `ring` ranks.
+    """A rank's place among the `ulysses` x `ring` ranks of cp, and among the `tp` ranks of tp.
 
-    Ranks that exchange heads (ulysses) are neighbours; rings go through ranks of equal `head`.
+    tp ranks are neighbours; so are, one level up, ranks that exchange heads (ulysses); rings go
+    through ranks that have the same place in their ulysses group.
     """
 
     index: int
     ulysses: int
     ring: int
+    tp_index: int = 0
+    tp: int = 1
 
     @property
-    def size(self) -> int:
-        """Ranks of the axis."""
+    def cp(self) -> int:
+        """Ranks of the context-parallel axis."""
         return self.ulysses * self.ring
+
+    @property
+    def num_shares(self) -> int:
+        """Ranks that share a pack."""
+        return self.cp * self.tp
+
+    @property
+    def share(self) -> int:
+        """This rank's share of a pack."""
+        return self.index * self.tp + self.tp_index
 
     @property
     def hop(self) -> int:
@@ -50,13 +67,35 @@ class CutLayout(AttentionLayout):
 
     `order` and `inverse` turn the tokens that the ulysses group holds together, rank after rank,
     into segment-major order and back; `lengths`, `segments` and `visible` are the whole pack's.
+    A cp rank's tokens are stream-major, and in each stream the first tp rank's come first.
 
-    num_held: tokens of each rank of this ulysses group
+    num_held: tokens of each cp rank of this ulysses group
     pieces:   for each rank of a ring, how many tokens its ulysses group holds of each group
+    counts:   stream -> its tokens on each tp rank of this cp rank
+    spots:    stream -> where its tokens on this cp rank are
+    wholes:   stream without a loss -> all its tokens, and which of them are this rank's
     """
 
     num_held: tuple[int, ...] = ()
     pieces: tuple[tuple[int, ...], ...] = ()
+    counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    spots: Mapping[str, Spot] = field(default_factory=dict)
+    wholes: Mapping[str, tuple[ModalityTokens, Tensor]] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> CutLayout:
+        """The same layout with its tensors on `device`."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        assert self.order is not None and self.inverse is not None
+        return replace(
+            self,
+            order=move(self.order),
+            inverse=move(self.inverse),
+            spots={name: Spot(*map(move, spot)) for name, spot in self.spots.items()},
+            wholes={name: (t.map(move), move(own)) for name, (t, own) in self.wholes.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -85,50 +124,72 @@ class Cut:
 
 def share(noised: NoisedBatch, place: Place) -> NoisedBatch:
     """This rank's part of a batch with its noise, which is on the host."""
-    return noised if place.size == 1 else cut(noised.batch, place).of_noised(noised)
+    return noised if place.num_shares == 1 else cut(noised.batch, place).of_noised(noised)
 
 
 def cut(batch: TokenBatch, place: Place) -> Cut:
-    """Deal the tokens of `batch`, which is on the host, to the ranks of the axis."""
-    whole = batch.layout
-    num_tokens = batch.num_tokens
-    joint_of = torch.arange(num_tokens) if whole.order is None else whole.order
-    deal_of = torch.empty_like(joint_of)
-    deal_of[joint_of] = torch.arange(num_tokens)
+    """Deal the tokens of `batch`, which is on the host, to the ranks that share it."""
+    whole, names = batch.layout, list(batch.modalities)
+    sizes = [tokens.num_tokens for tokens in batch.modalities.values()]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    dealt = deal(sizes, place.num_shares)
     first = place.hop * place.ulysses
-    held = [torch.sort(joint_of[rank :: place.size]).values for rank in range(place.size)]
-    together = torch.cat(held[first : first + place.ulysses])
-    order = torch.argsort(deal_of[together])
+    held = [
+        [shares[cp * place.tp : (cp + 1) * place.tp] for shares in dealt]
+        for cp in range(first, first + place.ulysses)
+    ]
+    mine = held[place.index - first]
+    rows = {name: parts[place.tp_index] for name, parts in zip(names, mine, strict=True)}
+    together = torch.cat(
+        [torch.cat(parts) + start for one in held for parts, start in zip(one, starts, strict=True)]
+    )
+    in_order = together if whole.inverse is None else whole.inverse[together]
+    order = torch.argsort(in_order)
     layout = CutLayout(
         order=order,
         inverse=torch.argsort(order),
         lengths=whole.lengths,
         segments=whole.segments,
         visible=whole.visible,
-        num_held=tuple(len(rows) for rows in held[first : first + place.ulysses]),
-        pieces=_pieces(whole.lengths, place),
+        num_held=tuple(sum(len(x) for parts in one for x in parts) for one in held),
+        pieces=_pieces(whole, place),
+        counts={
+            name: tuple(len(x) for x in parts) for name, parts in zip(names, mine, strict=True)
+        },
+        spots={
+            name: _spot(batch.modalities[name], torch.cat(parts))
+            for name, parts in zip(names, mine, strict=True)
+        },
+        wholes={
+            name: (tokens, rows[name])
+            for name, tokens in batch.modalities.items()
+            if not bool(tokens.weight.any())
+        },
     )
-    rows, start = {}, 0
-    for name, tokens in batch.modalities.items():
-        mine = held[place.index]
-        end = start + tokens.num_tokens
-        rows[name] = mine[(mine >= start) & (mine < end)] - start
-        start = end
     return Cut(rows, layout)
 
 
-def _pieces(lengths: tuple[int, ...], place: Place) -> tuple[tuple[int, ...], ...]:
+def deal(sizes: Sequence[int], num_shares: int) -> list[list[Tensor]]:
+    """[stream][share] -> int64, the tokens among the stream's `sizes` that the share is dealt."""
+    dealt, start = [], 0
+    for size in sizes:
+        rows = torch.arange(size)
+        dealt.append([rows[(one - start) % num_shares :: num_shares] for one in range(num_shares)])
+        start += size
+    return dealt
+
+
+def _spot(tokens: ModalityTokens, rows: Tensor) -> Spot:
+    return Spot(tokens.position.index_select(0, rows), tokens.level.index_select(0, rows))
+
+
+def _pieces(layout: AttentionLayout, place: Place) -> tuple[tuple[int, ...], ...]:
     """[ring][group]: tokens of each group that the ranks of one ulysses group are dealt."""
-
-    def dealt(end: int, hop: int) -> int:
-        rounds, rest = divmod(end, place.size)
-        return rounds * place.ulysses + min(max(rest - hop * place.ulysses, 0), place.ulysses)
-
-    pieces = []
-    for hop in range(place.ring):
-        start, row = 0, []
-        for length in lengths:
-            row.append(dealt(start + length, hop) - dealt(start, hop))
-            start += length
-        pieces.append(tuple(row))
-    return tuple(pieces)
+    num_groups = len(layout.lengths)
+    lengths = torch.tensor(layout.lengths, dtype=torch.int64)
+    group = torch.repeat_interleave(torch.arange(num_groups), lengths)
+    if layout.inverse is not None:
+        group = group[layout.inverse]
+    hop = torch.arange(len(group)) % place.num_shares // (place.ulysses * place.tp)
+    found = torch.bincount(hop * num_groups + group, minlength=place.ring * num_groups)
+    return tuple(tuple(row) for row in found.view(place.ring, num_groups).tolist())

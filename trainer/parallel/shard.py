@@ -6,13 +6,18 @@ the first step, which changes the order of summation and with it the last bits o
 
 from __future__ import annotations
 
+import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from kinodit.trainer.parallel.mesh import Mesh
 
 
 def shard(
@@ -28,6 +33,8 @@ def shard(
     Gradients are reduced by SUM, never averaged: the loss is already divided by counts of the
     whole step. (A divide factor of 1 alone selects an operation that gloo lacks.)
     """
+    # Tensors split over two axes are put together in two messages; it happens for certificates.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     # Blocks hand on views of one joint tensor; nothing writes into a block's output.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # The engine casts what goes in. Blocks also take tables that must keep their precision.
@@ -62,6 +69,30 @@ def units(model: nn.Module) -> Iterator[FSDPModule]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             yield module
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def global_norm(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
+    """The 2-norm of all `tensors` together, a scalar. Collective, one message.
+
+    What several ranks hold alike counts once: its square is divided by their number.
+    """
+    norms = torch._foreach_norm([local_part(tensor) for tensor in tensors])
+    squares = torch._foreach_mul(norms, norms)
+    if mesh.world_size > 1:
+        squares = torch._foreach_div(squares, [_num_copies(tensor) for tensor in tensors])
+    return mesh.sum(torch.stack(squares).sum()).sqrt()
+
+
+def _num_copies(tensor: Tensor) -> int:
+    """Ranks that hold each element of a DTensor."""
+    assert isinstance(tensor, DTensor), "a gradient that is not sharded in a run of several ranks"
+    axes = enumerate(tensor.placements)
+    return math.prod(tensor.device_mesh.size(axis) for axis, x in axes if x.is_replicate())
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:

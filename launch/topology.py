@@ -63,7 +63,7 @@ def _rendezvous() -> None:
 
 @contextmanager
 def process_group(topology: Topology, timeout_s: float) -> Iterator[torch.device]:
-    """Join the run's process group (NCCL on GPUs, gloo without); yields this rank's device.
+    """Join the run's process group (NCCL between GPUs, gloo between hosts); yields this rank's device.
 
     One process joins none: everything in the trainer also runs without a process group.
     """
@@ -76,7 +76,7 @@ def process_group(topology: Topology, timeout_s: float) -> Iterator[torch.device
         return
     _rendezvous()
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
         init_method="env://",
         rank=topology.rank,
         world_size=topology.world_size,

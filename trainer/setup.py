@@ -12,7 +12,6 @@ from kinodit.data.packing import PackSpec
 from kinodit.models.diffusion.objective import Objective, TokenShape, build_objective
 from kinodit.models.encoders.base import VideoCodec, VideoCodecConfig
 from kinodit.models.encoders.wavelet import WaveletConfig
-from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.trainer.batches import fit_model, pack_spec
 from kinodit.trainer.config import RunConfig
@@ -22,6 +21,7 @@ from kinodit.trainer.engine.native import NativeEngine
 from kinodit.trainer.generate import ClipShape, Generator
 from kinodit.trainer.optim import build_optimizer
 from kinodit.trainer.parallel.apply import parallelize
+from kinodit.trainer.parallel.deferred import initial_values, materialize
 from kinodit.trainer.parallel.mesh import Mesh
 
 CODEC_FILE = "codec.json"
@@ -72,10 +72,11 @@ def build_parts(config: RunConfig, mesh: Mesh, encoder: SampleEncoder, codec: Vi
         if stream.output
     }
     objective = build_objective(config.objective, shapes)
-    model = MMDiT(model_config)
-    initialize(model, config.run.seed)
-    model.to(mesh.device)
+    with torch.device("meta"):
+        model = MMDiT(model_config)
     parallelize(model, mesh, config.parallel, config.precision, config.remat, config.engine.compile)
+    at_rest = torch.device("cpu") if config.parallel.cpu_offload else mesh.device
+    materialize(model, initial_values(config.run.seed), at_rest)
     optimizer = build_optimizer(config.optim, model)
     engine = NativeEngine(model, optimizer, mesh, config.precision)
     emas = {name: Ema(ema, model) for name, ema in config.ema.items()}

@@ -316,30 +316,26 @@ def ranks_read_the_same_packs() -> AbstractContextManager[Any]:
 
 @mutant("weights drawn by rank", "dp_replicate=2", "are off")
 def weights_drawn_by_rank() -> AbstractContextManager[Any]:
-    real = original(trace_module, "initialize")
-
-    def initialize(model: Any, seed: int) -> None:
-        real(model, seed + dist.get_rank())
-
-    return patch.object(trace_module, "initialize", initialize)
+    real = original(trace_module, "initial_values")
+    return patch.object(trace_module, "initial_values", lambda seed: real(seed + dist.get_rank()))
 
 
 @mutant("gradients of whole parameters left on their tp ranks", "tp=2", "gradients are off")
 def whole_gradients_not_summed() -> AbstractContextManager[Any]:
-    return patch.object(native, "sum_whole_gradients", lambda model, tp_mesh: None)
+    return patch.object(native, "sum_whole_gradients", lambda *parts: None)
 
 
 @mutant("gradients of QK norms left on their tp ranks", "tp=2", "gradients are off")
 def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
     real = original(native, "sum_whole_gradients")
 
-    def without_norms(model: Any, tp_mesh: Any) -> None:
+    def without_norms(model: Any, *rest: Any) -> None:
         kept = {
             name: shard.local_part(parameter.grad).clone()
             for name, parameter in model.named_parameters()
             if re.search("[qk]_norm", name)
         }
-        real(model, tp_mesh)
+        real(model, *rest)
         for name, gradient in kept.items():
             shard.local_part(model.get_parameter(name).grad).copy_(gradient)
 

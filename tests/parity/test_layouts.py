@@ -200,7 +200,7 @@ def test_accumulation(micro_batches: int, reference: Trace) -> None:
     check(run(0, 1, Layout(1, micro_batches=micro_batches)), reference)
 
 
-@pytest.mark.parametrize("remat", ["full", "every_nth"])
+@pytest.mark.parametrize("remat", ["full", "every_nth", "selective", "offload"])
 def test_remat(remat: str, reference: Trace) -> None:
     check(run(0, 1, Layout(1, remat=remat)), reference)
 
@@ -229,6 +229,9 @@ SHARED = {
     "tp2": Layout(2, tp=2),
     "tp2-accumulate1": Layout(2, tp=2, micro_batches=1),
     "tp2-remat": Layout(2, tp=2, remat="full"),
+    "tp2-selective": Layout(2, tp=2, remat="selective"),
+    "ring2-selective": Layout(2, cp=2, ring=2, remat="selective"),
+    "tp2-offload": Layout(2, tp=2, remat="offload"),
     "fsdp2 x tp2": Layout(4, tp=2),
     "ddp2 x tp2": Layout(4, dp_replicate=2, tp=2),
     "ulysses2 x tp2": Layout(4, cp=2, tp=2),

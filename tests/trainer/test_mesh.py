@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from torch import nn
 
 from kinodit.models.errors import ConfigError
 from kinodit.models.presets import PRESETS
-from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.table import check_heads
 
 
@@ -50,3 +54,15 @@ def test_heads_must_divide_over_the_ranks_that_exchange_them() -> None:
         check_heads(model, 1, 5)
     with pytest.raises(ConfigError, match=r"the 3 key/value heads"):
         check_heads(dataclasses.replace(model, num_kv_heads=3), 1, 8)
+
+
+def test_offloading_needs_somewhere_to_offload_from() -> None:
+    config = ParallelConfig(cpu_offload=True)
+    mesh = build_mesh(config, 1, 0, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"cpu_offload=true on 1 process\(es\) and cpu"):
+        parallelize(nn.Identity(), mesh, config, PrecisionConfig(), RematConfig(), False)
+
+
+def test_a_negative_prefetch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="prefetch=-1"):
+        ParallelConfig(prefetch=-1)

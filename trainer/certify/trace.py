@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kinodit.data.synthetic import synthetic_pack
@@ -21,7 +21,6 @@ from kinodit.models.diffusion.objective import (
     TokenShape,
     build_objective,
 )
-from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.random import generator
 from kinodit.models.tokens import TokenBatch
@@ -31,6 +30,7 @@ from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.native import NativeEngine
 from kinodit.trainer.optim import build_optimizer
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.deferred import Values, initial_values, materialize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.step import Step
 
@@ -64,10 +64,10 @@ def trace(rank: int, world_size: int, twin: Twin, parallel: ParallelConfig) -> T
     """Train the twin on synthetic packs under `parallel`, in float64. Every rank calls it."""
     config = twin.config
     mesh = build_mesh(parallel, world_size, rank, torch.device("cpu"))
-    model = MMDiT(config.model)
-    initialize(model, seed=config.run.seed)
-    _stir(model)
+    with torch.device("meta"):
+        model = MMDiT(config.model)
     parallelize(model, mesh, parallel, FLOAT64, config.remat, compile_blocks=False)
+    materialize(model, _stirred(initial_values(config.run.seed)), mesh.device)
     engine = NativeEngine(model, build_optimizer(config.optim, model), mesh, FLOAT64)
     averages = Ema(next(iter(config.ema.values()), EmaConfig(0.9)), model)
     found = Trace()
@@ -104,12 +104,14 @@ def whole(tensor: Tensor) -> Array:
     return array
 
 
-@torch.no_grad()
-def _stir(model: nn.Module) -> None:
-    """Move every parameter off its initial value: behind a closed gate no gradient can be wrong."""
-    for name, parameter in model.named_parameters():
-        drawn = generator("certify", name).standard_normal(tuple(parameter.shape))
-        parameter.add_(torch.from_numpy(0.02 * drawn).to(parameter.dtype))
+def _stirred(values: Values) -> Values:
+    """Every parameter moved off its initial value: behind a closed gate no gradient is wrong."""
+
+    def value(name: str, shape: Sequence[int]) -> Tensor:
+        drawn = generator("certify", name).standard_normal(tuple(shape))
+        return values(name, shape) + torch.from_numpy(0.02 * drawn)
+
+    return value
 
 
 def _batches(twin: Twin, step: int, dp_index: int, dp_size: int) -> list[TokenBatch]:

@@ -49,7 +49,7 @@ class NativeEngine:
         value = loss(self._forward(batch))
         value.backward()
         if last and self._mesh.tp_mesh is not None:
-            sum_whole_gradients(self.model, self._mesh.tp_mesh)
+            sum_whole_gradients(self.model, self._mesh.tp_mesh, self.device)
         return value.detach()
 
     def clip(self, max_norm: float) -> Tensor:
@@ -59,7 +59,8 @@ class NativeEngine:
         norm = global_norm(gradients, self._mesh)
         if max_norm > 0:
             scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-            torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
+            parts = [local_part(gradient) for gradient in gradients]
+            torch._foreach_mul_(parts, scale.to(parts[0].device))
         return norm
 
     def step(self, lr: float) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kinodit.models.block import JointBlock, SingleBlock
+from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.parallel.context import ContextAttention
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
@@ -65,8 +66,13 @@ def parallelize(
     """Tensor -> context -> recompute -> compile -> shard, in place. One process: a plain module.
 
     Raises:
-        ConfigError: the model's attention cannot be shared out as the mesh says.
+        ConfigError: the model cannot be shared out as the mesh says.
     """
+    if parallel.cpu_offload and (mesh.device.type == "cpu" or mesh.world_size == 1):
+        raise ConfigError(
+            f"parallel.cpu_offload=true on {mesh.world_size} process(es) and {mesh.device.type}: "
+            "there is nowhere to offload from; it needs accelerators and a sharded run"
+        )
     blocks = model_blocks(model)
     model.to(dtype=precision.params_dtype)
     if mesh.place.num_shares > 1:
@@ -87,5 +93,5 @@ def parallelize(
             blocks,
             precision.compute_dtype,
             precision.reduce_dtype,
-            parallel.reshard_after_forward,
+            parallel,
         )

@@ -33,6 +33,9 @@ class ParallelConfig:
     tp:           ranks among which matrices are split by heads and hidden units, and the tokens of
                   a cp rank dealt out once more everywhere else (tensor and sequence parallelism)
     reshard_after_forward: free gathered parameters between forward and backward
+    prefetch:     blocks whose parameters are gathered ahead of the one that computes
+    cpu_offload:  keep parameters, gradients and optimizer state in host memory, where the update
+                  runs too; needs an accelerator for the rest
     """
 
     dp_replicate: int = 1
@@ -41,6 +44,8 @@ class ParallelConfig:
     ring: int = 1
     tp: int = 1
     reshard_after_forward: bool = True
+    prefetch: int = 1
+    cpu_offload: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "cp", "ring", "tp"):
@@ -50,6 +55,8 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.dp_shard={self.dp_shard}: must be at least 1, or -1 for all that remain"
             )
+        if self.prefetch < 0:
+            raise ConfigError(f"parallel.prefetch={self.prefetch}: must not be negative")
         if self.cp % self.ring:
             raise ConfigError(
                 f"parallel.ring={self.ring} does not divide parallel.cp={self.cp}: a ring goes "

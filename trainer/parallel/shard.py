@@ -10,14 +10,20 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
-from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 
 
 def shard(
@@ -26,7 +32,7 @@ def shard(
     blocks: list[nn.Module],
     compute_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
-    reshard_after_forward: bool,
+    config: ParallelConfig,
 ) -> None:
     """Shard `model` in place: each of `blocks`, then the rest, is one unit of communication.
 
@@ -41,17 +47,24 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
+    settings: dict[str, Any] = {"mesh": device_mesh, "mp_policy": policy}
+    if config.cpu_offload:
+        settings["offload_policy"] = CPUOffloadPolicy()
     for block in blocks:
-        fully_shard(
-            block,
-            mesh=device_mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard_after_forward,
-        )
-    fully_shard(model, mesh=device_mesh, mp_policy=policy)
+        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **settings)
+    fully_shard(model, **settings)
+    _prefetch([cast(FSDPModule, block) for block in blocks], config.prefetch)
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def _prefetch(blocks: list[FSDPModule], num_ahead: int) -> None:
+    """Gather each block's successors while it computes; in the backward, its predecessors."""
+    for index, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + num_ahead])
+        before = blocks[max(0, index - num_ahead) : index]
+        block.set_modules_to_backward_prefetch(before[::-1])
 
 
 def reshard(model: nn.Module) -> None:
@@ -77,7 +90,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def global_norm(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
-    """The 2-norm of all `tensors` together, a scalar. Collective, one message.
+    """The 2-norm of all `tensors` together, a scalar on the mesh's device. Collective, one message.
 
     What several ranks hold alike counts once: its square is divided by their number.
     """
@@ -85,7 +98,8 @@ def global_norm(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
     squares = torch._foreach_mul(norms, norms)
     if mesh.world_size > 1:
         squares = torch._foreach_div(squares, [_num_copies(tensor) for tensor in tensors])
-    return mesh.sum(torch.stack(squares).sum()).sqrt()
+    # What is offloaded to the host still crosses between devices.
+    return mesh.sum(torch.stack(squares).sum().to(mesh.device)).sqrt()
 
 
 def _num_copies(tensor: Tensor) -> int:

@@ -92,10 +92,11 @@ def _read(parameter: DTensor, split: Split, tp_mesh: DeviceMesh) -> Tensor:
     return gather_dim(local, split.dim, tp_mesh.get_group())
 
 
-def sum_whole_gradients(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+def sum_whole_gradients(model: nn.Module, tp_mesh: DeviceMesh, device: torch.device) -> None:
     """Add up the gradients of parameters that every tp rank has whole, in one message, in place.
 
-    Each rank's is its part of the sum until then, whatever its DTensor claims.
+    Each rank's is its part of the sum until then, whatever its DTensor claims. `device` is the one
+    that talks; gradients may be offloaded to the host.
     """
     parts = []
     for parameter in model.parameters():
@@ -107,7 +108,7 @@ def sum_whole_gradients(model: nn.Module, tp_mesh: DeviceMesh) -> None:
             parts.append(gradient.to_local())
     if not parts:
         return
-    total = torch.cat([part.reshape(-1) for part in parts])
+    total = torch.cat([part.reshape(-1) for part in parts]).to(device)
     dist.all_reduce(total, group=tp_mesh.get_group())
     for part, piece in zip(parts, total.split([part.numel() for part in parts]), strict=True):
         part.copy_(piece.view_as(part))

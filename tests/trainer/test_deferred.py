@@ -1,0 +1,76 @@
+"""A model built without memory starts from the weights of one that had it, in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kinodit.models.init import initialize
+from kinodit.models.mmdit import MMDiT
+from kinodit.trainer.certify.trace import Array, whole
+from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.deferred import initial_values, materialize
+from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.parallel.remat import RematConfig
+from tests.support.ranks import Ranks
+from tests.support.synthetic import tiny_model_config
+
+CPU = torch.device("cpu")
+CONFIG = tiny_model_config(num_heads=4, modulation_rank=4, activation="swiglu")
+
+
+def weights(rank: int, world_size: int, parallel: ParallelConfig) -> dict[str, Array]:
+    mesh = build_mesh(parallel, world_size, rank, CPU)
+    with torch.device("meta"):
+        model = MMDiT(CONFIG)
+    parallelize(model, mesh, parallel, PrecisionConfig(), RematConfig(), compile_blocks=False)
+    materialize(model, initial_values(3), CPU)
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def expected() -> dict[str, Array]:
+    model = MMDiT(CONFIG)
+    initialize(model, 3)
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    group = Ranks(4)
+    yield group
+    group.close()
+
+
+def test_one_process_starts_from_them() -> None:
+    found, known = weights(0, 1, ParallelConfig()), expected()
+    assert all(np.array_equal(found[name], known[name]) for name in known)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(dp_replicate=2),
+        ParallelConfig(tp=2),
+        ParallelConfig(tp=4),
+        ParallelConfig(tp=2, dp_replicate=2),
+    ],
+    ids=str,
+)
+def test_every_layout_starts_from_them(parallel: ParallelConfig, four: Ranks) -> None:
+    known = expected()
+    for found in four.run(weights, parallel):
+        assert found.keys() == known.keys()
+        assert [name for name in known if not np.array_equal(found[name], known[name])] == []
+
+
+def test_a_buffer_is_refused() -> None:
+    with torch.device("meta"):
+        module = nn.BatchNorm1d(3)
+    with pytest.raises(LookupError, match=r"buffers .'running_mean'"):
+        materialize(module, initial_values(0), CPU)

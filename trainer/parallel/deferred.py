@@ -1,0 +1,65 @@
+"""Weights for a model that was laid out before it had any: each rank makes its own part.
+
+A model of tens of billions of parameters does not fit where its shards do. It is built on the meta
+device, split and sharded there, and only then given memory. What a parameter starts from is a pure
+function of its name, so every layout starts from the same weights, bit for bit. (Left to DTensor's
+random numbers, every rank of a CPU mesh would draw the same shard.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from kinodit.models.init import initial_value
+
+Values = Callable[[str, Sequence[int]], Tensor]
+"""(parameter name, whole shape) -> the whole value, on the host."""
+
+
+def initial_values(seed: int) -> Values:
+    """What `initialize` gives to a model."""
+    return lambda name, shape: initial_value(name, shape, seed)
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, values: Values, device: torch.device) -> None:
+    """Give every parameter of `model` memory on `device` and its value, in place.
+
+    One whole parameter at a time is made on the host. Raises LookupError for a buffer: those would
+    be left with whatever the memory held.
+    """
+    buffers = [name for name, _ in model.named_buffers()]
+    if buffers:
+        raise LookupError(f"buffers {buffers} have no rule that fills them")
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        value = values(name, parameter.shape)
+        if isinstance(parameter, DTensor):
+            own = parameter.to_local()
+            own.copy_(part_of(value, parameter))
+        else:
+            parameter.copy_(value)
+
+
+def part_of(value: Tensor, like: DTensor) -> Tensor:
+    """The part of a whole `value` that this rank holds of `like`.
+
+    Matrices are split first, over tp; FSDP2 then cuts each part into equal rows, the last ranks'
+    share being shorter, or nothing.
+    """
+    mesh = like.device_mesh
+    names = mesh.mesh_dim_names or ()
+    for axis in sorted(range(mesh.ndim), key=lambda axis: names[axis] != "tp"):
+        placement = like.placements[axis]
+        if placement.is_replicate():
+            continue
+        dim, rank = cast(Shard, placement).dim, mesh.get_local_rank(axis)
+        size = -(-value.shape[dim] // mesh.size(axis))
+        first = min(rank * size, value.shape[dim])
+        value = value.narrow(dim, first, min(size, value.shape[dim] - first))
+    return value

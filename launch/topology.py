@@ -63,7 +63,7 @@ def _rendezvous() -> None:
 
 @contextmanager
 def process_group(topology: Topology, timeout_s: float) -> Iterator[torch.device]:
-    """Join the run's process group (NCCL between GPUs, gloo between hosts); yields this rank's device.
+    """Join the run's process group (NCCL, and gloo for the hosts); yields this rank's device.
 
     One process joins none: everything in the trainer also runs without a process group.
     """

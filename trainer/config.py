@@ -46,6 +46,7 @@ class RunSection:
     steps:            optimizer steps
     stop_after_steps: save and end after so many steps of this start; 0: go on to the end
     deadline_s:       seconds a collective may wait before the run is given up
+    require_certificate: refuse to start in a layout that `kinodit certify` was not run for
     """
 
     name: str = "run"
@@ -54,6 +55,7 @@ class RunSection:
     steps: int = 1000
     stop_after_steps: int = 0
     deadline_s: float = 1800.0
+    require_certificate: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -148,6 +150,7 @@ CONFIG_FILE = "config.yaml"
 MAY_CHANGE_ON_RESUME = (
     "run.out_dir",
     "run.deadline_s",
+    "run.require_certificate",
     "parallel.",
     "remat.",
     "engine.",

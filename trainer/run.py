@@ -17,8 +17,10 @@ from kinodit.data.plan import CostModel, PlanSpec
 from kinodit.data.select import open_datasets, plan_spec
 from kinodit.models.encoders.base import EncoderError, TextEncoder, VideoCodec, build_text_encoder
 from kinodit.models.encoders.wavelet import WaveletCodec, fit_standardisation
+from kinodit.models.errors import ConfigError
 from kinodit.trainer import checkpoint
 from kinodit.trainer.batches import VIDEO, BatchSource
+from kinodit.trainer.certify.certificate import uncertified
 from kinodit.trainer.config import (
     CONFIG_FILE,
     RunConfig,
@@ -63,6 +65,7 @@ def train(
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
     run_dir = config.run.folder
     resumed_from = mesh.from_main(lambda: _open_run(run_dir, config))
+    warning = mesh.from_main(lambda: _certificate_warning(config, topology.world_size))
     datasets = open_datasets(config.data)
     text = build_text_encoder(config.modalities.text.encoder, device)
     codec = _fitted_codec(config, run_dir, datasets, mesh)
@@ -97,6 +100,9 @@ def train(
             )
             stack.callback(sinks.close)
             sinks.event("resume" if resumed_from else "start", state.step, _headline(parts, spec))
+            if warning:
+                print(warning, file=stream)
+                sinks.event("warning", state.step, warning)
             progress = Progress(stream, config.run.steps, start_step=state.step)
             stack.callback(progress.close)
         evaluate = _evaluator(config, parts, encoder, codec, text, mesh)
@@ -137,6 +143,24 @@ def _open_run(run_dir: Path, config: RunConfig) -> Path | None:
     saved.write_text(config_to_yaml(config))
     checkpoints = checkpoint.find_checkpoints(run_dir)
     return checkpoints[-1] if checkpoints else None
+
+
+def _certificate_warning(config: RunConfig, world_size: int) -> str:
+    """What to say of a layout without a certificate; "" if there is one. Rank 0 only.
+
+    Raises:
+        ConfigError: there is none, and the recipe requires one.
+    """
+    layout = uncertified(config, world_size)
+    if not layout:
+        return ""
+    command = f'kinodit certify {config.run.folder / CONFIG_FILE} --layouts "{layout}"'
+    if config.run.require_certificate:
+        raise ConfigError(
+            f"run.require_certificate=true, but nothing certifies the layout {layout}: run "
+            f"`{command}` first"
+        )
+    return f"no certificate for the layout {layout} yet: `{command}` proves it in minutes"
 
 
 def _restore(path: Path, spec: PlanSpec, parts: Parts) -> TrainState:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from kinodit.trainer.certify.twin import Twin
 
 HELP = (
-    "Train a small twin of the recipe's model in float64, on one process and under every layout, "
-    "and compare losses, every gradient, parameters and averages. Needs no GPU and no data."
+    "Train a small twin of the recipe's model on one process and under every layout, in float64 "
+    "and in bfloat16, and compare losses, every gradient, parameters and averages. Needs no GPU "
+    "and no data."
 )
 FAILED = 1
 
@@ -31,13 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world", type=int, default=4, help="processes at most, for --layouts all (default: 4)"
     )
+    parser.add_argument(
+        "--engines", choices=("native", "all"), default="all", help="engines (default: all)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: a device per rank, in bfloat16 alone (default: cpu)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table row by row; 1 if any layout differs."""
-    from kinodit.trainer.certify.layouts import default_layouts, parse_layouts
-    from kinodit.trainer.certify.run import certify
+    from kinodit.trainer.certify.certificate import Certificate
+    from kinodit.trainer.certify.layouts import default_layouts, num_ranks, parse_layouts
+    from kinodit.trainer.certify.run import Case, certify
     from kinodit.trainer.certify.twin import twin
     from kinodit.trainer.config import load_config
 
@@ -47,20 +58,25 @@ def run(args: argparse.Namespace) -> int:
         layouts = default_layouts(small.config.model, config.parallel, args.world)
     else:
         layouts = parse_layouts(args.layouts, config.parallel)
+    dtypes = ("float64", "bfloat16") if args.device == "cpu" else ("bfloat16",)
+    _check_devices(args.device, max(map(num_ranks, layouts)))
+    cases = [Case(layout, dtype) for dtype in dtypes for layout in layouts]
     _print_twin(small)
-    print(f"{'layout':<28} {'ranks':>5}  {'loss':>8} {'gradient':>8} {'weights':>8} {'average':>8}")
+    print(f"{'layout':<24} {'dtype':<9} {'loss':>7} {'gradient':>8} {'weights':>8} {'noise':>6}")
     start_s = time.monotonic()
     rows = []
-    for row in certify(small, layouts):
+    for row in certify(small, cases, args.device):
         rows.append(row)
         _print_row(row)
     if args.json:
         args.json.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
     num_ok = sum(row.ok for row in rows)
     print(
-        f"{num_ok} of {len(rows)} layouts train as one process does, to 1e-12 in float64 "
-        f"({time.monotonic() - start_s:.0f} s)"
+        f"{num_ok} of {len(rows)} agree with one process: float64 to 1e-12, bfloat16 within "
+        f"4 times what rounding does ({time.monotonic() - start_s:.0f} s)"
     )
+    path = Certificate.of(small, rows).save(config.run.folder)
+    print(f"certificate: {path}")
     return 0 if num_ok == len(rows) else FAILED
 
 
@@ -71,21 +87,32 @@ def _print_twin(small: Twin) -> None:
 
 
 def _print_row(row: Row) -> None:
-    verdict = row.verdict
-    errors = (
-        ["-"] * 4
-        if verdict is None
-        else [
-            f"{error:.0e}"
-            for error in (
-                verdict.loss_error,
-                verdict.max_gradient_error,
-                verdict.parameter_error,
-                verdict.average_error,
-            )
-        ]
+    known = row.verdict
+    errors = ["-"] * 3
+    if known is not None:
+        values = (known.loss_error, known.max_gradient_error, known.parameter_error)
+        errors = [f"{error:.0e}" for error in values]
+    noise = "" if known is None or known.noise_ratio is None else f"{known.noise_ratio:.1f}x"
+    print(
+        f"{row.layout:<24} {row.dtype:<9} {errors[0]:>7} {errors[1]:>8} {errors[2]:>8} {noise:>6}"
+        f"  {'ok' if row.ok else 'DIFFERS'}"
     )
-    columns = " ".join(f"{error:>8}" for error in errors)
-    print(f"{row.layout:<28} {row.num_ranks:>5}  {columns}  {'ok' if row.ok else 'DIFFERS'}")
     for fault in row.faults:
         print("    " + fault.rstrip().replace("\n", "\n    "))
+    if row.where:
+        print(f"    first difference: {row.where}")
+    if row.cause:
+        print(f"    likely cause: {row.cause}")
+
+
+def _check_devices(device: str, needed: int) -> None:
+    import torch
+
+    from kinodit.models.errors import ConfigError
+
+    found = torch.cuda.device_count() if device == "cuda" else needed
+    if found < needed:
+        raise ConfigError(
+            f"--device cuda: the layouts need {needed} devices, and there are {found}: name "
+            "smaller ones by --layouts or --world, or use --device cpu"
+        )

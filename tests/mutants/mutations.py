@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -46,13 +46,15 @@ Mutation = Callable[[], AbstractContextManager[Any]]
 class Mutant:
     """A bug, the layout that it shows in, and part of the line by which it must be told.
 
-    num_kv_heads is the twin's; 0 leaves as many as there are heads.
+    num_kv_heads: the twin's; 0 leaves as many as there are heads
+    explained:    part of where it must be said to begin, or of what it is likely to be
     """
 
     mutation: Mutation
     layout: str
     expected: str
     num_kv_heads: int = 0
+    explained: str = ""
 
 
 MUTANTS: dict[str, Mutant] = {}
@@ -64,28 +66,31 @@ def original(module: Any, name: str) -> Any:
 
 
 def mutant(
-    name: str, layout: str, expected: str, num_kv_heads: int = 0
+    name: str, layout: str, expected: str, explained: str = "", num_kv_heads: int = 0
 ) -> Callable[[Mutation], Mutation]:
     """Enter a mutation in `MUTANTS`."""
 
     def enter(mutation: Mutation) -> Mutation:
-        MUTANTS[name] = Mutant(mutation, layout, expected, num_kv_heads)
+        MUTANTS[name] = Mutant(mutation, layout, expected, num_kv_heads, explained)
         return mutation
 
     return enter
 
 
 def mutated_trace(
-    rank: int, world_size: int, name: str, twin: Twin, parallel: ParallelConfig
+    rank: int, world_size: int, name: str, twin: Twin, parallel: ParallelConfig, probed: bool
 ) -> Trace:
     """`trace` with a bug; no name is none."""
-    if not name:
-        return trace_module.trace(rank, world_size, twin, parallel)
-    with MUTANTS[name].mutation():
-        return trace_module.trace(rank, world_size, twin, parallel)
+    with MUTANTS[name].mutation() if name else nullcontext():
+        return trace_module.trace(rank, world_size, twin, parallel, probed=probed)
 
 
-@mutant("gradients summed over dp, not dp x cp", "dp_shard=2,cp=2", "gradients are off")
+@mutant(
+    "gradients summed over dp, not dp x cp",
+    "dp_shard=2,cp=2",
+    "gradients are off",
+    "reduced over the wrong group",
+)
 def gradients_over_dp_only() -> AbstractContextManager[Any]:
     real = original(trace_module, "build_mesh")
 
@@ -116,7 +121,12 @@ def loss_over_dp_tokens() -> AbstractContextManager[Any]:
     return _counted(lambda count, mesh: count // mesh.place.num_shares)
 
 
-@mutant("loss divided by each rank's share of tokens", "dp_shard=2", "loss is off")
+@mutant(
+    "loss divided by each rank's share of tokens",
+    "dp_shard=2",
+    "loss is off",
+    "every gradient is 2.0",
+)
 def loss_over_own_tokens() -> AbstractContextManager[Any]:
     return _counted(lambda count, mesh: count // mesh.dp_size)
 
@@ -131,7 +141,12 @@ def last_micro_batch_counts() -> AbstractContextManager[Any]:
     return patch.object(step_module, "count_step", count_step)
 
 
-@mutant("gradients averaged over ranks", "dp_shard=2", "gradients are off")
+@mutant(
+    "gradients averaged over ranks",
+    "dp_shard=2",
+    "gradients are off",
+    "every gradient is 0.5 times",
+)
 def gradients_averaged() -> AbstractContextManager[Any]:
     real = original(apply, "shard")
 
@@ -149,7 +164,12 @@ def gradients_not_reduced() -> AbstractContextManager[Any]:
     return patch.object(native, "set_gradient_sync", lambda model, enabled: real(model, False))
 
 
-@mutant("ring backward over the own keys only", "cp=2,ring=2", "gradients are off")
+@mutant(
+    "ring backward over the own keys only",
+    "cp=2,ring=2",
+    "gradients are off",
+    "gradient of joint_blocks.1.streams",
+)
 @contextmanager
 def ring_backward_over_own_keys() -> Iterator[None]:
     real, pairs = ring._Ring.backward, ring.pairs
@@ -175,7 +195,12 @@ def ring_backward_with_partial_lse() -> AbstractContextManager[Any]:
     return patch.dict(ring.FLASH, cpu=ring.Flash(flash.forward, backward))
 
 
-@mutant("ring averages partial outputs", "cp=2,ring=2", "loss is off")
+@mutant(
+    "ring averages partial outputs",
+    "cp=2,ring=2",
+    "loss is off",
+    "order of tokens or heads, the mask",
+)
 def ring_averages_parts() -> AbstractContextManager[Any]:
     real = ring._merge
 
@@ -185,7 +210,12 @@ def ring_averages_parts() -> AbstractContextManager[Any]:
     return patch.object(ring, "_merge", merge)
 
 
-@mutant("ring lets segments see each other", "cp=2,ring=2", "loss is off")
+@mutant(
+    "ring lets segments see each other",
+    "cp=2,ring=2",
+    "loss is off",
+    "output of joint_blocks.0.attend",
+)
 def ring_ignores_segments() -> AbstractContextManager[Any]:
     real = ring.pairs
 
@@ -207,7 +237,7 @@ def _seeded(offset: Callable[[Mesh], int]) -> AbstractContextManager[Any]:
     return patch.object(trace_module, "Step", step)
 
 
-@mutant("seeds differ along cp", "cp=2", "has other latents, noise")
+@mutant("seeds differ along cp", "cp=2", "has other latents, noise", "depend on the rank")
 def seeds_differ_along_cp() -> AbstractContextManager[Any]:
     return _seeded(lambda mesh: mesh.place.index)
 
@@ -255,7 +285,12 @@ def wrong_token_at_an_uneven_cut() -> AbstractContextManager[Any]:
     return patch.object(sequence, "cut", cut)
 
 
-@mutant("positions start anew on each rank", "cp=2", "loss is off")
+@mutant(
+    "positions start anew on each rank",
+    "cp=2",
+    "loss is off",
+    "output of joint_blocks.0.streams.video.attention",
+)
 def positions_start_anew() -> AbstractContextManager[Any]:
     def spot(tokens: ModalityTokens, rows: Tensor) -> Spot:
         return Spot(tokens.position[: len(rows)], tokens.level.index_select(0, rows))
@@ -263,7 +298,12 @@ def positions_start_anew() -> AbstractContextManager[Any]:
     return patch.object(sequence, "_spot", spot)
 
 
-@mutant("heads come home in another order", "cp=2", "loss is off")
+@mutant(
+    "heads come home in another order",
+    "cp=2",
+    "loss is off",
+    "output of joint_blocks.0.streams.text.attention.out",
+)
 def heads_come_home_swapped() -> AbstractContextManager[Any]:
     real = context.scatter_tokens
     return patch.object(context, "scatter_tokens", lambda *parts: real(*parts).roll(1, dims=1))
@@ -277,7 +317,7 @@ def key_heads_repeated_in_turn() -> AbstractContextManager[Any]:
     return patch.object(context, "_enough_heads", repeat)
 
 
-@mutant("an average is not kept on one rank", "dp_shard=2", "averages are off")
+@mutant("an average is not kept on one rank", "dp_shard=2", "averages are off", "the averages")
 def average_of_one_rank_stands_still() -> AbstractContextManager[Any]:
     real = ema.Ema.update
 
@@ -288,7 +328,7 @@ def average_of_one_rank_stands_still() -> AbstractContextManager[Any]:
     return patch.object(ema.Ema, "update", update)
 
 
-@mutant("clipped by the local norm", "dp_shard=2", "gradient norm is off")
+@mutant("clipped by the local norm", "dp_shard=2", "gradient norm is off", "gradients are right")
 def clipped_by_the_local_norm() -> AbstractContextManager[Any]:
     def clip(self: native.NativeEngine, max_norm: float) -> Tensor:
         gradients = [
@@ -314,7 +354,7 @@ def ranks_read_the_same_packs() -> AbstractContextManager[Any]:
     return patch.object(trace_module, "build_mesh", build_mesh)
 
 
-@mutant("weights drawn by rank", "dp_replicate=2", "are off")
+@mutant("weights drawn by rank", "dp_replicate=2", "are off", "output of embeds.text")
 def weights_drawn_by_rank() -> AbstractContextManager[Any]:
     real = original(trace_module, "initial_values")
     return patch.object(trace_module, "initial_values", lambda seed: real(seed + dist.get_rank()))
@@ -325,7 +365,12 @@ def whole_gradients_not_summed() -> AbstractContextManager[Any]:
     return patch.object(native, "sum_whole_gradients", lambda *parts: None)
 
 
-@mutant("gradients of QK norms left on their tp ranks", "tp=2", "gradients are off")
+@mutant(
+    "gradients of QK norms left on their tp ranks",
+    "tp=2",
+    "gradients are off",
+    "that every rank has whole",
+)
 def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
     real = original(native, "sum_whole_gradients")
 
@@ -342,7 +387,7 @@ def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
     return patch.object(native, "sum_whole_gradients", without_norms)
 
 
-@mutant("each tp rank adds the whole bias", "tp=2", "loss is off")
+@mutant("each tp rank adds the whole bias", "tp=2", "loss is off", "attention.out")
 def bias_added_by_each_rank() -> AbstractContextManager[Any]:
     real = tensor._read
 

@@ -8,11 +8,13 @@ from functools import cache
 
 import pytest
 
-from kinodit.trainer.certify.compare import compare
+from kinodit.trainer.certify.cause import likely_cause
 from kinodit.trainer.certify.layouts import num_ranks, parse_layouts
+from kinodit.trainer.certify.probe import first_difference
 from kinodit.trainer.certify.ranks import RankError
 from kinodit.trainer.certify.trace import Trace, trace
 from kinodit.trainer.certify.twin import Twin, twin
+from kinodit.trainer.certify.verdict import compare_traces
 from kinodit.trainer.config import load_config
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from tests.mutants.mutations import MUTANTS, mutated_trace
@@ -31,8 +33,8 @@ def small(num_kv_heads: int) -> Twin:
 
 
 @cache
-def reference(num_kv_heads: int) -> Trace:
-    return trace(0, 1, small(num_kv_heads), ALONE)
+def reference(num_kv_heads: int, probed: bool = False) -> Trace:
+    return trace(0, 1, small(num_kv_heads), ALONE, probed=probed)
 
 
 class Groups:
@@ -41,12 +43,14 @@ class Groups:
     def __init__(self) -> None:
         self._groups: dict[int, Ranks] = {}
 
-    def run(self, name: str, layout: ParallelConfig, num_kv_heads: int) -> list[Trace]:
+    def run(
+        self, name: str, layout: ParallelConfig, num_kv_heads: int, probed: bool = False
+    ) -> list[Trace]:
         size = num_ranks(layout)
         if size not in self._groups:
             self._groups[size] = Ranks(size)
         try:
-            return self._groups[size].run(mutated_trace, name, small(num_kv_heads), layout)
+            return self._groups[size].run(mutated_trace, name, small(num_kv_heads), layout, probed)
         except RankError:
             del self._groups[size]
             raise
@@ -70,8 +74,13 @@ def groups() -> Iterator[Groups]:
 )
 def test_without_a_bug_nothing_is_reported(layout: str, num_kv_heads: int, groups: Groups) -> None:
     (parsed,) = parse_layouts(layout, ALONE)
-    verdict = compare(reference(num_kv_heads), groups.run("", parsed, num_kv_heads))
+    verdict = compare_traces(reference(num_kv_heads), groups.run("", parsed, num_kv_heads))
     assert verdict.ok, verdict.faults
+    probed = groups.run("", parsed, num_kv_heads, probed=True)
+    expected = reference(num_kv_heads, probed=True).probes
+    assert len(expected) > 40
+    assert all(sums.scale > 0 for sums in expected.values())
+    assert first_difference(expected, [one.probes for one in probed]) is None
 
 
 @pytest.mark.mutants
@@ -85,5 +94,22 @@ def test_a_bug_is_told(name: str, groups: Groups) -> None:
     except RankError as error:
         faults: tuple[str, ...] = (str(error),)
     else:
-        faults = compare(reference(mutant.num_kv_heads), traces).faults
+        faults = compare_traces(reference(mutant.num_kv_heads), traces).faults
     assert any(mutant.expected in fault for fault in faults), faults
+
+
+@pytest.mark.mutants
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", [name for name, one in MUTANTS.items() if one.explained])
+def test_a_bug_is_explained(name: str, groups: Groups) -> None:
+    mutant = MUTANTS[name]
+    (parsed,) = parse_layouts(mutant.layout, ALONE)
+    known = reference(mutant.num_kv_heads)
+    traces = groups.run(name, parsed, mutant.num_kv_heads)
+    probed = groups.run(name, parsed, mutant.num_kv_heads, probed=True)
+    expected = reference(mutant.num_kv_heads, probed=True).probes
+    where = first_difference(expected, [one.probes for one in probed])
+    faults = compare_traces(known, traces).faults
+    cause = likely_cause(faults, known.gradients, traces[0].gradients, where)
+    told = f"{where[1]} of {where[0]}: {cause}" if where else cause
+    assert mutant.explained in told

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from kinodit.data.synthetic import synthetic_pack
 from kinodit.launch import cli
@@ -16,15 +19,20 @@ from kinodit.models.config import MMDiTConfig
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
-from kinodit.trainer.certify.compare import compare
+from kinodit.trainer.certify import StepOutcome, compare
+from kinodit.trainer.certify.band import compare_in_band
+from kinodit.trainer.certify.certificate import Certificate, key_of, uncertified
 from kinodit.trainer.certify.layouts import (
     default_layouts,
     layout_name,
     num_ranks,
     parse_layouts,
 )
+from kinodit.trainer.certify.modules import sum_of_squares
+from kinodit.trainer.certify.run import Row
 from kinodit.trainer.certify.trace import SLOTS_OF_PACKS, Trace
 from kinodit.trainer.certify.twin import Twin, twin
+from kinodit.trainer.certify.verdict import Verdict, compare_traces
 from kinodit.trainer.config import RunConfig, load_config
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from tests.support.ranks import ROOT
@@ -120,10 +128,10 @@ def traces() -> tuple[Trace, Trace]:
 
 def test_errors_are_scaled_by_the_largest_value_and_told_in_order() -> None:
     reference, candidate = traces()
-    assert compare(reference, [candidate]).ok
+    assert compare_traces(reference, [candidate]).ok
     candidate.gradients["a"] = np.array([1.0, -4.0 + 4e-9])
     candidate.gradients["b"] = np.array([0.5 + 8e-9])
-    verdict = compare(reference, [reference, candidate])
+    verdict = compare_traces(reference, [reference, candidate])
     assert verdict.max_gradient_error == pytest.approx(2e-9, rel=1e-3)
     assert verdict.parameter_error == verdict.loss_error == 0
     (fault,) = verdict.faults
@@ -134,24 +142,132 @@ def test_errors_are_scaled_by_the_largest_value_and_told_in_order() -> None:
 def test_what_is_not_finite_or_not_there_is_a_fault(value: float) -> None:
     reference, candidate = traces()
     candidate.parameters["b"] = np.array([value])
-    assert not compare(reference, [candidate]).ok
+    assert not compare_traces(reference, [candidate]).ok
     reference, candidate = traces()
     candidate.losses = [value]
-    assert "loss" in compare(reference, [candidate]).faults[0]
+    assert "loss" in compare_traces(reference, [candidate]).faults[0]
     reference, candidate = traces()
     del candidate.averages["b"]
-    assert "averages" in compare(reference, [candidate]).faults[0]
+    assert "averages" in compare_traces(reference, [candidate]).faults[0]
 
 
 def test_samples_that_are_missing_or_drawn_twice_are_told() -> None:
     reference, candidate = traces()
     other = traces()[1]
     candidate.draws, other.draws = {(0, 0): "x"}, {(0, 0): "z", (0, 9): "?"}
-    assert compare(reference, [candidate, other]).faults[:3] == (
+    assert compare_traces(reference, [candidate, other]).faults[:3] == (
         "sample 0 of step 0 has other latents, noise or noise level",
         "sample 1 of step 0 never came",
         "sample 9 of step 0 belongs to no one",
     )
+
+
+def test_the_band_is_what_rounding_does() -> None:
+    reference, candidate = traces()
+    moved = [replace_gradient(traces()[0], 0.5 + 1e-3 * k) for k in (-1, 1, 2)]
+    assert compare_in_band(reference, moved, [candidate]).ok
+    verdict = compare_in_band(reference, moved, [replace_gradient(candidate, 0.5 + 7.9e-3)])
+    assert verdict.ok and verdict.noise_ratio == pytest.approx(3.95, rel=1e-3)
+    verdict = compare_in_band(reference, moved, [reference, replace_gradient(candidate, 0.5084)])
+    (fault,) = verdict.faults
+    assert fault.startswith("rank 1: 1 of 2 gradients are farther off than 4 times what rounding")
+    assert "first b by 4.2 times" in fault
+    candidate = traces()[1]
+    # What no input moves may move by single precision's rounding, and no more.
+    candidate.gradients["a"] = np.array([1.0, -4.0 + 1e-6])
+    assert compare_in_band(reference, moved, [candidate]).ok
+    candidate.gradients["a"] = np.array([1.0, -4.0 + 1e-4])
+    assert not compare_in_band(reference, moved, [candidate]).ok
+    candidate.gradients["a"] = np.array([1.0, np.nan])
+    assert not compare_in_band(reference, moved, [candidate]).ok
+
+
+def replace_gradient(trace: Trace, value: float) -> Trace:
+    trace.gradients["b"] = np.array([value])
+    return trace
+
+
+def row(layout: str, ok: bool = True, dtype: str = "float64") -> Row:
+    faults = () if ok else ("off",)
+    return Row(layout, dtype, 2, Verdict(0, 0, 0, 0, 0, faults), faults)
+
+
+def test_a_certificate_covers_axes_and_their_pairs(tmp_path: Path) -> None:
+    overrides = [f"run.out_dir={tmp_path}", "parallel.tp=4", "parallel.cp=4", "parallel.ring=4"]
+    config = load_config(ROOT / "configs" / "t2v_tiny.yaml", overrides)
+    small = twin(config)
+    wanted = "dp_shard=2,cp=2,ring=2,tp=2"
+    assert uncertified(config, 64) == wanted
+    pairs = ["dp_shard=2,tp=2", "dp_shard=2,cp=2,ring=2"]
+    path = Certificate.of(small, [row(pair) for pair in pairs]).save(config.run.folder)
+    assert uncertified(config, 64) == wanted
+    # A later one adds to it; a row that failed takes its pair away, not its axes.
+    Certificate.of(small, [row("cp=2,ring=2,tp=2", ok=False)]).save(config.run.folder)
+    assert uncertified(config, 64) == wanted
+    Certificate.of(small, [row("cp=2,ring=2,tp=2"), row("tp=2", dtype="bfloat16")]).save(
+        path.parent
+    )
+    assert uncertified(config, 64) == ""
+    assert uncertified(replace(config, parallel=ParallelConfig(cp=2)), 2) == "cp=2"
+    other = replace(config, model=replace(config.model, sandwich_norm=True))
+    assert uncertified(other, 64) == wanted
+    path.write_text("no certificate")
+    assert uncertified(config, 64) == wanted
+    assert uncertified(replace(config, parallel=ParallelConfig()), 1) == ""
+
+
+def test_widths_and_data_do_not_change_the_key_and_kinds_of_parts_do() -> None:
+    base = load_config(ROOT / "configs" / "t2v_tiny.yaml")
+    key = key_of(twin(base))
+    wide = replace(base, model=replace(base.model, width=256, num_heads=8, head_dim=32))
+    assert key_of(twin(replace(wide, run=replace(base.run, seed=7)))) == key
+    for change in ({"activation": "swiglu"}, {"qk_norm": "none"}, {"num_single_blocks": 1}):
+        other = replace(base, model=replace(base.model, **change))
+        assert key_of(twin(other)) != key
+
+
+def linear_pair() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    return one, copy.deepcopy(one)
+
+
+def test_any_two_modules_are_compared() -> None:
+    one, other = linear_pair()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert compare(one, other, [x]).ok
+    with torch.no_grad():
+        other[2].bias.add_(1e-6)  # type: ignore[index]
+    verdict = compare(one, other, [x])
+    assert not verdict.ok and verdict.max_gradient_error > 1e-8
+    assert compare(one, other, [x], tolerance=1e-3).ok
+    with pytest.raises(ConfigError, match=r"8 gradients are on one side only, .* '0.0.bias'"):
+        compare(one, nn.Sequential(nn.Sequential(one[0], one[1]), one[2]), [x])  # type: ignore[index]
+
+
+def test_any_two_steps_are_compared() -> None:
+    one, _ = linear_pair()
+
+    def step(scale: float) -> Callable[[Tensor], StepOutcome]:
+        def run(x: Tensor) -> StepOutcome:
+            loss = one(x).square().sum()
+            gradients = torch.autograd.grad(loss, list(one.parameters()))
+            names = [name for name, _ in one.named_parameters()]
+            found = {name: scale * g for name, g in zip(names, gradients, strict=True)}
+            return StepOutcome(float(loss.detach()), found)
+
+        return run
+
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert compare(step(1.0), step(1.0), [x]).ok
+    verdict = compare(step(1.0), step(0.5), [x])
+    assert verdict.loss_error == 0 and verdict.max_gradient_error == pytest.approx(0.5)
+
+
+def test_outputs_in_another_order_are_not_the_same() -> None:
+    x = torch.randn(4, 3)
+    assert sum_of_squares(x) != sum_of_squares(x.flip(0))
+    assert sum_of_squares((x, {"a": x})) == pytest.approx(2 * float(sum_of_squares(x)))
 
 
 @pytest.mark.gloo
@@ -160,16 +276,23 @@ def test_the_command_prints_rows_and_writes_them(
 ) -> None:
     recipe, file = str(ROOT / "configs" / "t2v_tiny.yaml"), tmp_path / "rows.json"
     layouts = "cp=2,ring=2;dp_shard=2"
-    code = cli.main(["certify", recipe, "--layouts", layouts, "--json", str(file)])
+    out = f"run.out_dir={tmp_path}"
+    code = cli.main(["certify", recipe, out, "--layouts", layouts, "--json", str(file)])
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert "width 128 -> 48" in printed
-    assert "2 of 2 layouts train as one process does" in printed
+    assert "4 of 4 agree with one process" in printed
     rows = json.loads(file.read_text())
-    assert [row["layout"] for row in rows] == layouts.split(";")
-    for row in rows:
-        assert row["ok"] is True and row["dtype"] == "float64"
-        assert 0 < row["max_gradient_error"] < 1e-12
+    assert [row["layout"] for row in rows] == 2 * layouts.split(";")
+    assert [row["dtype"] for row in rows] == 2 * ["float64"] + 2 * ["bfloat16"]
+    assert all(row["ok"] is True for row in rows)
+    for exact in rows[:2]:
+        assert 0 < exact["max_gradient_error"] < 1e-12
+    for rounded in rows[2:]:
+        assert rounded["max_gradient_error"] > 1e-6 and 0 < rounded["noise_ratio"] < 4
+    (certificate,) = tmp_path.glob("*/certificate.json")
+    kinds = json.loads(certificate.read_text())["kinds"]
+    assert kinds == [["dp_shard"], ["ring"]]
 
 
 @pytest.mark.gloo
@@ -178,9 +301,19 @@ def test_a_layout_that_cannot_run_is_a_row_with_its_reason(
 ) -> None:
     recipe, file = str(ROOT / "configs" / "t2v_tiny.yaml"), tmp_path / "rows.json"
     heads = ["model.width=36", "model.num_heads=3", "model.rope.axes=[4,4,4]"]
+    heads.append(f"run.out_dir={tmp_path}")
     arguments = ["certify", recipe, *heads, "--layouts", "cp=2", "--json", str(file)]
     assert cli.main(arguments) == 1
-    (row,) = json.loads(file.read_text())
-    assert row["ok"] is False and row["max_gradient_error"] is None
-    assert "2 ranks exchange heads" in row["faults"][0]
-    assert "0 of 1 layouts" in capsys.readouterr().out
+    first, second = json.loads(file.read_text())
+    assert first["ok"] is second["ok"] is False and first["max_gradient_error"] is None
+    assert "2 ranks exchange heads" in first["faults"][0]
+    assert "0 of 2 agree" in capsys.readouterr().out
+    (certificate,) = tmp_path.glob("*/certificate.json")
+    assert json.loads(certificate.read_text())["kinds"] == []
+
+
+def test_devices_that_are_not_there_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "configs" / "t2v_tiny.yaml")
+    code = cli.main(["certify", recipe, "--device", "cuda", "--layouts", "tp=999"])
+    assert code == 2
+    assert "the layouts need 999 devices" in capsys.readouterr().err

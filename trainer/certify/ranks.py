@@ -24,7 +24,12 @@ TIMEOUT_S = 120
 
 
 def _serve(
-    rank: int, world_size: int, store: str, paths: tuple[str, ...], pipe: Connection
+    rank: int,
+    world_size: int,
+    store: str,
+    paths: tuple[str, ...],
+    device: str,
+    pipe: Connection,
 ) -> None:
     """Body of one rank: join the group, then run cases until told to stop."""
     sys.path[:0] = [folder for folder in paths if folder not in sys.path]
@@ -32,8 +37,10 @@ def _serve(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
@@ -54,10 +61,10 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """A group of `world_size` gloo processes."""
+    """A group of `world_size` processes that talk over gloo, or over NCCL with a device each."""
 
-    def __init__(self, world_size: int, paths: tuple[str, ...] = ()) -> None:
-        """Start the processes; `paths` are put before their `sys.path`."""
+    def __init__(self, world_size: int, paths: tuple[str, ...] = (), device: str = "cpu") -> None:
+        """Start the processes; `paths` are put before their `sys.path`. device: "cpu" or "cuda"."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed"])
         self.world_size = world_size
@@ -68,7 +75,7 @@ class Ranks:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, store, paths, theirs), daemon=True
+                target=_serve, args=(rank, world_size, store, paths, device, theirs), daemon=True
             )
             process.start()
             theirs.close()

@@ -6,22 +6,43 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from kinodit.trainer.certify.compare import Verdict, compare
+from kinodit.trainer.certify.band import NUM_PERTURBED, compare_in_band
+from kinodit.trainer.certify.cause import likely_cause
 from kinodit.trainer.certify.layouts import layout_name, num_ranks, with_degrees
+from kinodit.trainer.certify.probe import first_difference
 from kinodit.trainer.certify.ranks import RankError, Ranks
-from kinodit.trainer.certify.trace import trace
+from kinodit.trainer.certify.trace import Trace, trace
 from kinodit.trainer.certify.twin import Twin
+from kinodit.trainer.certify.verdict import Verdict, compare_traces
 from kinodit.trainer.parallel.mesh import ParallelConfig
+
+NATIVE = "native"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row is about. dtype: "float64" or "bfloat16"."""
+
+    layout: ParallelConfig
+    dtype: str = "float64"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layout's result. `verdict` is None where it did not run to its end; `faults` say why."""
+    """One case's result.
+
+    verdict: None where it did not run to its end; `faults` say why
+    where:   the first module that differs, and whether in its output or its gradient
+    cause:   what is likely wrong; empty if nothing is
+    """
 
     layout: str
+    dtype: str
     num_ranks: int
     verdict: Verdict | None
     faults: tuple[str, ...]
+    where: str = ""
+    cause: str = ""
 
     @property
     def ok(self) -> bool:
@@ -33,37 +54,106 @@ class Row:
         known = self.verdict
         return {
             "layout": self.layout,
-            "dtype": "float64",
+            "engine": NATIVE,
+            "dtype": self.dtype,
             "num_ranks": self.num_ranks,
             "max_gradient_error": known.max_gradient_error if known else None,
             "loss_error": known.loss_error if known else None,
             "parameter_error": known.parameter_error if known else None,
             "average_error": known.average_error if known else None,
+            "noise_ratio": known.noise_ratio if known else None,
             "ok": self.ok,
             "faults": list(self.faults),
+            "where": self.where,
+            "cause": self.cause,
         }
 
 
-def certify(twin: Twin, layouts: Sequence[ParallelConfig]) -> Iterator[Row]:
-    """A row for each layout, as they are done. Starts gloo processes; needs no accelerator."""
-    alone = with_degrees(twin.config.parallel, {})
+class Certifier:
+    """Runs cases of one twin. Starts processes as they are needed, and stops them at the end.
+
+    device: "cpu" (gloo) or "cuda" (NCCL, one device per rank)
+    """
+
+    def __init__(self, twin: Twin, device: str = "cpu") -> None:
+        self._twin, self._device = twin, device
+        self._alone = with_degrees(twin.config.parallel, {})
+        self._groups: dict[int, Ranks] = {}
+        self._references: dict[tuple[str, int, bool], Trace] = {}
+
+    def __call__(self, case: Case) -> Row:
+        """The row of one case."""
+        name, size = layout_name(case.layout), num_ranks(case.layout)
+        try:
+            traces = self._run(case.layout, case.dtype)
+        except (RankError, TimeoutError) as error:
+            return Row(name, case.dtype, size, None, (str(error),))
+        reference = self._reference(case.dtype)
+        if case.dtype == "float64":
+            verdict = compare_traces(reference, traces)
+        else:
+            rerun = [self._reference(case.dtype, k) for k in range(1, 1 + NUM_PERTURBED)]
+            verdict = compare_in_band(reference, rerun, traces)
+        if verdict.ok:
+            return Row(name, case.dtype, size, verdict, ())
+        return self._explained(case, verdict, reference, traces)
+
+    def _explained(
+        self, case: Case, verdict: Verdict, reference: Trace, traces: list[Trace]
+    ) -> Row:
+        """The row of a case that differs, with the module where it begins to."""
+        try:
+            probed = self._run(case.layout, "float64", probed=True)
+        except (RankError, TimeoutError):
+            where = None
+        else:
+            expected = self._reference("float64", probed=True).probes
+            where = first_difference(expected, [one.probes for one in probed])
+        cause = likely_cause(verdict.faults, reference.gradients, traces[0].gradients, where)
+        return Row(
+            layout_name(case.layout),
+            case.dtype,
+            num_ranks(case.layout),
+            verdict,
+            verdict.faults,
+            f"{where[1]} of {where[0]}" if where else "",
+            cause,
+        )
+
+    def _reference(self, dtype: str, perturbation: int = 0, probed: bool = False) -> Trace:
+        key = (dtype, perturbation, probed)
+        if key not in self._references:
+            (made,) = self._run(self._alone, dtype, perturbation, probed)
+            self._references[key] = made
+        return self._references[key]
+
+    def _run(
+        self, layout: ParallelConfig, dtype: str, perturbation: int = 0, probed: bool = False
+    ) -> list[Trace]:
+        size = num_ranks(layout)
+        if size not in self._groups:
+            self._groups[size] = Ranks(size, device=self._device)
+        group = self._groups[size]
+        try:
+            traces: list[Trace] = group.run(
+                trace, self._twin, layout, dtype, perturbation, probed, self._device
+            )
+        except (RankError, TimeoutError):
+            # The group is closed; the next case of this size gets a new one.
+            del self._groups[size]
+            raise
+        return traces
+
+    def close(self) -> None:
+        """Stop all processes."""
+        for group in self._groups.values():
+            group.close()
+
+
+def certify(twin: Twin, cases: Sequence[Case], device: str = "cpu") -> Iterator[Row]:
+    """A row for each case, as they are done."""
     with ExitStack() as stack:
-        groups: dict[int, Ranks] = {}
-
-        def group(size: int) -> Ranks:
-            if size not in groups:
-                groups[size] = Ranks(size)
-                stack.callback(groups[size].close)
-            return groups[size]
-
-        (reference,) = group(1).run(trace, twin, alone)
-        for layout in layouts:
-            size = num_ranks(layout)
-            try:
-                verdict = compare(reference, group(size).run(trace, twin, layout))
-            except (RankError, TimeoutError) as error:
-                # The group is closed; the next layout of this size gets a new one.
-                groups.pop(size)
-                yield Row(layout_name(layout), size, None, (str(error),))
-                continue
-            yield Row(layout_name(layout), size, verdict, verdict.faults)
+        certifier = Certifier(twin, device)
+        stack.callback(certifier.close)
+        for case in cases:
+            yield certifier(case)

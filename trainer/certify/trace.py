@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from kinodit.models.diffusion.objective import (
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.random import generator
 from kinodit.models.tokens import TokenBatch
+from kinodit.trainer.certify.probe import Probe, Sums
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.ema import Ema, EmaConfig
 from kinodit.trainer.engine.base import Engine
@@ -32,10 +33,16 @@ from kinodit.trainer.optim import build_optimizer
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.deferred import Values, initial_values, materialize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.step import Step
 
 Array = NDArray[np.float64]
-FLOAT64 = PrecisionConfig("float64", "float64", "float64")
+PRECISIONS = {
+    "float64": PrecisionConfig("float64", "float64", "float64"),
+    "bfloat16": PrecisionConfig("float32", "bfloat16", "float32"),
+}
+ROUNDING_UNIT = 2.0**-8
+"""Of bfloat16: half the distance between neighbouring numbers at 1."""
 NUM_STEPS = 3
 SLOTS_OF_PACKS = ((0, 5), (1, 2, 6), (3,), (4, 7))
 """Samples of each pack of a step: unequal packs, whose number no group of 3 or more divides."""
@@ -50,6 +57,7 @@ class Trace:
     parameters:    after the last step
     averages:      the EMA after the last step
     draws:         (step, slot) -> digest of the sample's latents, noise and level as they were used
+    probes:        module -> sums of the first step on this rank, if it was asked for
     """
 
     losses: list[float] = field(default_factory=list)
@@ -58,19 +66,39 @@ class Trace:
     parameters: dict[str, Array] = field(default_factory=dict)
     averages: dict[str, Array] = field(default_factory=dict)
     draws: dict[tuple[int, int], str] = field(default_factory=dict)
+    probes: dict[str, Sums] = field(default_factory=dict)
 
 
-def trace(rank: int, world_size: int, twin: Twin, parallel: ParallelConfig) -> Trace:
-    """Train the twin on synthetic packs under `parallel`, in float64. Every rank calls it."""
-    config = twin.config
-    mesh = build_mesh(parallel, world_size, rank, torch.device("cpu"))
+def trace(
+    rank: int,
+    world_size: int,
+    twin: Twin,
+    parallel: ParallelConfig,
+    dtype: str = "float64",
+    perturbation: int = 0,
+    probed: bool = False,
+    device: str = "cpu",
+) -> Trace:
+    """Train the twin on synthetic packs under `parallel`. Every rank calls it.
+
+    dtype:        a key of PRECISIONS
+    perturbation: above 0, every number of the input is moved by one rounding unit of bfloat16, up
+                  or down as this number decides
+    """
+    config, precision = twin.config, PRECISIONS[dtype]
+    mesh = build_mesh(parallel, world_size, rank, torch.device(device))
     with torch.device("meta"):
         model = MMDiT(config.model)
-    parallelize(model, mesh, parallel, FLOAT64, config.remat, compile_blocks=False)
+    remat = RematConfig() if probed else config.remat
+    parallelize(model, mesh, parallel, precision, remat, compile_blocks=False)
     materialize(model, _stirred(initial_values(config.run.seed)), mesh.device)
-    engine = NativeEngine(model, build_optimizer(config.optim, model), mesh, FLOAT64)
+    engine = NativeEngine(model, build_optimizer(config.optim, model), mesh, precision)
     averages = Ema(next(iter(config.ema.values()), EmaConfig(0.9)), model)
     found = Trace()
+    if probed:
+        refined = [name for name, stream in config.model.streams.items() if stream.refiner_blocks]
+        probe = Probe(mesh.place, refined, found.probes)
+        probe.attach(model)
     outputs = [name for name, stream in config.model.streams.items() if stream.output]
     shapes = {
         name: TokenShape(config.model.streams[name].in_channels, config.model.stream_width(name))
@@ -86,8 +114,11 @@ def trace(rank: int, world_size: int, twin: Twin, parallel: ParallelConfig) -> T
         config.run.seed,
         config.optim.max_grad_norm,
     )
-    for number in range(NUM_STEPS):
-        batches = _batches(twin, number, mesh.dp_index, mesh.dp_size)
+    for number in range(1 if probed else NUM_STEPS):
+        batches = [
+            _perturbed(pack, perturbation)
+            for pack in _batches(twin, number, mesh.dp_index, mesh.dp_size, precision.params_dtype)
+        ]
         with _recorded_gradients(engine, found.gradients if number == 0 else None):
             result = step(number, batches, config.optim.lr)
         found.losses.append(float(mesh.sum(result.losses.sum())))
@@ -114,13 +145,28 @@ def _stirred(values: Values) -> Values:
     return value
 
 
-def _batches(twin: Twin, step: int, dp_index: int, dp_size: int) -> list[TokenBatch]:
+def _perturbed(pack: TokenBatch, perturbation: int) -> TokenBatch:
+    """The pack with its latents and condition vectors moved by one rounding unit."""
+    if not perturbation:
+        return pack
+
+    def moved(name: str, x: Tensor) -> Tensor:
+        slots = [key.slot for key in pack.samples]
+        drawn = generator("perturb", perturbation, name, *slots).integers(0, 2, tuple(x.shape))
+        return x * (1 + ROUNDING_UNIT * torch.from_numpy(2.0 * drawn - 1)).to(x.dtype)
+
+    latents = {name: moved(name, tokens.latents) for name, tokens in pack.modalities.items()}
+    conditions = {name: moved(f"condition {name}", x) for name, x in pack.conditions.items()}
+    return replace(pack.with_latents(latents), conditions=conditions)
+
+
+def _batches(
+    twin: Twin, step: int, dp_index: int, dp_size: int, dtype: torch.dtype
+) -> list[TokenBatch]:
     """The packs of one data-parallel rank, with as many filler packs as it takes."""
     own: list[Sequence[int]] = list(itertools.islice(SLOTS_OF_PACKS, dp_index, None, dp_size))
     own += [()] * (-(-len(SLOTS_OF_PACKS) // dp_size) - len(own))
-    return [
-        synthetic_pack(step, slots, twin.streams, twin.conditions, torch.float64) for slots in own
-    ]
+    return [synthetic_pack(step, slots, twin.streams, twin.conditions, dtype) for slots in own]
 
 
 @contextmanager

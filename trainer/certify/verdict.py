@@ -17,7 +17,8 @@ class Verdict:
     """Errors of a candidate against its reference; `faults` says what is beyond tolerance.
 
     Losses and norms are compared relatively; gradients, parameters and averages by the largest
-    difference over the largest value of all tensors of that kind in the reference.
+    difference over the largest value of all tensors of that kind in the reference. noise_ratio is
+    that of `compare_in_band`.
     """
 
     loss_error: float
@@ -26,6 +27,7 @@ class Verdict:
     parameter_error: float
     average_error: float
     faults: tuple[str, ...]
+    noise_ratio: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -33,13 +35,15 @@ class Verdict:
         return not self.faults
 
 
-def compare(reference: Trace, candidates: Sequence[Trace]) -> Verdict:
+def compare_traces(
+    reference: Trace, candidates: Sequence[Trace], tolerance: float = TOLERANCE
+) -> Verdict:
     """The traces of all ranks of one layout against that of one process.
 
     Gathered tensors are the same on every rank unless a layout is broken, so each rank's are
     looked at. Names of tensors that are off come in the order of the model's parameters.
     """
-    faults = [*_draw_faults(reference, candidates)]
+    faults = [*draw_faults(reference, candidates)]
     worst: dict[str, float] = {}
     for rank, candidate in enumerate(candidates):
         for what, ours, theirs in (
@@ -48,7 +52,7 @@ def compare(reference: Trace, candidates: Sequence[Trace]) -> Verdict:
         ):
             error = _relative(ours, theirs)
             worst[what] = max(worst.get(what, 0.0), error)
-            if not error <= TOLERANCE:
+            if not error <= tolerance:
                 faults.append(
                     f"rank {rank}: {what} is off by {error:.1e} within {len(theirs)} steps"
                 )
@@ -58,8 +62,8 @@ def compare(reference: Trace, candidates: Sequence[Trace]) -> Verdict:
             ("average", candidate.averages, reference.averages),
         ):
             errors = tensor_errors(found, expected)
-            worst[what] = max(worst.get(what, 0.0), *errors.values())
-            wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+            worst[what] = max([worst.get(what, 0.0), *errors.values()])
+            wrong = {name: error for name, error in errors.items() if not error <= tolerance}
             if wrong:
                 first = next(iter(wrong))
                 largest = max(wrong, key=lambda name: wrong[name])
@@ -79,7 +83,7 @@ def compare(reference: Trace, candidates: Sequence[Trace]) -> Verdict:
 
 def tensor_errors(found: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
     """Each tensor's largest difference over the largest value of all; infinite where one lacks."""
-    scale = max(float(np.abs(value).max(initial=0.0)) for value in expected.values())
+    scale = max((float(np.abs(value).max(initial=0.0)) for value in expected.values()), default=1.0)
     errors = {}
     for name, value in expected.items():
         other = found.get(name)
@@ -94,10 +98,10 @@ def tensor_errors(found: Mapping[str, Array], expected: Mapping[str, Array]) -> 
 def _relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
     pairs = zip(ours, theirs, strict=True)
     errors = [abs(one - other) / max(abs(other), 1e-300) for one, other in pairs]
-    return float("inf") if any(error != error for error in errors) else max(errors)
+    return float("inf") if any(error != error for error in errors) else max(errors, default=0.0)
 
 
-def _draw_faults(reference: Trace, candidates: Sequence[Trace]) -> list[str]:
+def draw_faults(reference: Trace, candidates: Sequence[Trace]) -> list[str]:
     """Samples that were drawn otherwise, twice differently, or not at all."""
     drawn: dict[tuple[int, int], set[str]] = {}
     for candidate in candidates:

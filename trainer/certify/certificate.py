@@ -1,0 +1,170 @@
+"""What a certificate says, of what exactly, and whether a launch is covered by it.
+
+A certificate is valid for one twin of a recipe, one state of the sources that decide its gradients
+and one version of torch: its key is a hash of these. It holds the kinds of axes, alone and in
+pairs, that were shown to train as one process does. A degree of 2 and more stands for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kinodit
+from kinodit.trainer.certify.layouts import layout_name, parse_layouts, with_degrees
+from kinodit.trainer.certify.run import Row
+from kinodit.trainer.certify.twin import Twin, twin
+from kinodit.trainer.config import RunConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
+
+FILE = "certificate.json"
+SOURCES = (
+    "models/*.py",
+    "models/diffusion/*.py",
+    "trainer/parallel/*.py",
+    "trainer/engine/*.py",
+    "trainer/step.py",
+    "trainer/ema.py",
+    "trainer/optim.py",
+)
+TABLES = {"presets.py", "flops.py"}
+"""Files among them that decide no gradient: the twin's config says what a preset says."""
+
+Kinds = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """key: of what it is valid for; kinds: axes, alone and in pairs; rows: what was measured."""
+
+    key: str
+    kinds: frozenset[Kinds]
+    rows: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, small: Twin, rows: Sequence[Row]) -> Certificate:
+        """The certificate of rows that passed in float64, and of no kind that any row failed."""
+        passed: set[Kinds] = set()
+        failed: set[Kinds] = set()
+        for row in rows:
+            (layout,) = parse_layouts(row.layout, small.config.parallel)
+            kinds = set(needed_kinds(layout))
+            if not row.ok:
+                failed |= {kind for kind in kinds if len(kind) == min(2, len(axes_of(layout)))}
+            elif row.dtype == "float64":
+                passed |= kinds
+        return cls(key_of(small), frozenset(passed - failed), tuple(row.to_json() for row in rows))
+
+    def save(self, folder: Path) -> Path:
+        """Write it to `folder`, together with what one of the same key there says already."""
+        path = folder / FILE
+        known = _load(path)
+        kinds, rows = set(self.kinds), list(self.rows)
+        if known is not None and known.key == self.key:
+            mine = {(row["layout"], row["dtype"]) for row in rows}
+            rows += [row for row in known.rows if (row["layout"], row["dtype"]) not in mine]
+            kinds |= known.kinds
+        folder.mkdir(parents=True, exist_ok=True)
+        document = {
+            "key": self.key,
+            "torch": torch.__version__.partition("+")[0],
+            "kinds": sorted(sorted(kind) for kind in kinds),
+            "rows": rows,
+        }
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        return path
+
+
+def axes_of(layout: ParallelConfig) -> list[str]:
+    """Kinds of axes with a degree above 1; cp is two kinds, as it exchanges heads or goes round."""
+    degrees = {
+        "dp_replicate": layout.dp_replicate,
+        "dp_shard": layout.dp_shard,
+        "ulysses": layout.ulysses,
+        "ring": layout.ring,
+        "tp": layout.tp,
+    }
+    return [name for name, degree in degrees.items() if degree > 1]
+
+
+def needed_kinds(layout: ParallelConfig) -> Iterator[Kinds]:
+    """Every axis of the layout alone, and every pair."""
+    axes = axes_of(layout)
+    for count in (1, 2):
+        yield from (frozenset(chosen) for chosen in itertools.combinations(axes, count))
+
+
+def key_of(small: Twin) -> str:
+    """SHA-256 of the twin's config, the sources and torch's version."""
+    config = small.config
+    parts = (config.model, config.objective, config.optim, config.remat, config.ema)
+    digest = hashlib.sha256(torch.__version__.partition("+")[0].encode())
+    digest.update(json.dumps([_plain(part) for part in parts], sort_keys=True).encode())
+    root = Path(kinodit.__file__).parent
+    for pattern in SOURCES:
+        for path in sorted(root.glob(pattern)):
+            if path.name not in TABLES:
+                digest.update(f"{pattern}/{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _plain(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {key: asdict(value) for key, value in part.items()}
+    return asdict(part)
+
+
+def uncertified(config: RunConfig, world_size: int) -> str:
+    """The layout of this launch as an argument of `kinodit certify`; "" if it is certified.
+
+    Certificates are looked for in the run's folder and among those that come with the recipes.
+    """
+    replicate, shard = config.parallel.resolve(world_size)
+    degrees = {"dp_replicate": replicate, "dp_shard": shard}
+    layout = with_degrees(
+        config.parallel,
+        degrees | {name: getattr(config.parallel, name) for name in ("cp", "ring", "tp")},
+    )
+    needed = set(needed_kinds(layout))
+    if not needed:
+        return ""
+    key = key_of(twin(config))
+    for certificate in _certificates(config.run.folder):
+        if certificate.key == key:
+            needed -= certificate.kinds
+    return layout_name(_smallest(layout)) if needed else ""
+
+
+def _smallest(layout: ParallelConfig) -> ParallelConfig:
+    """A layout of the same kinds with degrees of 2."""
+    ring, ulysses = min(2, layout.ring), min(2, layout.ulysses)
+    degrees = {name: min(2, getattr(layout, name)) for name in ("dp_replicate", "dp_shard", "tp")}
+    return with_degrees(layout, degrees | {"cp": ring * ulysses, "ring": ring})
+
+
+def _certificates(folder: Path) -> Iterable[Certificate]:
+    found = [_load(folder / FILE)]
+    shipped = files("kinodit.configs") / "certificates"
+    if shipped.is_dir():
+        found += [
+            _load(Path(str(path))) for path in shipped.iterdir() if path.name.endswith(".json")
+        ]
+    return [one for one in found if one is not None]
+
+
+def _load(path: Path) -> Certificate | None:
+    """What the file says; None if there is none, or it is not a certificate."""
+    try:
+        document = json.loads(path.read_text())
+        kinds = frozenset(frozenset(map(str, kind)) for kind in document["kinds"])
+        return Certificate(str(document["key"]), kinds, tuple(document["rows"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

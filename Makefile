@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test proof lint bench docs clean extras
+.PHONY: help setup demo test proof certificates lint bench docs clean extras
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -21,7 +21,7 @@ DEMO_RUN := runs/t2v_tiny
 export OMP_NUM_THREADS ?= 1
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything the demo and the tests need
 	@:
@@ -51,8 +51,15 @@ demo: setup ## make shards from real media, train on 2 ranks, sample clips, writ
 test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
 	$(BIN)/pytest
 
-proof: setup ## run the long proofs to their end and keep their figures (an hour)
+proof: setup certificates ## run the long proofs to their end and keep their figures (hours)
 	$(BIN)/pytest -m learning --size full
+	$(BIN)/pytest -m mutants --size full
+
+certificates: setup ## certify the recipes anew, after a change of models or parallelism
+	for recipe in $(wildcard configs/*.yaml); do \
+		$(BIN)/kinodit certify $$recipe \
+			--certificate configs/certificates/$$(basename $$recipe .yaml).json || exit 1; \
+	done
 
 lint: setup ## ruff, mypy --strict, import contracts, shellcheck
 	$(BIN)/ruff check .

@@ -42,11 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cuda: a device per rank, in bfloat16 alone (default: cpu)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, too")
+    parser.add_argument(
+        "--certificate",
+        type=Path,
+        metavar="FILE",
+        help="where to keep the certificate (default: in the run's folder, where train looks)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table row by row; 1 if any layout differs."""
-    from kinodit.trainer.certify.certificate import Certificate
+    from kinodit.trainer.certify.certificate import FILE, Certificate
     from kinodit.trainer.certify.layouts import default_layouts, num_ranks, parse_layouts
     from kinodit.trainer.certify.run import Case, certify
     from kinodit.trainer.certify.twin import twin
@@ -75,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         f"{num_ok} of {len(rows)} agree with one process: float64 to 1e-12, bfloat16 within "
         f"4 times what rounding does ({time.monotonic() - start_s:.0f} s)"
     )
-    path = Certificate.of(small, rows).save(config.run.folder)
+    path = args.certificate or config.run.folder / FILE
+    Certificate.of(small, rows).save(path)
     print(f"certificate: {path}")
     return 0 if num_ok == len(rows) else FAILED
 

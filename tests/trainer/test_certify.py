@@ -21,7 +21,7 @@ from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
 from kinodit.trainer.certify import StepOutcome, compare
 from kinodit.trainer.certify.band import compare_in_band
-from kinodit.trainer.certify.certificate import Certificate, key_of, uncertified
+from kinodit.trainer.certify.certificate import FILE, Certificate, key_of, uncertified
 from kinodit.trainer.certify.layouts import (
     default_layouts,
     layout_name,
@@ -172,6 +172,13 @@ def test_the_band_is_what_rounding_does() -> None:
     (fault,) = verdict.faults
     assert fault.startswith("rank 1: 1 of 2 gradients are farther off than 4 times what rounding")
     assert "first b by 4.2 times" in fault
+    # One number of a parameter may go the other way than in any rerun, and no two.
+    candidate = traces()[1]
+    candidate.parameters["b"] = np.array([0.5 + 7e-4])
+    assert not compare_in_band(reference, moved, [candidate]).ok
+    assert compare_in_band(reference, moved, [candidate], reach=2e-4).ok
+    candidate.parameters["b"] = np.array([0.5 + 9e-4])
+    assert not compare_in_band(reference, moved, [candidate], reach=2e-4).ok
     candidate = traces()[1]
     # What no input moves may move by single precision's rounding, and no more.
     candidate.gradients["a"] = np.array([1.0, -4.0 + 1e-6])
@@ -199,10 +206,11 @@ def test_a_certificate_covers_axes_and_their_pairs(tmp_path: Path) -> None:
     wanted = "dp_shard=2,cp=2,ring=2,tp=2"
     assert uncertified(config, 64) == wanted
     pairs = ["dp_shard=2,tp=2", "dp_shard=2,cp=2,ring=2"]
-    path = Certificate.of(small, [row(pair) for pair in pairs]).save(config.run.folder)
+    path = config.run.folder / FILE
+    Certificate.of(small, [row(pair) for pair in pairs]).save(path)
     assert uncertified(config, 64) == wanted
     # A later one adds to it; a row that failed takes its pair away, not its axes.
-    Certificate.of(small, [row("cp=2,ring=2,tp=2", ok=False)]).save(config.run.folder)
+    Certificate.of(small, [row("cp=2,ring=2,tp=2", ok=False)]).save(path)
     assert uncertified(config, 64) == wanted
     Certificate.of(small, [row("cp=2,ring=2,tp=2"), row("tp=2", dtype="bfloat16")]).save(
         path.parent

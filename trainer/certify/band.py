@@ -24,9 +24,13 @@ KINDS = ("gradients", "parameters", "averages")
 
 
 def compare_in_band(
-    reference: Trace, perturbed: Sequence[Trace], candidates: Sequence[Trace]
+    reference: Trace, perturbed: Sequence[Trace], candidates: Sequence[Trace], reach: float = 0.0
 ) -> Verdict:
     """The traces of all ranks of one layout against the band around one process.
+
+    reach: how far the optimizer can carry one number. Adam moves a number by its rate whatever the
+    size of its gradient, so one whose gradient is 0 but for rounding may go either way: parameters
+    and averages may be off by that of one number, seen or not among the perturbed.
 
     Losses are compared as tensors of one number. `noise_ratio` of the verdict is the largest
     distance over the spread that it is compared with.
@@ -39,6 +43,7 @@ def compare_in_band(
                 _tensors(reference, kind),
                 [_tensors(one, kind) for one in perturbed],
                 _tensors(candidate, kind),
+                reach if kind in ("parameters", "averages") else 0.0,
             )
             worst[kind] = max(worst[kind], *ratios.values())
             wrong = [name for name, ratio in ratios.items() if not ratio <= WIDTH]
@@ -67,10 +72,14 @@ def noise_ratios(
     reference: Mapping[str, Array],
     perturbed: Sequence[Mapping[str, Array]],
     found: Mapping[str, Array],
+    least: float = 0.0,
 ) -> dict[str, float]:
-    """tensor -> its distance from the reference over the spread of the perturbed ones, in norms."""
+    """tensor -> its distance from the reference over the spread of the perturbed ones, in norms.
+
+    A spread counts as `least` at least.
+    """
     norms = {name: float(np.linalg.norm(value)) for name, value in reference.items()}
-    floor = FLOOR * max(norms.values())
+    floor = max(least, FLOOR * max(norms.values()))
     ratios = {}
     for name, value in reference.items():
         spread = max(float(np.linalg.norm(one[name] - value)) for one in perturbed)

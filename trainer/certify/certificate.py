@@ -26,6 +26,8 @@ from kinodit.trainer.config import RunConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 
 FILE = "certificate.json"
+"""Beside a run's recipe, in its folder."""
+
 SOURCES = (
     "models/*.py",
     "models/diffusion/*.py",
@@ -63,16 +65,15 @@ class Certificate:
                 passed |= kinds
         return cls(key_of(small), frozenset(passed - failed), tuple(row.to_json() for row in rows))
 
-    def save(self, folder: Path) -> Path:
-        """Write it to `folder`, together with what one of the same key there says already."""
-        path = folder / FILE
+    def save(self, path: Path) -> None:
+        """Write it to `path`, together with what one of the same key there says already."""
         known = _load(path)
         kinds, rows = set(self.kinds), list(self.rows)
         if known is not None and known.key == self.key:
             mine = {(row["layout"], row["dtype"]) for row in rows}
             rows += [row for row in known.rows if (row["layout"], row["dtype"]) not in mine]
             kinds |= known.kinds
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "key": self.key,
             "torch": torch.__version__.partition("+")[0],
@@ -80,7 +81,6 @@ class Certificate:
             "rows": rows,
         }
         path.write_text(json.dumps(document, indent=1) + "\n")
-        return path
 
 
 def axes_of(layout: ParallelConfig) -> list[str]:

@@ -11,7 +11,7 @@ from kinodit.trainer.certify.cause import likely_cause
 from kinodit.trainer.certify.layouts import layout_name, num_ranks, with_degrees
 from kinodit.trainer.certify.probe import first_difference
 from kinodit.trainer.certify.ranks import RankError, Ranks
-from kinodit.trainer.certify.trace import Trace, trace
+from kinodit.trainer.certify.trace import NUM_STEPS, Trace, trace
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
 from kinodit.trainer.parallel.mesh import ParallelConfig
@@ -93,7 +93,8 @@ class Certifier:
             verdict = compare_traces(reference, traces)
         else:
             rerun = [self._reference(case.dtype, k) for k in range(1, 1 + NUM_PERTURBED)]
-            verdict = compare_in_band(reference, rerun, traces)
+            reach = 2 * NUM_STEPS * self._twin.config.optim.lr
+            verdict = compare_in_band(reference, rerun, traces, reach)
         if verdict.ok:
             return Row(name, case.dtype, size, verdict, ())
         return self._explained(case, verdict, reference, traces)

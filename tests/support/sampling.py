@@ -1,0 +1,23 @@
+"""What a long suite looks at in its small size: another part of it with every commit."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Sequence
+from typing import TypeVar
+
+from tests.support.ranks import ROOT
+
+T = TypeVar("T")
+
+
+def sampled(every: Sequence[T], count: int, size: str, purpose: str) -> list[T]:
+    """`count` of them, drawn by the commit and `purpose`; all of them where size is "full"."""
+    if size == "full":
+        return list(every)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    chosen = random.Random(f"{commit} {purpose}").sample(range(len(every)), min(count, len(every)))
+    return [every[index] for index in sorted(chosen)]

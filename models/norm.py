@@ -76,5 +76,10 @@ class _NormRotate(torch.autograd.Function):
 
 
 def as_complex(x: Tensor) -> Tensor:
-    """[..., D] seen as [..., D / 2] complex numbers: adjacent pairs are (real, imaginary)."""
+    """[..., D] seen as [..., D / 2] complex numbers: adjacent pairs are (real, imaginary).
+
+    A tensor that starts in the middle of a pair of its storage is copied.
+    """
+    if x.storage_offset() % 2:
+        x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

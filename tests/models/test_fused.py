@@ -19,7 +19,7 @@ from kinodit.models.modulation import (
     per_token,
     segment_sum,
 )
-from kinodit.models.norm import HeadNorm, RMSNorm
+from kinodit.models.norm import HeadNorm, RMSNorm, as_complex
 from kinodit.models.rope import RopeConfig, rotary_table, rotate
 
 N, WIDTH, EPS = 7, 10, 1e-6
@@ -101,6 +101,13 @@ def test_head_norm_is_its_formula_and_so_are_its_gradients(has_rotary: bool) -> 
     again = F.rms_norm(x, (dim,), plain, EPS)
     again = again if rotary is None else rotate(again, rotary)
     torch.testing.assert_close(found, torch.autograd.grad((again * cotangent).sum(), plain)[0])
+
+
+def test_gradients_may_start_in_the_middle_of_a_pair() -> None:
+    x = torch.randn(2, 3, 4)
+    shifted = torch.cat([torch.zeros(1), x.flatten()])[1:].view(2, 3, 4)
+    assert shifted.storage_offset() % 2 == 1
+    assert torch.equal(as_complex(shifted), as_complex(x))
 
 
 def test_qk_norm_bounds_the_logits_at_any_scale() -> None:

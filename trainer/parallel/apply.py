@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from kinodit.trainer.parallel.context import ContextAttention
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig, apply_remat
 from kinodit.trainer.parallel.shard import shard
-from kinodit.trainer.parallel.table import check_heads, mmdit_table
+from kinodit.trainer.parallel.table import check_heads, table_of
 from kinodit.trainer.parallel.tensor import TokenExchange, split_model
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,6 +56,72 @@ def model_blocks(model: nn.Module) -> list[nn.Module]:
     return [part for part in model.modules() if isinstance(part, JointBlock | SingleBlock)]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """All that a step of `parallelize` may look at."""
+
+    mesh: Mesh
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    remat: RematConfig
+    compile_blocks: bool
+
+
+LayoutStep = Callable[[nn.Module, Layout], None]
+
+
+def split_matrices(model: nn.Module, layout: Layout) -> None:
+    """Tensor parallelism, by the table of the model's family."""
+    if layout.mesh.tp_mesh is not None:
+        assert isinstance(model, MMDiT)
+        split_model(model, table_of(model), layout.mesh.tp_mesh)
+
+
+def share_tokens(model: nn.Module, layout: Layout) -> None:
+    """Context parallelism, and the tokens between tensor-parallel matrices."""
+    mesh = layout.mesh
+    if mesh.place.num_shares > 1:
+        assert isinstance(model, MMDiT)
+        check_heads(model.config, layout.parallel.tp, layout.parallel.ulysses)
+        model.attend = ContextAttention(mesh.place, mesh.heads, mesh.ring)
+        model.exchange = TokenExchange(mesh.tp_mesh.get_group() if mesh.tp_mesh else None)
+
+
+def recompute(model: nn.Module, layout: Layout) -> None:
+    """Activation checkpointing."""
+    apply_remat(layout.remat, model_blocks(model))
+
+
+def compile_blocks(model: nn.Module, layout: Layout) -> None:
+    """`torch.compile`, block by block."""
+    for block in model_blocks(model) if layout.compile_blocks else ():
+        block.compile()
+
+
+def shard_parameters(model: nn.Module, layout: Layout) -> None:
+    """FSDP2 over what is left of each parameter."""
+    if layout.mesh.device_mesh is not None:
+        precision = layout.precision
+        shard(
+            model,
+            layout.mesh.device_mesh,
+            model_blocks(model),
+            precision.compute_dtype,
+            precision.reduce_dtype,
+            layout.parallel,
+        )
+
+
+STEPS: tuple[LayoutStep, ...] = (
+    share_tokens,
+    split_matrices,
+    recompute,
+    compile_blocks,
+    shard_parameters,
+)
+"""The one order in which a model is laid out. Heads are checked before matrices are split."""
+
+
 def parallelize(
     model: nn.Module,
     mesh: Mesh,
@@ -63,7 +130,7 @@ def parallelize(
     remat: RematConfig,
     compile_blocks: bool,
 ) -> None:
-    """Tensor -> context -> recompute -> compile -> shard, in place. One process: a plain module.
+    """Lay out `model` over `mesh`, in place, by STEPS. In one process it stays a plain module.
 
     Raises:
         ConfigError: the model cannot be shared out as the mesh says.
@@ -73,25 +140,7 @@ def parallelize(
             f"parallel.cpu_offload=true on {mesh.world_size} process(es) and {mesh.device.type}: "
             "there is nowhere to offload from; it needs accelerators and a sharded run"
         )
-    blocks = model_blocks(model)
     model.to(dtype=precision.params_dtype)
-    if mesh.place.num_shares > 1:
-        assert isinstance(model, MMDiT)
-        check_heads(model.config, parallel.tp, parallel.ulysses)
-        if mesh.tp_mesh is not None:
-            split_model(model, mmdit_table(model.config), mesh.tp_mesh)
-        model.attend = ContextAttention(mesh.place, mesh.heads, mesh.ring)
-        model.exchange = TokenExchange(mesh.tp_mesh.get_group() if mesh.tp_mesh else None)
-    apply_remat(remat, blocks)
-    if compile_blocks:
-        for block in blocks:
-            block.compile()
-    if mesh.device_mesh is not None:
-        shard(
-            model,
-            mesh.device_mesh,
-            blocks,
-            precision.compute_dtype,
-            precision.reduce_dtype,
-            parallel,
-        )
+    layout = Layout(mesh, parallel, precision, remat, compile_blocks)
+    for step in STEPS:
+        step(model, layout)

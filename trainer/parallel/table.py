@@ -8,7 +8,7 @@ row matches or two do, and a parameter that its row cannot split are errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.errors import ConfigError
+from kinodit.models.mmdit import MMDiT
 
 Style = Literal["column", "row", "stored", "stored_in", "whole"]
 """How a module's parameters lie on the ranks, and what its forward sees of them.
@@ -90,6 +91,18 @@ def mmdit_table(config: MMDiTConfig) -> list[Row]:
         rows += _block_rows("single_blocks.*", config)
         rows += _norm_rows("single_blocks.*.", config)
     return rows
+
+
+TABLES: dict[type[nn.Module], Callable[[MMDiTConfig], list[Row]]] = {MMDiT: mmdit_table}
+"""Model family -> its table. A family of one's own is entered here, by its class."""
+
+
+def table_of(model: MMDiT) -> list[Row]:
+    """The table of a model: that of its class, or of the nearest class it derives from."""
+    for family in type(model).__mro__:
+        if family in TABLES:
+            return TABLES[family](model.config)
+    raise TableError(f"no table of shardings for {type(model).__name__}: add one to TABLES")
 
 
 def _block_rows(block: str, config: MMDiTConfig) -> list[Row]:

@@ -124,34 +124,33 @@ def _gather(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tupl
         mine = F.pad(flat, (0, slot - flat.numel()))
         dist.all_gather_single(buffer.view(-1), mine, group=group)
     pieces: list[list[Tensor]] = [[] for _ in parts]
-    for rank, line in enumerate(buffer):
+    for rank, line in enumerate(buffer.unbind()):
         start = 0
         for index, (part, size) in enumerate(zip(parts, _row_sizes(parts), strict=True)):
             num_rows = counts[index][rank]
-            end = start + num_rows * size
-            pieces[index].append(line[start:end].view(num_rows, *part.shape[1:]))
-            start = end
+            length = num_rows * size
+            pieces[index].append(line.narrow(0, start, length).view(num_rows, *part.shape[1:]))
+            start += length
     return tuple(torch.cat(piece) for piece in pieces)
 
 
 def _scatter(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tuple[Tensor, ...]:
     slot = _slot(parts, counts)
     num_ranks, rank = len(counts[0]), dist.get_rank(group)
-    buffer = parts[0].new_empty(num_ranks, slot)
     mine = parts[0].new_empty(slot)
     if slot:
-        starts = [0] * num_ranks
-        for part, rows in zip(parts, counts, strict=True):
-            for there, piece in enumerate(part.split(list(rows))):
-                flat = piece.reshape(-1)
-                buffer[there, starts[there] : starts[there] + flat.numel()] = flat
-                starts[there] += flat.numel()
-        dist.reduce_scatter_single(mine, buffer.view(-1), group=group)
+        pieces = [part.split(list(rows)) for part, rows in zip(parts, counts, strict=True)]
+        flat: list[Tensor] = []
+        for there in range(num_ranks):
+            flat += [piece[there].reshape(-1) for piece in pieces]
+            missing = slot - sum(piece[there].numel() for piece in pieces)
+            flat.append(parts[0].new_empty(missing))
+        dist.reduce_scatter_single(mine, torch.cat(flat), group=group)
     made, start = [], 0
     for part, rows, size in zip(parts, counts, _row_sizes(parts), strict=True):
-        end = start + rows[rank] * size
-        made.append(mine[start:end].view(rows[rank], *part.shape[1:]))
-        start = end
+        length = rows[rank] * size
+        made.append(mine.narrow(0, start, length).view(rows[rank], *part.shape[1:]))
+        start += length
     return tuple(made)
 
 

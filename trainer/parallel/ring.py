@@ -93,6 +93,10 @@ class Pair(NamedTuple):
     num_rows: int
     keys: tuple[tuple[int, int], ...]
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The queries' rows of `x`, sharing its memory."""
+        return x.narrow(0, self.first, self.num_rows)
+
     def pick(self, x: Tensor) -> Tensor:
         """The visible rows of keys or values."""
         runs = [x.narrow(0, first, count) for first, count in self.keys]
@@ -147,10 +151,10 @@ class _Ring(torch.autograd.Function):
         lse_mH = q.new_full(q.shape[:2], -math.inf, dtype=wide)
         for there, kv in _passing(torch.stack((k, v)), layout, hop, group):
             for pair in pairs(layout, hop, there):
-                rows = slice(pair.first, pair.first + pair.num_rows)
-                q_i, k_i, v_i = _call_shapes(q[rows], pair.pick(kv[0]), pair.pick(kv[1]))
+                q_i, k_i, v_i = _call_shapes(pair.rows(q), *map(pair.pick, kv.unbind()))
                 part, part_lse = flash.forward(q_i, k_i, v_i)
-                _merge(out[rows], lse_mH[rows], part[0].transpose(0, 1), part_lse[0].t())
+                part, part_lse = part.squeeze(0).transpose(0, 1), part_lse.squeeze(0).t()
+                _merge(pair.rows(out), pair.rows(lse_mH), part, part_lse)
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse_mH)
         ctx.layout, ctx.hop, ctx.group = layout, hop, group
@@ -173,14 +177,13 @@ class _Ring(torch.autograd.Function):
                     kv.new_zeros(shape, dtype=wide) if first else Shift(kept, shape, group).wait()
                 )
             for pair in pairs(layout, hop, there):
-                rows = slice(pair.first, pair.first + pair.num_rows)
-                q_i, k_i, v_i = _call_shapes(q[rows], pair.pick(kv[0]), pair.pick(kv[1]))
-                grad_i, out_i = (x[rows].transpose(0, 1).unsqueeze(0) for x in (grad, out))
-                lse_i = lse_mH[rows].t().unsqueeze(0)
+                q_i, k_i, v_i = _call_shapes(pair.rows(q), *map(pair.pick, kv.unbind()))
+                grad_i, out_i = (pair.rows(x).transpose(0, 1).unsqueeze(0) for x in (grad, out))
+                lse_i = pair.rows(lse_mH).t().unsqueeze(0)
                 parts = flash.backward(grad_i, q_i, k_i, v_i, out_i, lse_i)
-                grad_q[rows] += parts[0][0].transpose(0, 1)
+                pair.rows(grad_q).add_(parts[0].squeeze(0).transpose(0, 1))
                 for total, part in zip(kept.unbind(), parts[1:], strict=True):
-                    by_query_head = part[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
+                    by_query_head = part.squeeze(0).transpose(0, 1).unflatten(1, (k.shape[1], -1))
                     pair.add(total, by_query_head.sum(2, dtype=wide))
         if kept is not own:
             own = own + Shift(kept, own.shape, group).wait()
@@ -215,7 +218,8 @@ def _call_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Add a partial softmax attention [m, H, D] with log-sum-exp [m, H] to the one so far."""
-    total = torch.logaddexp(lse, part_lse.to(lse.dtype))
+    part_lse = part_lse.to(lse.dtype)
+    total = torch.logaddexp(lse, part_lse)
     out.mul_((lse - total).exp_().unsqueeze(-1))
-    out.addcmul_(part.to(out.dtype), (part_lse.to(lse.dtype) - total).exp_().unsqueeze(-1))
-    lse.copy_(total)
+    out.addcmul_(part.to(out.dtype), (part_lse - total).exp_().unsqueeze(-1))
+    torch.logaddexp(lse, part_lse, out=lse)

@@ -83,13 +83,19 @@ def _reading(
 
 
 def _read(parameter: DTensor, split: Split, tp_mesh: DeviceMesh) -> Tensor:
-    placement: Placement = Replicate() if split.dim is None else Shard(split.dim)
-    local: Tensor = parameter.to_local(grad_placements=[placement])
+    local = _local(parameter, split)
     if split.summed:
         return local / tp_mesh.size()
     if split.part or split.dim is None:
         return local
     return gather_dim(local, split.dim, tp_mesh.get_group())
+
+
+def _local(parameter: DTensor, split: Split) -> Tensor:
+    """This rank's part, through which its gradient flows back: partial ones are summed later."""
+    placement: Placement = Replicate() if split.dim is None else Shard(split.dim)
+    local: Tensor = parameter.to_local(grad_placements=[placement])
+    return local
 
 
 def sum_whole_gradients(model: nn.Module, tp_mesh: DeviceMesh, device: torch.device) -> None:

@@ -75,8 +75,8 @@ def build_parts(config: RunConfig, mesh: Mesh, encoder: SampleEncoder, codec: Vi
     with torch.device("meta"):
         model = MMDiT(model_config)
     parallelize(model, mesh, config.parallel, config.precision, config.remat, config.engine.compile)
-    at_rest = torch.device("cpu") if config.parallel.cpu_offload else mesh.device
-    materialize(model, initial_values(config.run.seed), at_rest)
+    values = initial_values(config.run.seed)
+    materialize(model, values, mesh.device, cpu_offload=config.parallel.cpu_offload)
     optimizer = build_optimizer(config.optim, model)
     engine = NativeEngine(model, optimizer, mesh, config.precision)
     emas = {name: Ema(ema, model) for name, ema in config.ema.items()}

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: its kernels against ours, offloading, no waiting for the device.
+"""What only a CUDA device can show: its kernels against ours, offloading, no waiting for it.
 
 Everything that does not need one is shown on CPU and on pretended CUDA tensors.
 """

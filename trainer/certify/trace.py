@@ -91,7 +91,8 @@ def trace(
         model = MMDiT(config.model)
     remat = RematConfig() if probed else config.remat
     parallelize(model, mesh, parallel, precision, remat, compile_blocks=False)
-    materialize(model, _stirred(initial_values(config.run.seed)), mesh.device)
+    values = _stirred(initial_values(config.run.seed))
+    materialize(model, values, mesh.device, cpu_offload=parallel.cpu_offload)
     engine = NativeEngine(model, build_optimizer(config.optim, model), mesh, precision)
     averages = Ema(next(iter(config.ema.values()), EmaConfig(0.9)), model)
     found = Trace()

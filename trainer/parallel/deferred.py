@@ -27,16 +27,18 @@ def initial_values(seed: int) -> Values:
 
 
 @torch.no_grad()
-def materialize(model: nn.Module, values: Values, device: torch.device) -> None:
-    """Give every parameter of `model` memory on `device` and its value, in place.
+def materialize(
+    model: nn.Module, values: Values, device: torch.device, *, cpu_offload: bool = False
+) -> None:
+    """Give every parameter of `model` memory and its value, in place.
 
-    One whole parameter at a time is made on the host. Raises LookupError for a buffer: those would
+    The memory is on `device`, or on the host where FSDP2 brings parameters to the device. One whole parameter at a time is made on the host. Raises LookupError for a buffer: those would
     be left with whatever the memory held.
     """
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise LookupError(f"buffers {buffers} have no rule that fills them")
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if cpu_offload else device)
     for name, parameter in model.named_parameters():
         value = values(name, parameter.shape)
         if isinstance(parameter, DTensor):

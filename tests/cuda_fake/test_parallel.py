@@ -22,7 +22,13 @@ from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.sequence import CutLayout, cut
-from tests.cuda_fake.test_model import Ops, one_of_each_block, pretend, two_clips
+from tests.cuda_fake.test_model import (
+    Ops,
+    on_cuda,
+    one_of_each_block,
+    pretend,
+    two_clips,
+)
 
 RANK, WORLD = 3, 8
 
@@ -34,26 +40,16 @@ def fake_world() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def on_cuda(batch: TokenBatch) -> TokenBatch:
-    layout = batch.layout
+def dealt_on_cuda(batch: TokenBatch) -> TokenBatch:
+    moved = on_cuda(batch)
+    layout = moved.layout
     assert isinstance(layout, CutLayout)
-    assert layout.order is not None and layout.inverse is not None
-    return TokenBatch(
-        modalities={name: tokens.map(pretend) for name, tokens in batch.modalities.items()},
-        level_segment=pretend(batch.level_segment),
-        level_t=pretend(batch.level_t),
-        conditions={name: pretend(x) for name, x in batch.conditions.items()},
-        layout=dataclasses.replace(
-            layout,
-            order=pretend(layout.order),
-            inverse=pretend(layout.inverse),
-            spots={name: Spot(*map(pretend, spot)) for name, spot in layout.spots.items()},
-            wholes={
-                name: (tokens.map(pretend), pretend(own))
-                for name, (tokens, own) in layout.wholes.items()
-            },
-        ),
-        samples=batch.samples,
+    spots = {name: Spot(*map(pretend, spot)) for name, spot in layout.spots.items()}
+    wholes = {
+        name: (tokens.map(pretend), pretend(own)) for name, (tokens, own) in layout.wholes.items()
+    }
+    return dataclasses.replace(
+        moved, layout=dataclasses.replace(layout, spots=spots, wholes=wholes)
     )
 
 
@@ -96,7 +92,7 @@ def test_shared_blocks_never_wait_for_the_device(preset: str, name: str, fake_wo
         return torch.empty(part.shape, dtype=torch.bfloat16, device="cuda")
 
     with patch.object(ring, "Shift", Hop), FakeTensorMode(), torch.no_grad(), Ops() as ops:
-        batch = on_cuda(own)
+        batch = dealt_on_cuda(own)
         if parallel.tp > 1:
             with patch.object(tensor, "_local", local):
                 outputs = model(batch)

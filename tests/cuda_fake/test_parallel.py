@@ -56,7 +56,7 @@ def dealt_on_cuda(batch: TokenBatch) -> TokenBatch:
 class Hop:
     """In the place of `Shift`: batched transfers ask the device driver, which is not there."""
 
-    def __init__(self, x: Tensor, receive_shape: Sequence[int], group: object) -> None:
+    def __init__(self, x: Tensor, receive_shape: Sequence[int], group: object, label: str) -> None:
         self._out = x.new_empty(receive_shape)
 
     def wait(self) -> Tensor:

@@ -404,7 +404,7 @@ def gathered_gradients_not_summed() -> AbstractContextManager[Any]:
         for grad, rows in zip(grads, ctx.counts, strict=True):
             first = sum(rows[:own])
             made.append(grad[first : first + rows[own]])
-        return None, None, *made
+        return None, None, None, *made
 
     return patch.object(collectives._GatherRows, "backward", staticmethod(backward))
 

@@ -101,7 +101,9 @@ def attend_to_all(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> T
     counts = [sum(row) for row in layout.pieces]
     world = dist.group.WORLD
     assert world is not None
-    segments, keys, values = gather_rows([own, k.flatten(1), v.flatten(1)], [counts] * 3, world)
+    segments, keys, values = gather_rows(
+        [own, k.flatten(1), v.flatten(1)], [counts] * 3, world, "all"
+    )
     heads = (-1, q.shape[-1])
     q, k, v = (x.transpose(0, 1) for x in (q, keys.unflatten(1, heads), values.unflatten(1, heads)))
     out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=own == segments.t())

@@ -212,9 +212,7 @@ def test_a_certificate_covers_axes_and_their_pairs(tmp_path: Path) -> None:
     # A later one adds to it; a row that failed takes its pair away, not its axes.
     Certificate.of(small, [row("cp=2,ring=2,tp=2", ok=False)]).save(path)
     assert uncertified(config, 64) == wanted
-    Certificate.of(small, [row("cp=2,ring=2,tp=2"), row("tp=2", dtype="bfloat16")]).save(
-        path.parent
-    )
+    Certificate.of(small, [row("cp=2,ring=2,tp=2"), row("tp=2", dtype="bfloat16")]).save(path)
     assert uncertified(config, 64) == ""
     assert uncertified(replace(config, parallel=ParallelConfig(cp=2)), 2) == "cp=2"
     other = replace(config, model=replace(config.model, sandwich_norm=True))

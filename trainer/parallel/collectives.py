@@ -1,4 +1,7 @@
-"""Collectives that autograd can go through. Activations are plain local tensors on either side."""
+"""Collectives that autograd can go through. Activations are plain local tensors on either side.
+
+A label says what a message is for, to whoever counts traffic.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kinodit.trainer.parallel.traffic import note, others_share
+
 
 def all_to_all(
-    x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], group: ProcessGroup
+    x: Tensor,
+    send_rows: Sequence[int],
+    receive_rows: Sequence[int],
+    group: ProcessGroup,
+    label: str,
 ) -> Tensor:
     """Rows of `x` [sum(send_rows), ...] to the ranks of `group`, in their order.
 
     Returns [sum(receive_rows), ...]: what each rank sent here, by rank. The backward is the same
     exchange the other way round. Counts are known on every rank beforehand; nothing is asked for.
     """
-    out: Tensor = _AllToAll.apply(x, tuple(send_rows), tuple(receive_rows), group)  # type: ignore[no-untyped-call]
+    out: Tensor = _AllToAll.apply(x, tuple(send_rows), tuple(receive_rows), group, label)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -33,45 +42,53 @@ class _AllToAll(torch.autograd.Function):
         send_rows: tuple[int, ...],
         receive_rows: tuple[int, ...],
         group: ProcessGroup,
+        label: str,
     ) -> Tensor:
-        ctx.rows, ctx.group = (send_rows, receive_rows), group
-        return _exchange(x, send_rows, receive_rows, group)
+        ctx.rows, ctx.group, ctx.label = (send_rows, receive_rows), group, label
+        return _exchange(x, send_rows, receive_rows, group, label)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         send_rows, receive_rows = ctx.rows
-        return _exchange(grad, receive_rows, send_rows, ctx.group), None, None, None
+        back = _exchange(grad, receive_rows, send_rows, ctx.group, ctx.label)
+        return back, None, None, None, None
 
 
 def _exchange(
-    x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], group: ProcessGroup
+    x: Tensor,
+    send_rows: Sequence[int],
+    receive_rows: Sequence[int],
+    group: ProcessGroup,
+    label: str,
 ) -> Tensor:
     out = x.new_empty(sum(receive_rows), *x.shape[1:])
+    own = receive_rows[dist.get_rank(group)]
+    note(label, "all_to_all", (out.shape[0] - own) * math.prod(x.shape[1:]) * x.itemsize)
     dist.all_to_all_single(out, x.contiguous(), list(receive_rows), list(send_rows), group=group)
     return out
 
 
 def gather_rows(
-    parts: Sequence[Tensor], counts: Sequence[Sequence[int]], group: ProcessGroup
+    parts: Sequence[Tensor], counts: Sequence[Sequence[int]], group: ProcessGroup, label: str
 ) -> list[Tensor]:
     """Every rank's rows of several tensors, in one message. `parts`: of one dtype, [n, ...] each.
 
     counts: for each tensor, its rows on each rank. Returns [sum(counts), ...] each: the first
     rank's rows, then the second's. The backward sums over ranks what each makes of them.
     """
-    made: tuple[Tensor, ...] = _GatherRows.apply(_table(counts), group, *parts)  # type: ignore[no-untyped-call]
+    made: tuple[Tensor, ...] = _GatherRows.apply(_table(counts), group, label, *parts)  # type: ignore[no-untyped-call]
     return list(made)
 
 
 def scatter_rows(
-    parts: Sequence[Tensor], counts: Sequence[Sequence[int]], group: ProcessGroup
+    parts: Sequence[Tensor], counts: Sequence[Sequence[int]], group: ProcessGroup, label: str
 ) -> list[Tensor]:
     """Sums over ranks of several tensors, each rank's rows, in one message.
 
     `parts`: of one dtype, [sum(counts), ...] each, whose rows are laid out as `gather_rows` returns
     them. Returns [n, ...] each. The backward is `gather_rows`.
     """
-    made: tuple[Tensor, ...] = _ScatterRows.apply(_table(counts), group, *parts)  # type: ignore[no-untyped-call]
+    made: tuple[Tensor, ...] = _ScatterRows.apply(_table(counts), group, label, *parts)  # type: ignore[no-untyped-call]
     return list(made)
 
 
@@ -84,24 +101,28 @@ def _table(counts: Sequence[Sequence[int]]) -> Table:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, counts: Table, group: ProcessGroup, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.counts, ctx.group = counts, group
-        return _gather(parts, counts, group)
+    def forward(
+        ctx: Any, counts: Table, group: ProcessGroup, label: str, *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.counts, ctx.group, ctx.label = counts, group, label
+        return _gather(parts, counts, group, label)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_scatter(grads, ctx.counts, ctx.group)
+        return None, None, None, *_scatter(grads, ctx.counts, ctx.group, ctx.label)
 
 
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, counts: Table, group: ProcessGroup, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.counts, ctx.group = counts, group
-        return _scatter(parts, counts, group)
+    def forward(
+        ctx: Any, counts: Table, group: ProcessGroup, label: str, *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.counts, ctx.group, ctx.label = counts, group, label
+        return _scatter(parts, counts, group, label)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *_gather(grads, ctx.counts, ctx.group)
+        return None, None, None, *_gather(grads, ctx.counts, ctx.group, ctx.label)
 
 
 def _row_sizes(parts: Sequence[Tensor]) -> list[int]:
@@ -115,13 +136,16 @@ def _slot(parts: Sequence[Tensor], counts: Table) -> int:
     return max(sum(n * size for n, size in zip(rows, sizes, strict=True)) for rows in by_rank)
 
 
-def _gather(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tuple[Tensor, ...]:
+def _gather(
+    parts: Sequence[Tensor], counts: Table, group: ProcessGroup, label: str
+) -> tuple[Tensor, ...]:
     slot = _slot(parts, counts)
     num_ranks = len(counts[0])
     buffer = parts[0].new_empty(num_ranks, slot)
     if slot:
         flat = torch.cat([part.reshape(-1) for part in parts])
         mine = F.pad(flat, (0, slot - flat.numel()))
+        note(label, "all_gather", others_share(buffer, num_ranks))
         dist.all_gather_single(buffer.view(-1), mine, group=group)
     pieces: list[list[Tensor]] = [[] for _ in parts]
     for rank, line in enumerate(buffer.unbind()):
@@ -134,7 +158,9 @@ def _gather(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tupl
     return tuple(torch.cat(piece) for piece in pieces)
 
 
-def _scatter(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tuple[Tensor, ...]:
+def _scatter(
+    parts: Sequence[Tensor], counts: Table, group: ProcessGroup, label: str
+) -> tuple[Tensor, ...]:
     slot = _slot(parts, counts)
     num_ranks, rank = len(counts[0]), dist.get_rank(group)
     mine = parts[0].new_empty(slot)
@@ -145,7 +171,9 @@ def _scatter(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tup
             flat += [piece[there].reshape(-1) for piece in pieces]
             missing = slot - sum(piece[there].numel() for piece in pieces)
             flat.append(parts[0].new_empty(missing))
-        dist.reduce_scatter_single(mine, torch.cat(flat), group=group)
+        whole = torch.cat(flat)
+        note(label, "reduce_scatter", others_share(whole, num_ranks))
+        dist.reduce_scatter_single(mine, whole, group=group)
     made, start = [], 0
     for part, rows, size in zip(parts, counts, _row_sizes(parts), strict=True):
         length = rows[rank] * size
@@ -154,11 +182,11 @@ def _scatter(parts: Sequence[Tensor], counts: Table, group: ProcessGroup) -> tup
     return tuple(made)
 
 
-def gather_dim(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def gather_dim(x: Tensor, dim: int, group: ProcessGroup, label: str) -> Tensor:
     """Equal parts of a tensor along `dim`, put together; the backward hands out summed parts."""
     num_ranks = dist.get_world_size(group)
     rows = x.transpose(0, dim)
-    (whole,) = gather_rows([rows], [[rows.shape[0]] * num_ranks], group)
+    (whole,) = gather_rows([rows], [[rows.shape[0]] * num_ranks], group, label)
     return whole.transpose(0, dim)
 
 
@@ -169,7 +197,9 @@ class Shift:
     blocking backends cannot lock up. `wait` returns what came.
     """
 
-    def __init__(self, x: Tensor, receive_shape: Sequence[int], group: ProcessGroup) -> None:
+    def __init__(
+        self, x: Tensor, receive_shape: Sequence[int], group: ProcessGroup, label: str
+    ) -> None:
         index, size = dist.get_rank(group), dist.get_world_size(group)
         self._sent = x.contiguous()
         self._out = x.new_empty(receive_shape)
@@ -179,6 +209,7 @@ class Shift:
         if self._sent.numel():
             ops.append(dist.P2POp(dist.isend, self._sent, ahead, group))
         if self._out.numel():
+            note(label, "transfer", self._out.nbytes)
             ops.append(dist.P2POp(dist.irecv, self._out, behind, group))
         self._pending = dist.batch_isend_irecv(ops[::-1] if index % 2 else ops) if ops else []
 

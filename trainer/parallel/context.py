@@ -25,6 +25,9 @@ from kinodit.trainer.parallel.collectives import all_to_all
 from kinodit.trainer.parallel.ring import ring_attention
 from kinodit.trainer.parallel.sequence import CutLayout, Place
 
+ULYSSES = "ulysses"
+"""What the messages of heads are for."""
+
 
 @dataclass(frozen=True)
 class ContextAttention:
@@ -69,7 +72,7 @@ def gather_tokens(
     cut_heads = [x.unflatten(1, (place.ulysses, -1)) for x in parts]
     send = torch.cat(cut_heads, dim=2).transpose(0, 1).flatten(0, 1)
     num_mine = parts[0].shape[0]
-    received = all_to_all(send, [num_mine] * place.ulysses, layout.num_held, group)
+    received = all_to_all(send, [num_mine] * place.ulysses, layout.num_held, group, ULYSSES)
     q, k, v = received.split(num_heads, dim=1)
     return q, k, v
 
@@ -77,7 +80,7 @@ def gather_tokens(
 def scatter_tokens(out: Tensor, layout: CutLayout, place: Place, group: ProcessGroup) -> Tensor:
     """[m, H / u, D] -> [n, H, D]: every token's heads come home."""
     num_mine = layout.num_held[place.index % place.ulysses]
-    received = all_to_all(out, layout.num_held, [num_mine] * place.ulysses, group)
+    received = all_to_all(out, layout.num_held, [num_mine] * place.ulysses, group, ULYSSES)
     by_rank: Tensor = received.unflatten(0, (place.ulysses, num_mine))
     return by_rank.transpose(0, 1).flatten(1, 2)
 

@@ -32,8 +32,9 @@ def materialize(
 ) -> None:
     """Give every parameter of `model` memory and its value, in place.
 
-    The memory is on `device`, or on the host where FSDP2 brings parameters to the device. One whole parameter at a time is made on the host. Raises LookupError for a buffer: those would
-    be left with whatever the memory held.
+    The memory is on `device`, or on the host where FSDP2 brings parameters to the device. One whole
+    parameter at a time is made on the host. Raises LookupError for a buffer: those would be left
+    with whatever the memory held.
     """
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:

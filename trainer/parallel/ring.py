@@ -23,6 +23,9 @@ from torch.distributed import ProcessGroup
 from kinodit.trainer.parallel.collectives import Shift
 from kinodit.trainer.parallel.sequence import CutLayout
 
+RING = "ring"
+"""What its messages are for."""
+
 
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: CutLayout, hop: int, group: ProcessGroup
@@ -174,7 +177,9 @@ class _Ring(torch.autograd.Function):
                 shape = (2, sum(layout.pieces[there]), *k.shape[1:])
                 first = (hop - 1) % len(layout.pieces) == there
                 kept = (
-                    kv.new_zeros(shape, dtype=wide) if first else Shift(kept, shape, group).wait()
+                    kv.new_zeros(shape, dtype=wide)
+                    if first
+                    else Shift(kept, shape, group, RING).wait()
                 )
             for pair in pairs(layout, hop, there):
                 q_i, k_i, v_i = _call_shapes(pair.rows(q), *map(pair.pick, kv.unbind()))
@@ -186,7 +191,7 @@ class _Ring(torch.autograd.Function):
                     by_query_head = part.squeeze(0).transpose(0, 1).unflatten(1, (k.shape[1], -1))
                     pair.add(total, by_query_head.sum(2, dtype=wide))
         if kept is not own:
-            own = own + Shift(kept, own.shape, group).wait()
+            own = own + Shift(kept, own.shape, group, RING).wait()
         grad_k, grad_v = own.to(k.dtype).unbind()
         return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
 
@@ -201,7 +206,7 @@ def _passing(
         following = None
         if turn + 1 < num_hops:
             num_rows = sum(layout.pieces[(there - 1) % num_hops])
-            following = Shift(kv, (2, num_rows, *kv.shape[2:]), group)
+            following = Shift(kv, (2, num_rows, *kv.shape[2:]), group, RING)
         yield there, kv
         if following is not None:
             kv = following.wait()

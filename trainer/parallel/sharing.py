@@ -34,7 +34,7 @@ class SharedForward:
         rows = dict(zip(names, deal(sizes, self._mesh.place.num_shares), strict=True))
         counts = [[len(one) for one in rows[name]] for name in predictions]
         assert self._mesh.pack is not None
-        gathered = gather_rows(list(predictions.values()), counts, self._mesh.pack)
+        gathered = gather_rows(list(predictions.values()), counts, self._mesh.pack, "predictions")
         whole = {}
         for name, part in zip(predictions, gathered, strict=True):
             order = torch.argsort(torch.cat(rows[name])).to(part.device)

@@ -30,6 +30,10 @@ from kinodit.models.tokens import AttentionLayout, ModalityTokens, TokenBatch
 from kinodit.trainer.parallel.collectives import gather_dim, gather_rows, scatter_rows
 from kinodit.trainer.parallel.sequence import CutLayout
 from kinodit.trainer.parallel.table import Row, Split, assign_splits
+from kinodit.trainer.parallel.traffic import note, others_share
+
+TOKENS, MODULATION, STORED, WHOLE = "tp", "modulation", "stored weights", "whole gradients"
+"""What the messages of the tp axis are for."""
 
 
 def split_model(model: nn.Module, rows: Sequence[Row], tp_mesh: DeviceMesh) -> None:
@@ -88,7 +92,7 @@ def _read(parameter: DTensor, split: Split, tp_mesh: DeviceMesh) -> Tensor:
         return local / tp_mesh.size()
     if split.part or split.dim is None:
         return local
-    return gather_dim(local, split.dim, tp_mesh.get_group())
+    return gather_dim(local, split.dim, tp_mesh.get_group(), STORED)
 
 
 def _local(parameter: DTensor, split: Split) -> Tensor:
@@ -115,6 +119,7 @@ def sum_whole_gradients(model: nn.Module, tp_mesh: DeviceMesh, device: torch.dev
     if not parts:
         return
     total = torch.cat([part.reshape(-1) for part in parts]).to(device)
+    note(WHOLE, "all_reduce", 2 * others_share(total, tp_mesh.size()))
     dist.all_reduce(total, group=tp_mesh.get_group())
     for part, piece in zip(parts, total.split([part.numel() for part in parts]), strict=True):
         part.copy_(piece.view_as(part))
@@ -142,8 +147,10 @@ class TokenExchange:
         own = dist.get_rank(self.group)
         if ALL in parts:
             pieces = parts[ALL].split([rows[own] for rows in counts.values()])
-            return {ALL: torch.cat(gather_rows(pieces, list(counts.values()), self.group))}
-        made = gather_rows(list(parts.values()), [counts[name] for name in parts], self.group)
+            return {ALL: torch.cat(gather_rows(pieces, list(counts.values()), self.group, TOKENS))}
+        made = gather_rows(
+            list(parts.values()), [counts[name] for name in parts], self.group, TOKENS
+        )
         return dict(zip(parts, made, strict=True))
 
     def scatter(self, parts: Parts, layout: AttentionLayout) -> dict[str, Tensor]:
@@ -153,8 +160,10 @@ class TokenExchange:
         counts = _cut_layout(layout).counts
         if ALL in parts:
             pieces = parts[ALL].split([sum(rows) for rows in counts.values()])
-            return {ALL: torch.cat(scatter_rows(pieces, list(counts.values()), self.group))}
-        made = scatter_rows(list(parts.values()), [counts[name] for name in parts], self.group)
+            return {ALL: torch.cat(scatter_rows(pieces, list(counts.values()), self.group, TOKENS))}
+        made = scatter_rows(
+            list(parts.values()), [counts[name] for name in parts], self.group, TOKENS
+        )
         return dict(zip(parts, made, strict=True))
 
     def join(self, rows: Parts) -> dict[str, Tensor]:
@@ -164,7 +173,7 @@ class TokenExchange:
         num_ranks = dist.get_world_size(self.group)
         columns = [part.t() for part in rows.values()]
         counts = [[part.shape[0]] * num_ranks for part in columns]
-        made = gather_rows(columns, counts, self.group)
+        made = gather_rows(columns, counts, self.group, MODULATION)
         return {name: part.t() for name, part in zip(rows, made, strict=True)}
 
 

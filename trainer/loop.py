@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from kinodit.data.loader import Loader, StepData
 from kinodit.models.mmdit import MMDiTConfig
-from kinodit.trainer import checkpoint
+from kinodit.trainer import checkpoint, faults
 from kinodit.trainer.batches import BatchSource
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.ema import Ema
@@ -81,6 +81,7 @@ class Loop:
         self, window: Window, state: TrainState, steps: Iterator[StepData]
     ) -> tuple[Window, TrainState]:
         config, clock = self.config, window.clock
+        faults.reach("step:begin", state.step)
         with clock.measure("data"):
             data = next(steps)
         assert data.step == state.step, "the loader and the trainer disagree about the step"

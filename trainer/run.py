@@ -18,7 +18,7 @@ from kinodit.data.select import open_datasets, plan_spec
 from kinodit.models.encoders.base import EncoderError, TextEncoder, VideoCodec, build_text_encoder
 from kinodit.models.encoders.wavelet import WaveletCodec, fit_standardisation
 from kinodit.models.errors import ConfigError
-from kinodit.trainer import checkpoint
+from kinodit.trainer import checkpoint, faults
 from kinodit.trainer.batches import VIDEO, BatchSource
 from kinodit.trainer.certify.certificate import uncertified
 from kinodit.trainer.config import (
@@ -62,6 +62,7 @@ def train(
         UserError: whatever in the recipe, the data or the run's folder the user has to change.
     """
     require_extras(config.log)
+    armed = faults.arm_from_environment(topology.rank)
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
     run_dir = config.run.folder
     resumed_from = mesh.from_main(lambda: _open_run(run_dir, config))
@@ -100,9 +101,9 @@ def train(
             )
             stack.callback(sinks.close)
             sinks.event("resume" if resumed_from else "start", state.step, _headline(parts, spec))
-            if warning:
-                print(warning, file=stream)
-                sinks.event("warning", state.step, warning)
+            for said in filter(None, (warning, armed and f"faults are armed: {armed}")):
+                print(said, file=stream)
+                sinks.event("warning", state.step, said)
             progress = Progress(stream, config.run.steps, start_step=state.step)
             stack.callback(progress.close)
         evaluate = _evaluator(config, parts, encoder, codec, text, mesh)

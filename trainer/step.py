@@ -17,10 +17,12 @@ from torch import Tensor
 
 from kinodit.models.diffusion.objective import NoisedBatch, Objective, bin_errors
 from kinodit.models.tokens import Role, TokenBatch
+from kinodit.trainer import faults
 from kinodit.trainer.ema import Ema
 from kinodit.trainer.engine.base import Engine, Predictions
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.parallel.sequence import share
+from kinodit.trainer.parallel.shard import local_part
 
 NUM_NOISE_BINS = 10
 
@@ -109,6 +111,7 @@ class Step:
         bins = torch.zeros(shape, device=device, dtype=torch.float64)
         losses = torch.zeros(len(self.modalities), device=device, dtype=torch.float64)
         for index, batch in enumerate(batches):
+            faults.reach("step:micro-batch", step)
             noised = self._objective.corrupt(batch, self._seed)
             noised = share(noised, self._mesh.place).to(device)
 
@@ -120,12 +123,24 @@ class Step:
                 return torch.stack(terms).sum()
 
             self._engine.forward_backward(noised.batch, loss, last=index == len(batches) - 1)
+        faults.reach("step:gradients", step, self._gradients)
         grad_norm = self._engine.clip(self._max_grad_norm)
+        faults.reach("step:before-update", step)
         self._engine.step(lr)
         for ema in self._emas:
             ema.update(step)
+        faults.reach("step:end", step, self._parameters)
         errors, tokens = bins.unbind(-1)
         return StepResult(losses, errors, tokens, grad_norm, counts)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """This rank's parts of the gradients."""
+        parameters = self._engine.model.named_parameters()
+        return {name: local_part(p.grad) for name, p in parameters if p.grad is not None}
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """This rank's parts of the parameters."""
+        return {name: local_part(p) for name, p in self._engine.model.named_parameters()}
 
     def _terms(
         self, per_token: Mapping[str, Tensor], batch: TokenBatch, counts: StepCounts

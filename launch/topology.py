@@ -6,18 +6,21 @@ The same command runs as one process, under `torchrun` and under `srun`.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import torch
 import torch.distributed as dist
 
 from kinodit.models.errors import UserError
-from kinodit.trainer.topology import Topology
+from kinodit.trainer.topology import Job, Topology
 
 DEFAULT_PORT = 29400
+SCONTROL_TIMEOUT_S = 10.0
 
 
 class LaunchError(UserError):
@@ -36,14 +39,51 @@ def read_topology() -> Topology:
     elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         source, names = "srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     else:
-        return Topology(rank=0, world_size=1, local_rank=0)
+        return Topology(rank=0, world_size=1, local_rank=0, job=read_job(env, asks=True))
     missing = [name for name in names if name not in env]
     if missing:
         raise LaunchError(
             f"{source} set {names[0]} but not {', '.join(missing)}: start through torchrun or srun"
         )
     rank, world_size, local_rank = (int(env[name]) for name in names)
-    return Topology(rank=rank, world_size=world_size, local_rank=local_rank)
+    # One rank's knowledge of the time limit is enough: the ranks agree on when to stop.
+    job = read_job(env, asks=rank == 0)
+    return Topology(rank=rank, world_size=world_size, local_rank=local_rank, job=job)
+
+
+def read_job(env: Mapping[str, str], *, asks: bool) -> Job:
+    """The batch job of this process. `asks`: ask Slurm when it ends, if `env` does not say."""
+    job_id = env.get("SLURM_JOB_ID", "")
+    if not job_id.isdecimal():
+        return Job()
+    end_s: float | None = None
+    if env.get("SLURM_JOB_END_TIME", "").isdecimal():
+        end_s = float(env["SLURM_JOB_END_TIME"])
+    elif asks:
+        end_s = _ask_for_end(job_id)
+    ends_at_s = None if end_s is None else time.monotonic() + end_s - time.time()
+    restarts = env.get("SLURM_RESTART_COUNT", "0")
+    return Job(job_id, ends_at_s, int(restarts) if restarts.isdecimal() else 0)
+
+
+def _ask_for_end(job_id: str) -> float | None:
+    """Unix time of the job's end as the scheduler has it; None where it cannot be asked.
+
+    Containers often lack scontrol, and a scheduler may be too busy to answer: signals still work.
+    """
+    try:
+        shown = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", job_id],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=SCONTROL_TIMEOUT_S,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\b", shown)
+    # Slurm writes the local time of the cluster.
+    return datetime.fromisoformat(found[1]).timestamp() if found else None
 
 
 def _rendezvous() -> None:

@@ -34,6 +34,7 @@ from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.redact import redact
+from kinodit.trainer.resilience.config import ResilienceConfig
 from kinodit.trainer.sinks import LogConfig
 
 
@@ -131,6 +132,7 @@ class RunConfig:
     remat: RematConfig = field(default_factory=RematConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -155,6 +157,7 @@ MAY_CHANGE_ON_RESUME = (
     "remat.",
     "engine.",
     "checkpoint.",
+    "resilience.save_margin_s",
     "log.",
     "eval.",
     "sample.",

@@ -15,6 +15,8 @@ from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.metrics import Row, Window, pack_flops
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.progress import Progress
+from kinodit.trainer.resilience.guard import Guard
+from kinodit.trainer.resilience.signals import Request
 from kinodit.trainer.sinks import Sinks
 from kinodit.trainer.state import TrainState
 from kinodit.trainer.step import Step
@@ -36,6 +38,7 @@ class Loop:
     step: Step
     source: BatchSource
     loader: Loader
+    guard: Guard
     evaluate: Callable[[int], Row] | None
     generate: Callable[[int], list[dict[str, object]]] | None
     sinks: Sinks | None
@@ -43,7 +46,10 @@ class Loop:
     peak_flops: float
 
     def run(self, state: TrainState) -> TrainState:
-        """Train from `state` to the recipe's last step (or `run.stop_after_steps`); saves there."""
+        """Train from `state` to the recipe's last step; saves there.
+
+        Ends earlier after `run.stop_after_steps`, or when the ranks agree on a request to stop.
+        """
         config = self.config
         end = config.run.steps
         if config.run.stop_after_steps:
@@ -54,6 +60,8 @@ class Loop:
         while state.step < end:
             window, state = self._one_step(window, state, steps)
             done = state.step
+            if self.guard.request is not Request.NONE and done < end:
+                break
             if self.evaluate is not None and _due(done, config.eval.every_steps, end):
                 with window.clock.measure("eval"):
                     self._report(self.evaluate(done))
@@ -89,7 +97,7 @@ class Loop:
             batches = self.source.batches(data)
         lr = config.optim.lr * config.schedule.factor(state.step, config.run.steps)
         with clock.measure("compute"):
-            result = self.step(state.step, batches, lr)
+            result = self.step(state.step, batches, lr, self.guard)
         tokens = sum(batch.num_tokens for batch in batches)
         samples = sum(batch.num_segments for batch in batches)
         flops = sum(3 * pack_flops(self.model_config, batch) for batch in batches)

@@ -104,6 +104,10 @@ class Optimizer:
     def step(self) -> None:
         """Update parameters from their gradients and drop the gradients."""
         self.adamw.step()
+        self.skip()
+
+    def skip(self) -> None:
+        """Drop the gradients."""
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:

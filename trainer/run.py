@@ -34,6 +34,15 @@ from kinodit.trainer.loop import Loop
 from kinodit.trainer.metrics import peak_flops
 from kinodit.trainer.parallel.mesh import Mesh, build_mesh
 from kinodit.trainer.progress import Progress
+from kinodit.trainer.resilience.guard import Guard
+from kinodit.trainer.resilience.signals import (
+    FINISHED_FILE,
+    Request,
+    Signals,
+    is_finished,
+    requeue_marker,
+    write_marker,
+)
 from kinodit.trainer.setup import (
     CODEC_FILE,
     Parts,
@@ -51,12 +60,16 @@ VALIDATION_SEED_OFFSET = 1
 
 
 def train(
-    config: RunConfig, topology: Topology, device: torch.device, stream: TextIO
+    config: RunConfig,
+    topology: Topology,
+    device: torch.device,
+    stream: TextIO,
+    signals: Signals | None = None,
 ) -> TrainState:
     """Train to the recipe's last step, from the last checkpoint in the run's folder if any.
 
-    Progress goes to `stream` on rank 0. Collective: every rank calls it, with its own topology
-    and device, inside the run's process group.
+    Progress goes to `stream` on rank 0. `signals` may end it earlier. Collective: every rank
+    calls it, with its own topology and device, inside the run's process group.
 
     Raises:
         UserError: whatever in the recipe, the data or the run's folder the user has to change.
@@ -66,6 +79,15 @@ def train(
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
     run_dir = config.run.folder
     resumed_from = mesh.from_main(lambda: _open_run(run_dir, config))
+    marker = requeue_marker(run_dir, topology.job.id)
+    if mesh.from_main(lambda: _is_over(run_dir, config, marker)):
+        assert resumed_from is not None
+        if topology.is_main:
+            print(f"{run_dir} is finished: all {config.run.steps} steps are done", file=stream)
+        return checkpoint.load_state(resumed_from)
+    signals = signals or Signals()
+    signals.limit(topology.job.ends_at_s, config.resilience.save_margin_s)
+    guard = Guard(mesh, signals)
     warning = mesh.from_main(lambda: _certificate_warning(config, topology.world_size))
     datasets = open_datasets(config.data)
     text = build_text_encoder(config.modalities.text.encoder, device)
@@ -120,6 +142,7 @@ def train(
             step=_step(config, parts),
             source=source,
             loader=loader,
+            guard=guard,
             evaluate=evaluate,
             generate=(
                 Gallery(config, parts, master_dtype(config)).at_step
@@ -131,8 +154,28 @@ def train(
             peak_flops=peak_flops(device, config.precision.compute_dtype),
         ).run(state)
         if sinks is not None:
-            sinks.event("stop", state.step, f"{state.num_samples} samples seen")
+            sinks.event("stop", state.step, _farewell(guard.request, state))
+            if state.step >= config.run.steps:
+                write_marker(run_dir / FINISHED_FILE, state.step)
+            elif guard.request is Request.REQUEUE:
+                write_marker(marker, state.step)
     return state
+
+
+def _is_over(run_dir: Path, config: RunConfig, marker: Path) -> bool:
+    """Whether the last step is saved already. Removes what an earlier start asked for. Rank 0."""
+    marker.unlink(missing_ok=True)
+    return is_finished(run_dir, config.run.steps) and bool(checkpoint.find_checkpoints(run_dir))
+
+
+def _farewell(request: Request, state: TrainState) -> str:
+    """Why the run ends here, and what it has seen."""
+    why = {
+        Request.NONE: "",
+        Request.REQUEUE: "asked to save and come back; ",
+        Request.STOP: "asked to save and stop; ",
+    }
+    return f"{why[request]}{state.num_samples} samples seen"
 
 
 def _open_run(run_dir: Path, config: RunConfig) -> Path | None:

@@ -9,7 +9,7 @@ on how the step is cut into ranks and micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,9 @@ from kinodit.trainer.parallel.sequence import share
 from kinodit.trainer.parallel.shard import local_part
 
 NUM_NOISE_BINS = 10
+
+Gate = Callable[[Tensor, Tensor], bool]
+"""(losses, grad_norm), as in `StepResult` -> whether to update. Every rank must say the same."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class StepResult:
     bin_counts: [M, NUM_NOISE_BINS] number of those tokens
     grad_norm:  scalar, global, before clipping
     counts:     over all ranks
+    updated:    False: the gate refused, and parameters, moments and averages are as before
     """
 
     losses: Tensor
@@ -57,6 +61,7 @@ class StepResult:
     bin_counts: Tensor
     grad_norm: Tensor
     counts: StepCounts
+    updated: bool = True
 
 
 def loss_tokens(tokens_weight: Tensor, role: Tensor) -> Tensor:
@@ -103,8 +108,13 @@ class Step:
         self._seed = seed
         self._max_grad_norm = max_grad_norm
 
-    def __call__(self, step: int, batches: Sequence[TokenBatch], lr: float) -> StepResult:
-        """Update the model with `batches`, this rank's micro-batches of the step, on the host."""
+    def __call__(
+        self, step: int, batches: Sequence[TokenBatch], lr: float, gate: Gate | None = None
+    ) -> StepResult:
+        """Update the model with `batches`, this rank's micro-batches of the step, on the host.
+
+        `gate` is asked between the backward and the update.
+        """
         counts = count_step(batches, self.modalities, self._mesh)
         device = self._engine.device
         shape = (len(self.modalities), NUM_NOISE_BINS, 2)
@@ -126,12 +136,16 @@ class Step:
         faults.reach("step:gradients", step, self._gradients)
         grad_norm = self._engine.clip(self._max_grad_norm)
         faults.reach("step:before-update", step)
-        self._engine.step(lr)
-        for ema in self._emas:
-            ema.update(step)
+        updated = gate is None or gate(losses, grad_norm)
+        if updated:
+            self._engine.step(lr)
+            for ema in self._emas:
+                ema.update(step)
+        else:
+            self._engine.skip()
         faults.reach("step:end", step, self._parameters)
         errors, tokens = bins.unbind(-1)
-        return StepResult(losses, errors, tokens, grad_norm, counts)
+        return StepResult(losses, errors, tokens, grad_norm, counts, updated)
 
     def _gradients(self) -> dict[str, Tensor]:
         """This rank's parts of the gradients."""

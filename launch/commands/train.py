@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kinodit.launch.topology import process_group, read_topology
+from kinodit.trainer.resilience.signals import Signals
 
 HELP = (
     "Train the recipe CONFIG. The same command resumes: a run continues from the last checkpoint "
@@ -21,12 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train to the recipe's last step."""
-    from kinodit.trainer.config import load_config
-    from kinodit.trainer.run import train
+    """Train to the recipe's last step, or until asked to stop: both are a success."""
+    # Handlers first: what follows takes seconds, in which a signal would end the process.
+    with Signals() as signals:
+        from kinodit.launch.topology import process_group, read_topology
+        from kinodit.trainer.config import load_config
+        from kinodit.trainer.run import train
 
-    config = load_config(args.config, args.overrides)
-    topology = read_topology()
-    with process_group(topology, config.run.deadline_s) as device:
-        train(config, topology, device, sys.stderr)
+        config = load_config(args.config, args.overrides)
+        topology = read_topology()
+        with process_group(topology, config.run.deadline_s) as device:
+            train(config, topology, device, sys.stderr, signals)
     return 0

@@ -20,8 +20,8 @@ class Engine(Protocol):
     """Owns the model's parameters, their gradients and the optimizer.
 
     One optimizer step is: `forward_backward` for each micro-batch (`last` for the last one), then
-    `clip`, then `step`. Gradients are sums over micro-batches and ranks, never means. All ranks
-    make the same calls in the same order.
+    `clip`, then `step` or `skip`. Gradients are sums over micro-batches and ranks, never means.
+    All ranks make the same calls in the same order.
     """
 
     device: torch.device
@@ -42,6 +42,10 @@ class Engine(Protocol):
 
     def step(self, lr: float) -> None:
         """One optimizer update at rate `lr`; drops the gradients."""
+        ...
+
+    def skip(self) -> None:
+        """Drop the gradients instead of `step`: parameters and moments stay as they are."""
         ...
 
     def inference(self) -> AbstractContextManager[Forward]:

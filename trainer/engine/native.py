@@ -68,6 +68,10 @@ class NativeEngine:
         self._optimizer.set_lr(lr)
         self._optimizer.step()
 
+    def skip(self) -> None:
+        """See `Engine`."""
+        self._optimizer.skip()
+
     @contextmanager
     def inference(self) -> Iterator[Forward]:
         """See `Engine`."""

@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test proof certificates lint bench docs clean extras
+.PHONY: help setup demo test proof certificates lint bench docs slurm-lab clean extras
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -11,7 +11,9 @@ EXTRAS := dev,demo,encoders,media,tensorboard,wandb
 # The environment is current if it was made from these very requirements.
 STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints/ci.txt | sha256sum | cut -c 1-16)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints/ci.txt
-SHELL_SCRIPTS := .ci/run constraints/refresh.sh $(wildcard slurm/*.sh)
+SHELL_SCRIPTS := .ci/run constraints/refresh.sh $(wildcard slurm/*.sh slurm/lab/*.sh)
+
+NODES := 3
 
 # What `make demo` trains, and where the recipe reads and writes.
 DEMO_CONFIG := configs/t2v_tiny.yaml
@@ -21,7 +23,7 @@ DEMO_RUN := runs/t2v_tiny
 export OMP_NUM_THREADS ?= 1
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything the demo and the tests need
 	@:
@@ -74,6 +76,9 @@ bench: setup ## time our model against its peers (12 minutes, 1 thread)
 
 docs: setup ## check the documentation: links, and the commands it shows
 	$(BIN)/pytest tests/repo/test_docs.py
+
+slurm-lab: ## a shell in a real, throw-away Slurm cluster of NODES=3 nodes (Debian's slurm-wlm, munge)
+	@slurm/lab/lab.sh --nodes $(NODES)
 
 clean: ## remove what was built or measured here; keeps .venv, runs/ and demo/
 	rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

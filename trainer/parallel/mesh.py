@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from kinodit.models.errors import ConfigError, UserError
 from kinodit.trainer.parallel.sequence import Place
-from kinodit.trainer.parallel.traffic import note, others_share
+from kinodit.trainer.parallel.traffic import CONTROL, note, others_share
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class Mesh:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over all ranks, in place."""
         if self.world_size > 1:
-            note("control", "all_reduce", 2 * others_share(tensor, self.world_size))
+            note(CONTROL, "all_reduce", 2 * others_share(tensor, self.world_size))
             dist.all_reduce(tensor)
         return tensor
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -24,6 +26,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
+from kinodit.trainer.parallel.traffic import note, others_share
+
+SHARD, REPLICATE = "fsdp", "hsdp"
+"""What messages of parameters and gradients are for: inside a replica, and between replicas."""
 
 
 def shard(
@@ -51,12 +57,61 @@ def shard(
     if config.cpu_offload:
         settings["offload_policy"] = CPUOffloadPolicy()
     for block in blocks:
-        fully_shard(block, reshard_after_forward=config.reshard_after_forward, **settings)
+        # The backward begins with the last block: freed, it would be gathered again at once.
+        frees = config.reshard_after_forward and block is not blocks[-1]
+        fully_shard(block, reshard_after_forward=frees, **settings)
     fully_shard(model, **settings)
     _prefetch([cast(FSDPModule, block) for block in blocks], config.prefetch)
+    num_replicas = device_mesh.size(0)
+
+    def count_sum(gradients: Tensor) -> None:
+        note(REPLICATE, "all_reduce", 2 * others_share(gradients, num_replicas))
+
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+        unit.set_custom_all_gather(cast(Any, _AllGather()))
+        unit.set_custom_reduce_scatter(cast(Any, _ReduceScatter()))
+        if num_replicas > 1:
+            unit.set_all_reduce_hook(count_sum)
+
+
+class _Buffers:
+    """Memory for a message of FSDP2: plain, as it does by itself."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _AllGather(_Buffers):
+    """FSDP2's own, counted."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: ProcessGroup,
+        async_op: bool = False,
+    ) -> Any:
+        note(SHARD, "all_gather", others_share(output_tensor, group.size()))
+        return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _ReduceScatter(_Buffers):
+    """FSDP2's own, counted."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
+        note(SHARD, "reduce_scatter", others_share(input_tensor, group.size()))
+        return dist.reduce_scatter_single(
+            output_tensor, input_tensor, op=op, group=group, async_op=async_op
+        )
 
 
 def _prefetch(blocks: list[FSDPModule], num_ahead: int) -> None:

@@ -1,42 +1,43 @@
-"""Counting what crosses between ranks, by what it is for.
+"""Counting what crosses between ranks in a step, by what it is for.
 
-Collectives of our own report themselves under a label; those of FSDP2 are counted where it calls
-them. Bytes are those that this rank has to receive, whatever the algorithm: of an all-gather what
-the others have, (n - 1) / n of the whole; of a reduce-scatter as much; of an all-reduce both; of an
-all-to-all and of a transfer what comes from others.
+Whoever talks says so with `note`, FSDP2 included (`trainer/parallel/shard.py`). A message is a
+collective that a rank takes part in, or a transfer that it receives. Bytes are those that it has to
+receive, whatever the algorithm: of an all-gather what the others have, (n - 1) / n of the whole;
+of a reduce-scatter as much; of an all-reduce both; of an all-to-all and of a transfer what comes
+from others. The least that a layout needs is in `trainer/parallel/volume.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
-from unittest.mock import patch
 
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+
+CONTROL = "control"
+"""What messages about a step are for: counts of tokens, the norm of the gradient, flags."""
 
 _WATCHING: list[Traffic] = []
 
 
-@dataclass
+@dataclass(eq=False)
 class Traffic:
-    """Messages and bytes by (label, kind) while it is entered. Labels of FSDP2: fsdp and hsdp."""
+    """Messages and bytes by (label, kind) while it is entered, on this rank."""
 
     messages: Counter[tuple[str, str]] = field(default_factory=Counter)
     num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def __enter__(self) -> Traffic:
-        self._stack = ExitStack()
-        self._stack.enter_context(patch.object(_fsdp_collectives, "dist", _Counted()))
         _WATCHING.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         _WATCHING.remove(self)
-        self._stack.close()
+
+    @property
+    def labels(self) -> set[str]:
+        """What there were messages for."""
+        return {label for label, _ in self.messages}
 
     def total(self, label: str) -> tuple[int, int]:
         """(messages, bytes) of a label, of any kind."""
@@ -53,29 +54,4 @@ def note(label: str, kind: str, num_bytes: int) -> None:
 
 def others_share(whole: Tensor, num_ranks: int) -> int:
     """Bytes of `whole` that equal parts on the other ranks of a group make up."""
-    return whole.nbytes // num_ranks * (num_ranks - 1)
-
-
-class _Counted:
-    """torch.distributed as FSDP2 sees it, with its collectives counted."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(dist, name)
-
-    def all_gather_single(self, output_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        size = dist.get_world_size(kwargs["group"])
-        if size > 1:
-            note("fsdp", "all_gather", others_share(output_tensor, size))
-        return dist.all_gather_single(output_tensor, *args, **kwargs)
-
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, **kwargs: Any) -> Any:
-        size = dist.get_world_size(kwargs["group"])
-        if size > 1:
-            note("fsdp", "reduce_scatter", others_share(input, size))
-        return dist.reduce_scatter_single(output=output, input=input, **kwargs)
-
-    def all_reduce(self, tensor: Tensor, **kwargs: Any) -> Any:
-        size = dist.get_world_size(kwargs["group"])
-        if size > 1:
-            note("hsdp", "all_reduce", 2 * others_share(tensor, size))
-        return dist.all_reduce(tensor, **kwargs)
+    return whole.nbytes * (num_ranks - 1) // num_ranks

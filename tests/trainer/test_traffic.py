@@ -1,0 +1,203 @@
+"""Whatever crosses between ranks in a training step is counted, and is the least there can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kinodit.models.config import StreamConfig
+from kinodit.models.mmdit import MMDiT, MMDiTConfig
+from kinodit.models.tokens import TokenBatch
+from kinodit.trainer.parallel.apply import PrecisionConfig, model_blocks
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.traffic import Traffic, note, others_share
+from kinodit.trainer.parallel.volume import Formats, Volume, Work, least, weights_of
+from tests.support.counted import Counted, counted_step
+from tests.support.packs import Sample, build_pack, clean, noised
+from tests.support.ranks import Ranks
+
+MODEL = MMDiTConfig(
+    streams={
+        "text": StreamConfig(8, output=False, position="none"),
+        "video": StreamConfig(8),
+    },
+    conditions={},
+    width=32,
+    num_heads=4,
+    num_double_blocks=2,
+    num_single_blocks=2,
+)
+"""Every dim divides by 4, so that no shard is padded."""
+UNEVEN = replace(
+    MODEL,
+    streams={**MODEL.streams, "text": StreamConfig(8, output=False, position="none", width=16)},
+    head_dim=8,
+    num_kv_heads=2,
+    num_single_blocks=0,
+    modulation_rank=4,
+)
+"""A narrower stream that ends early, fewer key/value heads, thin matrices that are stored split."""
+
+
+def pack(num_text: int, num_video: int) -> TokenBatch:
+    """Two samples."""
+    parts = [(1, 1), (num_text - 1, num_video - 1)]
+    return build_pack(
+        [
+            Sample(f"{index}", {"text": clean(text), "video": noised(video)})
+            for index, (text, video) in enumerate(parts)
+        ],
+        {"text": 8, "video": 8},
+    )
+
+
+EVEN, ODD = pack(8, 24), pack(8, 23)
+FORMATS = Formats(4, 4, 4)
+
+LAYOUTS = {
+    "fsdp2": (2, ParallelConfig(), "none"),
+    "ddp2": (2, ParallelConfig(dp_replicate=2), "none"),
+    "tp2": (2, ParallelConfig(tp=2), "full"),
+    "kept": (2, ParallelConfig(reshard_after_forward=False), "none"),
+    "ring2": (2, ParallelConfig(cp=2, ring=2), "full"),
+    "hsdp2x2": (4, ParallelConfig(dp_replicate=2), "full"),
+    "ulysses2": (2, ParallelConfig(cp=2), "none"),
+    "ulysses2 x ring2": (4, ParallelConfig(cp=4, ring=2), "none"),
+    "ring2 x tp2": (4, ParallelConfig(cp=2, ring=2, tp=2), "none"),
+    "ddp2 x tp2": (4, ParallelConfig(dp_replicate=2, tp=2), "none"),
+}
+"""(ranks, layout, what is recomputed)"""
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[dict[int, Ranks]]:
+    groups = {2: Ranks(2), 4: Ranks(4)}
+    yield groups
+    for group in groups.values():
+        group.close()
+
+
+def is_complete(counted: Counted) -> bool:
+    """Whether what was reported is what was sent."""
+    messages, num_bytes = counted.by_kind()
+    assert not counted.unknown
+    return messages == counted.wire_messages and num_bytes == counted.wire_bytes
+
+
+def test_messages_are_counted_while_someone_counts() -> None:
+    note("before", "all_reduce", 5)
+    with Traffic() as outer:
+        note("tp", "all_gather", 10)
+        with Traffic() as inner:
+            note("tp", "all_gather", 30)
+            note("tp", "reduce_scatter", 7)
+            note("ring", "transfer", 2)
+        note("ring", "transfer", 4)
+    note("after", "all_reduce", 5)
+    assert outer.labels == {"tp", "ring"}
+    assert outer.total("tp") == (3, 47)
+    assert outer.total("ring") == (2, 6)
+    assert inner.total("tp") == (2, 37)
+    assert inner.total("ring") == (1, 2)
+    assert inner.total("after") == (0, 0)
+
+
+def test_share_of_others() -> None:
+    assert others_share(torch.zeros(12), 4) == 36
+    assert others_share(torch.zeros(12, dtype=torch.bfloat16), 3) == 16
+
+
+def least_of(
+    config: MMDiTConfig, batch: TokenBatch, name: str, passes: int = 1, formats: Formats = FORMATS
+) -> dict[str, Volume]:
+    world_size, parallel, remat = LAYOUTS[name]
+    _, num_shards = parallel.resolve(world_size)
+    model = MMDiT(config)
+    blocks = model_blocks(model)
+    work = Work(
+        config,
+        weights_of(model, blocks, parallel.tp),
+        {name: tokens.num_tokens for name, tokens in batch.modalities.items()},
+        len(batch.level_t),
+        [2 if remat == "full" else 1] * len(blocks),
+        passes,
+    )
+    return least(work, replace(parallel, dp_shard=num_shards), formats)
+
+
+def means(ranks: list[Counted]) -> dict[str, Volume]:
+    """Label -> bytes and messages, on average over ranks."""
+    labels = {label for counted in ranks for label, _ in counted.messages} - {"control"}
+    found = {}
+    for label in labels:
+        messages, num_bytes = zip(*(counted.label(label) for counted in ranks), strict=True)
+        assert len(set(messages)) == 1
+        found[label] = Volume(sum(num_bytes) / len(ranks), messages[0])
+    return found
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("config", [MODEL, UNEVEN], ids=["single", "uneven"])
+def test_a_step_sends_the_least_there_can_be(
+    name: str, config: MMDiTConfig, ranks: dict[int, Ranks]
+) -> None:
+    world_size, parallel, remat = LAYOUTS[name]
+    ours = ranks[world_size].run(counted_step, config, parallel, [EVEN, EVEN], remat)
+    assert all(is_complete(counted) for counted in ours)
+    assert means(ours) == least_of(config, EVEN, name, passes=2)
+    assert {counted.label("control")[0] for counted in ours} == {2}
+
+
+@pytest.mark.gloo
+def test_gradients_travel_in_the_format_that_they_are_summed_in(ranks: dict[int, Ranks]) -> None:
+    name, precision = "ring2 x tp2", PrecisionConfig(compute="bfloat16")
+    ours = ranks[4].run(counted_step, MODEL, LAYOUTS[name][1], [EVEN], "none", precision)
+    assert all(is_complete(counted) for counted in ours)
+    assert means(ours) == least_of(MODEL, EVEN, name, formats=Formats(4, 2, 4))
+
+
+@pytest.mark.gloo
+def test_lengths_that_do_not_divide_cost_at_most_a_token_a_rank(ranks: dict[int, Ranks]) -> None:
+    found = means(ranks[4].run(counted_step, MODEL, LAYOUTS["ring2 x tp2"][1], [ODD]))
+    expected = least_of(MODEL, ODD, "ring2 x tp2")
+    assert found["ring"] == expected["ring"]
+    assert found["fsdp"] == expected["fsdp"]
+    assert found["tp"].messages == expected["tp"].messages
+    assert found["tp"].num_bytes / expected["tp"].num_bytes == pytest.approx(32 / 31)
+    found = means(ranks[2].run(counted_step, MODEL, LAYOUTS["ulysses2"][1], [ODD]))
+    assert found == least_of(MODEL, ODD, "ulysses2")
+
+
+@pytest.mark.gloo
+def test_a_message_without_a_label_is_found(ranks: dict[int, Ranks]) -> None:
+    args = (MODEL, ParallelConfig(), [EVEN], "none", None, True)
+    for counted in ranks[2].run(counted_step, *args):
+        assert not is_complete(counted)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp2x2", "ddp2 x tp2"])
+def test_gradients_are_reduced_once_for_all_micro_batches(
+    name: str, ranks: dict[int, Ranks]
+) -> None:
+    world_size, parallel, _ = LAYOUTS[name]
+    one, four = (
+        ranks[world_size].run(counted_step, MODEL, parallel, packs)
+        for packs in ([EVEN], [EVEN] * 4)
+    )
+    reduced = [
+        ("fsdp", "reduce_scatter"),
+        ("hsdp", "all_reduce"),
+        ("whole gradients", "all_reduce"),
+    ]
+    sent = 0
+    for of_one, of_four in zip(one, four, strict=True):
+        for key in reduced:
+            assert of_four.label(*key) == of_one.label(*key)
+            sent += of_one.label(*key)[0]
+        assert of_four.label("control") == of_one.label("control")
+    assert sent > 0

@@ -48,7 +48,10 @@ def read_topology() -> Topology:
     rank, world_size, local_rank = (int(env[name]) for name in names)
     # One rank's knowledge of the time limit is enough: the ranks agree on when to stop.
     job = read_job(env, asks=rank == 0)
-    return Topology(rank=rank, world_size=world_size, local_rank=local_rank, job=job)
+    # Slurm writes 8(x4) for four nodes of eight, and 8(x3),4 where the last has fewer.
+    per_node = env.get("LOCAL_WORLD_SIZE" if source == "torchrun" else "SLURM_TASKS_PER_NODE", "0")
+    first = int(per_node.partition("(")[0].partition(",")[0])
+    return Topology(rank, world_size, local_rank, job=job, ranks_per_node=first)
 
 
 def read_job(env: Mapping[str, str], *, asks: bool) -> Job:

@@ -32,7 +32,7 @@ from kinodit.trainer.evaluate import Evaluator
 from kinodit.trainer.gallery import Gallery
 from kinodit.trainer.loop import Loop
 from kinodit.trainer.metrics import peak_flops
-from kinodit.trainer.parallel.mesh import Mesh, build_mesh
+from kinodit.trainer.parallel.mesh import Mesh, build_mesh, placement_warning
 from kinodit.trainer.progress import Progress
 from kinodit.trainer.resilience.guard import Guard
 from kinodit.trainer.resilience.signals import (
@@ -88,7 +88,7 @@ def train(
     signals = signals or Signals()
     signals.limit(topology.job.ends_at_s, config.resilience.save_margin_s)
     guard = Guard(mesh, signals)
-    warning = mesh.from_main(lambda: _certificate_warning(config, topology.world_size))
+    warning = mesh.from_main(lambda: certificate_warning(config, topology.world_size))
     datasets = open_datasets(config.data)
     text = build_text_encoder(config.modalities.text.encoder, device)
     codec = _fitted_codec(config, run_dir, datasets, mesh)
@@ -123,7 +123,9 @@ def train(
             )
             stack.callback(sinks.close)
             sinks.event("resume" if resumed_from else "start", state.step, _headline(parts, spec))
-            for said in filter(None, (warning, armed and f"faults are armed: {armed}")):
+            armed_faults = armed and f"faults are armed: {armed}"
+            placement = placement_warning(config.parallel, topology.ranks_per_node)
+            for said in filter(None, (warning, placement, armed_faults)):
                 print(said, file=stream)
                 sinks.event("warning", state.step, said)
             progress = Progress(stream, config.run.steps, start_step=state.step)
@@ -189,7 +191,7 @@ def _open_run(run_dir: Path, config: RunConfig) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def _certificate_warning(config: RunConfig, world_size: int) -> str:
+def certificate_warning(config: RunConfig, world_size: int) -> str:
     """What to say of a layout without a certificate; "" if there is one. Rank 0 only.
 
     Raises:

@@ -21,12 +21,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Topology:
-    """rank of world_size processes; local_rank counts within the node."""
+    """rank of world_size processes; local_rank counts within the node, which has ranks_per_node.
+
+    ranks_per_node: of the first node, if they differ; 0 if the launcher does not say
+    """
 
     rank: int
     world_size: int
     local_rank: int
     job: Job = Job()
+    ranks_per_node: int = 0
 
     @property
     def is_main(self) -> bool:

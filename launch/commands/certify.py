@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kinodit.trainer.certify.run import Row
     from kinodit.trainer.certify.twin import Twin
+    from kinodit.trainer.parallel.mesh import ParallelConfig
 
 HELP = (
     "Train a small twin of the recipe's model on one process and under every layout, in float64 "
@@ -27,10 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layouts",
         default="all",
-        help='"all" (every axis, every pair), or a list such as "cp=2;dp_shard=2,cp=2"',
+        help='"all" (see --size), or a list such as "cp=2;dp_shard=2,cp=2"',
     )
     parser.add_argument(
-        "--world", type=int, default=4, help="processes at most, for --layouts all (default: 4)"
+        "--size",
+        choices=("default", "full"),
+        default="default",
+        help="what all is: every axis and pair (minutes), or every triple of axes, too",
+    )
+    parser.add_argument(
+        "--world",
+        type=int,
+        help="processes at most, for --layouts all (default: 4; 8 for --size full)",
     )
     parser.add_argument(
         "--engines", choices=("native", "all"), default="all", help="engines (default: all)"
@@ -53,29 +62,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a table row by row; 1 if any layout differs."""
     from kinodit.trainer.certify.certificate import FILE, Certificate
-    from kinodit.trainer.certify.layouts import default_layouts, num_ranks, parse_layouts
+    from kinodit.trainer.certify.layouts import layout_name, num_ranks
     from kinodit.trainer.certify.run import Case, certify
+    from kinodit.trainer.certify.trace import ENGINES
     from kinodit.trainer.certify.twin import twin
     from kinodit.trainer.config import load_config
 
     config = load_config(args.config, args.overrides)
     small = twin(config)
-    if args.layouts == "all":
-        layouts = default_layouts(small.config.model, config.parallel, args.world)
-    else:
-        layouts = parse_layouts(args.layouts, config.parallel)
+    layouts = chosen_layouts(args, small)
     dtypes = ("float64", "bfloat16") if args.device == "cpu" else ("bfloat16",)
     _check_devices(args.device, max(map(num_ranks, layouts)))
-    cases = [Case(layout, dtype) for dtype in dtypes for layout in layouts]
+    engines = tuple(ENGINES) if args.engines == "all" else (args.engines,)
+    cases = [
+        Case(layout, dtype, engine) for dtype in dtypes for layout in layouts for engine in engines
+    ]
     _print_twin(small)
-    print(f"{'layout':<24} {'dtype':<9} {'loss':>7} {'gradient':>8} {'weights':>8} {'noise':>6}")
+    width = max(len(layout_name(layout)) for layout in layouts)
+    print(
+        f"{'layout':<{width}} {'dtype':<9} {'loss':>7} {'gradient':>8} {'weights':>8} {'noise':>6}"
+    )
     start_s = time.monotonic()
     rows = []
     for row in certify(small, cases, args.device):
         rows.append(row)
-        _print_row(row)
+        _print_row(row, width)
     if args.json:
-        args.json.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
+        _write(args.json, [row.to_json() for row in rows])
     num_ok = sum(row.ok for row in rows)
     print(
         f"{num_ok} of {len(rows)} agree with one process: float64 to 1e-12, bfloat16 within "
@@ -87,13 +100,39 @@ def run(args: argparse.Namespace) -> int:
     return 0 if num_ok == len(rows) else FAILED
 
 
+def chosen_layouts(args: argparse.Namespace, small: Twin) -> list[ParallelConfig]:
+    """The layouts that a command line asks for."""
+    from kinodit.models.errors import ConfigError
+    from kinodit.trainer.certify.layouts import default_layouts, full_layouts, parse_layouts
+
+    base = small.config.parallel
+    if args.layouts != "all":
+        return parse_layouts(args.layouts, base)
+    choose, world = (full_layouts, 8) if args.size == "full" else (default_layouts, 4)
+    layouts = choose(small.config.model, base, args.world or world)
+    if not layouts:
+        raise ConfigError(
+            f"--world {args.world}: the smallest layout that could differ has 2 processes"
+        )
+    return layouts
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    from kinodit.models.errors import UserError
+
+    try:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _print_twin(small: Twin) -> None:
     changes = ", ".join(f"{key[6:]} {old} -> {new}" for key, old, new in small.shrunk)
     print(f"twin: {changes or 'the model is small enough as it is'}")
     print("data: 8 synthetic samples of odd lengths in 4 unequal packs a step, 3 steps")
 
 
-def _print_row(row: Row) -> None:
+def _print_row(row: Row, width: int) -> None:
     known = row.verdict
     errors = ["-"] * 3
     if known is not None:
@@ -101,8 +140,8 @@ def _print_row(row: Row) -> None:
         errors = [f"{error:.0e}" for error in values]
     noise = "" if known is None or known.noise_ratio is None else f"{known.noise_ratio:.1f}x"
     print(
-        f"{row.layout:<24} {row.dtype:<9} {errors[0]:>7} {errors[1]:>8} {errors[2]:>8} {noise:>6}"
-        f"  {'ok' if row.ok else 'DIFFERS'}"
+        f"{row.layout:<{width}} {row.dtype:<9} {errors[0]:>7} {errors[1]:>8} {errors[2]:>8} "
+        f"{noise:>6}  {'ok' if row.ok else 'DIFFERS'}"
     )
     for fault in row.faults:
         print("    " + fault.rstrip().replace("\n", "\n    "))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
-from kinodit.trainer.certify.layouts import default_layouts, layout_name, parse_layouts
+from kinodit.trainer.certify.layouts import full_layouts, layout_name, num_ranks
 from kinodit.trainer.certify.run import Case, Certifier, Row
 from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.config import RunConfig, load_config
@@ -47,24 +47,16 @@ TWINS = {
     "image_and_video": twin(replace(RunConfig(), model=IMAGE_AND_VIDEO)),
     "text_video_audio": twin(replace(RunConfig(), model=TEXT_VIDEO_AUDIO)),
 }
-TRIPLES = (
-    "dp_shard=2,cp=2,tp=2;dp_shard=2,cp=2,ring=2,tp=2;dp_replicate=2,dp_shard=2,tp=2;"
-    "dp_replicate=2,dp_shard=2,cp=2;dp_replicate=2,dp_shard=2,cp=2,ring=2;"
-    "dp_replicate=2,cp=2,tp=2;dp_replicate=2,cp=2,ring=2,tp=2;cp=4,ring=2,tp=2;"
-    "dp_shard=2,cp=4,ring=2;dp_replicate=2,cp=4,ring=2"
-)
 NUM_IN_CI = 5
 
 
 def cases(small: Twin, size: str, name: str) -> list[Case]:
-    base = small.config.parallel
-    upto4 = default_layouts(small.config.model, base, 4)
-    triples = parse_layouts(TRIPLES, base)
+    everything = full_layouts(small.config.model, small.config.parallel, 8)
     if size == "full":
-        everything = [*upto4, *triples]
         return [Case(layout, dtype) for dtype in ("float64", "bfloat16") for layout in everything]
+    upto4 = [layout for layout in everything if num_ranks(layout) <= 4]
     drawn = sampled(upto4, NUM_IN_CI, size, name)
-    drawn += sampled(triples, 1, size, f"{name} triples")
+    drawn += sampled([one for one in everything if one not in upto4], 1, size, f"{name} triples")
     return [Case(layout) for layout in drawn] + [Case(drawn[0], "bfloat16")]
 
 
@@ -112,9 +104,11 @@ def test_the_grid_has_what_was_promised() -> None:
     for small in TWINS.values():
         found = {
             layout_name(layout)
-            for layout in default_layouts(small.config.model, small.config.parallel, 4)
+            for layout in full_layouts(small.config.model, small.config.parallel, 8)
         }
         assert {"tp=2", "cp=2", "cp=2,ring=2", "dp_shard=2", "dp_replicate=2"} <= found
         assert {"cp=4,ring=4", "dp_shard=4", "dp_replicate=4", "cp=4,ring=2"} <= found
         assert {"cp=2,tp=2", "cp=2,ring=2,tp=2", "dp_shard=2,tp=2", "dp_shard=2,cp=2"} <= found
         assert "dp_replicate=2,tp=2" in found
+        assert {"dp_replicate=2,dp_shard=2,tp=2", "dp_shard=2,cp=2,tp=2"} <= found
+        assert {"cp=4,ring=2,tp=2", "dp_shard=2,cp=2,ring=2,tp=2"} <= found

@@ -87,12 +87,17 @@ def mixing_table(config: MMDiTConfig) -> list[Row]:
     return [*mmdit_table(config), *rows]
 
 
+CALLS: list[int] = []
+"""Tokens of each call of the strategy below, on this rank."""
+
+
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     """A strategy for cp: every rank puts all keys and values together for its own queries.
 
     For packs in which a segment sees all of itself and nothing else.
     """
     assert isinstance(layout, CutLayout) and layout.order is not None
+    CALLS.append(len(q))
     if sum(layout.lengths) == 0:
         return q + k.sum() + v.sum()
     own = torch.empty(q.shape[0], 1, dtype=q.dtype)
@@ -127,7 +132,10 @@ def extended_trace(
             steps = list(apply.STEPS)
             steps.insert(steps.index(apply.share_tokens) + 1, use_gathering)
             stack.enter_context(patch.object(apply, "STEPS", tuple(steps)))
-        return trace(rank, world_size, small, parallel)
+        CALLS.clear()
+        made = trace(rank, world_size, small, parallel)
+        assert bool(CALLS) == (what == "strategy")
+        return made
 
 
 @pytest.fixture(scope="module")

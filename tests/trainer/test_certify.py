@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,26 +17,37 @@ from torch import Tensor, nn
 
 from kinodit.data.synthetic import synthetic_pack
 from kinodit.launch import cli
+from kinodit.launch.commands import certify as command
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
 from kinodit.trainer.certify import StepOutcome, compare
 from kinodit.trainer.certify.band import compare_in_band
-from kinodit.trainer.certify.certificate import FILE, Certificate, key_of, uncertified
+from kinodit.trainer.certify.certificate import (
+    FILE,
+    Certificate,
+    axes_of,
+    key_of,
+    uncertified,
+)
 from kinodit.trainer.certify.layouts import (
+    KINDS,
     default_layouts,
+    full_layouts,
     layout_name,
     num_ranks,
     parse_layouts,
 )
 from kinodit.trainer.certify.modules import sum_of_squares
 from kinodit.trainer.certify.run import Row
-from kinodit.trainer.certify.trace import SLOTS_OF_PACKS, Trace
+from kinodit.trainer.certify.trace import SLOTS_OF_PACKS, Trace, low_precision
 from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
 from kinodit.trainer.config import RunConfig, load_config
+from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.run import certificate_warning
 from tests.support.ranks import ROOT
 
 BASE = ParallelConfig()
@@ -100,6 +113,43 @@ def test_the_grid_has_every_axis_and_pair_that_fits() -> None:
         "dp_shard=2",
         "cp=2,ring=2",
     ]
+
+
+def test_the_full_grid_adds_every_triple() -> None:
+    model = twin_of(PRESETS["2b"]).config.model
+    upto8 = full_layouts(model, BASE, 8)
+    assert upto8[:20] == default_layouts(model, BASE, 8)
+    triples = [layout_name(layout) for layout in upto8[20:]]
+    assert len(set(triples)) == len(list(itertools.combinations(KINDS, 3))) == 10
+    assert "dp_shard=2,cp=2,tp=2" in triples and "cp=4,ring=2,tp=2" in triples
+    assert all(num_ranks(layout) == 8 for layout in upto8[20:])
+    assert all(len(axes_of(layout)) == 3 for layout in upto8[20:])
+    assert full_layouts(model, BASE, 4) == default_layouts(model, BASE, 4)
+
+
+def test_the_command_takes_the_size_of_the_grid(capsys: pytest.CaptureFixture[str]) -> None:
+    def asked(*arguments: str) -> list[str]:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        recipe = str(ROOT / "configs" / "t2v_tiny.yaml")
+        args = parser.parse_args([recipe, *arguments])
+        small = twin(load_config(args.config, args.overrides))
+        return [layout_name(layout) for layout in command.chosen_layouts(args, small)]
+
+    assert len(asked()) == 20 and len(asked("--size", "full")) == 30
+    assert asked("--size", "full", "--world", "4") == asked()
+    assert asked("--world", "2") == [
+        "dp_replicate=2",
+        "dp_shard=2",
+        "cp=2",
+        "cp=2,ring=2",
+        "tp=2",
+    ]
+    with pytest.raises(ConfigError, match="--world 1: the smallest layout"):
+        asked("--world", "1")
+    # Whatever else the recipe says of parallelism stays as it is.
+    kept = default_layouts(PRESETS["tiny"], ParallelConfig(prefetch=3), 4)
+    assert all(layout.prefetch == 3 for layout in kept)
 
 
 def test_synthetic_packs_are_odd_and_depend_on_nothing_but_step_and_slot() -> None:
@@ -220,6 +270,47 @@ def test_a_certificate_covers_axes_and_their_pairs(tmp_path: Path) -> None:
     path.write_text("no certificate")
     assert uncertified(config, 64) == wanted
     assert uncertified(replace(config, parallel=ParallelConfig()), 1) == ""
+
+
+def test_a_row_that_is_run_again_speaks_for_itself(tmp_path: Path) -> None:
+    small, path = twin(load_config(ROOT / "configs" / "t2v_tiny.yaml")), tmp_path / FILE
+    for ok, kinds in ((True, [["tp"]]), (False, []), (True, [["tp"]])):
+        Certificate.of(small, [row("tp=2", ok)]).save(path)
+        assert json.loads(path.read_text())["kinds"] == kinds
+    Certificate.of(small, [row("tp=2", ok=False, dtype="bfloat16")]).save(path)
+    document = json.loads(path.read_text())
+    assert document["kinds"] == [] and len(document["rows"]) == 2
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_launch_without_a_certificate_names_the_command(tmp_path: Path, required: bool) -> None:
+    overrides = [f"run.out_dir={tmp_path}", "parallel.tp=2", "model.qk_norm=none"]
+    overrides.append(f"run.require_certificate={str(required).lower()}")
+    config = load_config(ROOT / "configs" / "t2v_tiny.yaml", overrides)
+    wanted = f'kinodit certify {config.run.folder / "config.yaml"} --layouts "dp_shard=2,tp=2"'
+    if required:
+        with pytest.raises(ConfigError) as error:
+            certificate_warning(config, 4)
+        said = str(error.value)
+    else:
+        said = certificate_warning(config, 4)
+    assert wanted in said
+    rows = [row("dp_shard=2,tp=2")]
+    Certificate.of(twin(config), rows).save(config.run.folder / FILE)
+    assert certificate_warning(config, 4) == ""
+
+
+def test_the_key_knows_in_which_format_gradients_are_summed() -> None:
+    base = load_config(ROOT / "configs" / "t2v_tiny.yaml")
+
+    def key(**changes: str) -> str:
+        precision = replace(base.precision, **changes)  # type: ignore[arg-type]
+        return key_of(twin(replace(base, precision=precision)))
+
+    assert key() == key(compute="bfloat16") != key(reduce="bfloat16")
+    assert low_precision(PrecisionConfig(reduce="bfloat16")).reduce_dtype == torch.bfloat16
+    for plain in (PrecisionConfig(), PrecisionConfig("float64", "float64", "float64")):
+        assert low_precision(plain) == PrecisionConfig("float32", "bfloat16", "float32")
 
 
 def test_widths_and_data_do_not_change_the_key_and_kinds_of_parts_do() -> None:

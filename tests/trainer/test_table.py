@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.errors import ConfigError
@@ -94,6 +95,29 @@ def test_a_row_that_can_split_nothing_is_named() -> None:
         assign_splits(unmade(config), rows, 2)
     with pytest.raises(ConfigError, match=r"tp=5 does not divide 24, dim 0 of embeds.text.linear"):
         assign_splits(unmade(config), mmdit_table(config), 5)
+
+
+def test_a_row_that_splits_nothing_of_what_it_matches_is_named() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Module()
+            self.shift.bias = nn.Parameter(torch.zeros(8))
+
+    with pytest.raises(TableError, match=r"split nothing of what they match: \['shift'\]"):
+        assign_splits(Biased(), [Row("shift", "stored")], 2)
+    assert assign_splits(Biased(), [Row("shift", "whole")], 2).keys() == {"shift.bias"}
+
+
+def test_a_parameter_that_no_style_knows_is_named() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Module()
+            self.gate.scale = nn.Parameter(torch.zeros(8))
+
+    with pytest.raises(TableError, match=r"gate.scale: style 'column' of row 'gate' says nothing"):
+        assign_splits(Scaled(), [Row("gate", "column")], 2)
 
 
 def test_heads_are_split_then_exchanged() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 import kinodit
-from kinodit.trainer.certify.layouts import layout_name, parse_layouts, with_degrees
+from kinodit.trainer.certify.layouts import KINDS, layout_name, parse_layouts, with_degrees
 from kinodit.trainer.certify.run import Row
+from kinodit.trainer.certify.trace import low_precision
 from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
@@ -53,46 +54,50 @@ class Certificate:
 
     @classmethod
     def of(cls, small: Twin, rows: Sequence[Row]) -> Certificate:
-        """The certificate of rows that passed in float64, and of no kind that any row failed."""
-        passed: set[Kinds] = set()
-        failed: set[Kinds] = set()
-        for row in rows:
-            (layout,) = parse_layouts(row.layout, small.config.parallel)
-            kinds = set(needed_kinds(layout))
-            if not row.ok:
-                failed |= {kind for kind in kinds if len(kind) == min(2, len(axes_of(layout)))}
-            elif row.dtype == "float64":
-                passed |= kinds
-        return cls(key_of(small), frozenset(passed - failed), tuple(row.to_json() for row in rows))
+        """The certificate of what these rows show."""
+        plain = tuple(row.to_json() for row in rows)
+        return cls(key_of(small), shown_kinds(plain), plain)
 
     def save(self, path: Path) -> None:
         """Write it to `path`, together with what one of the same key there says already."""
-        known = _load(path)
-        kinds, rows = set(self.kinds), list(self.rows)
+        known, rows = _load(path), list(self.rows)
         if known is not None and known.key == self.key:
-            mine = {(row["layout"], row["dtype"]) for row in rows}
-            rows += [row for row in known.rows if (row["layout"], row["dtype"]) not in mine]
-            kinds |= known.kinds
+            mine = {_case(row) for row in rows}
+            rows += [row for row in known.rows if _case(row) not in mine]
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "key": self.key,
             "torch": torch.__version__.partition("+")[0],
-            "kinds": sorted(sorted(kind) for kind in kinds),
+            "kinds": sorted(sorted(kind) for kind in shown_kinds(rows)),
             "rows": rows,
         }
         path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def _case(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["layout"], row["engine"], row["dtype"]
+
+
+def shown_kinds(rows: Iterable[Mapping[str, Any]]) -> frozenset[Kinds]:
+    """Kinds that rows show in float64, and that no row speaks against.
+
+    A row that failed takes away its pair, or its axis if there is one alone, and not the parts.
+    """
+    passed: set[Kinds] = set()
+    failed: set[Kinds] = set()
+    for row in rows:
+        (layout,) = parse_layouts(row["layout"], ParallelConfig())
+        kinds = set(needed_kinds(layout))
+        if not row["ok"]:
+            failed |= {kind for kind in kinds if len(kind) == min(2, len(axes_of(layout)))}
+        elif row["dtype"] == "float64":
+            passed |= kinds
+    return frozenset(passed - failed)
+
+
 def axes_of(layout: ParallelConfig) -> list[str]:
-    """Kinds of axes with a degree above 1; cp is two kinds, as it exchanges heads or goes round."""
-    degrees = {
-        "dp_replicate": layout.dp_replicate,
-        "dp_shard": layout.dp_shard,
-        "ulysses": layout.ulysses,
-        "ring": layout.ring,
-        "tp": layout.tp,
-    }
-    return [name for name, degree in degrees.items() if degree > 1]
+    """Kinds of axes with a degree above 1."""
+    return [kind for kind in KINDS if getattr(layout, kind) > 1]
 
 
 def needed_kinds(layout: ParallelConfig) -> Iterator[Kinds]:
@@ -106,8 +111,9 @@ def key_of(small: Twin) -> str:
     """SHA-256 of the twin's config, the sources and torch's version."""
     config = small.config
     parts = (config.model, config.objective, config.optim, config.remat, config.ema)
+    low = low_precision(config.precision)
     digest = hashlib.sha256(torch.__version__.partition("+")[0].encode())
-    digest.update(json.dumps([_plain(part) for part in parts], sort_keys=True).encode())
+    digest.update(json.dumps([_plain(part) for part in (*parts, low)], sort_keys=True).encode())
     root = Path(kinodit.__file__).parent
     for pattern in SOURCES:
         for path in sorted(root.glob(pattern)):

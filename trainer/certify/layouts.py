@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,17 +62,32 @@ def default_layouts(model: MMDiTConfig, base: ParallelConfig, world: int) -> lis
     ]
 
 
+def full_layouts(model: MMDiTConfig, base: ParallelConfig, world: int) -> list[ParallelConfig]:
+    """The default ones, and every triple of axes at 2 x 2 x 2, on at most `world` ranks."""
+    triples = [_all_at_two(base, kinds) for kinds in itertools.combinations(KINDS, 3)]
+    return default_layouts(model, base, world) + [
+        layout for layout in triples if num_ranks(layout) <= world and _fits(model, layout)
+    ]
+
+
+KINDS = ("dp_replicate", "dp_shard", "ulysses", "ring", "tp")
+"""Kinds of axes: cp is two, as it exchanges heads or goes round a ring."""
+
+
 def _grid(base: ParallelConfig) -> Iterator[ParallelConfig]:
-    # A ring is a way to spend cp, so its degree counts in cp too.
-    axes = [{"dp_replicate": 1}, {"dp_shard": 1}, {"cp": 1}, {"cp": 1, "ring": 1}, {"tp": 1}]
     for degree in (2, 4):
-        for axis in axes:
-            yield with_degrees(base, dict.fromkeys(axis, degree))
-    for first, second in itertools.combinations(axes, 2):
-        if "ring" in second and "cp" in first:
-            yield with_degrees(base, {"cp": 4, "ring": 2})
-        else:
-            yield with_degrees(base, dict.fromkeys((*first, *second), 2))
+        for kind in KINDS:
+            # A ring is a way to spend cp, so its degree counts in cp too.
+            axes = {"ulysses": ("cp",), "ring": ("cp", "ring")}.get(kind, (kind,))
+            yield with_degrees(base, dict.fromkeys(axes, degree))
+    for pair in itertools.combinations(KINDS, 2):
+        yield _all_at_two(base, pair)
+
+
+def _all_at_two(base: ParallelConfig, kinds: Sequence[str]) -> ParallelConfig:
+    degrees = {kind: 2 for kind in kinds if kind in DEGREES}
+    shared = sum(kind in ("ulysses", "ring") for kind in kinds)
+    return with_degrees(base, {**degrees, "cp": 2**shared})
 
 
 def with_degrees(base: ParallelConfig, degrees: Mapping[str, int]) -> ParallelConfig:

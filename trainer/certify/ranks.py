@@ -1,7 +1,7 @@
 """Real processes that talk over gloo, started once and used for many cases.
 
-Ranks are forked from a server that has torch loaded: a group of four starts in a fraction of a
-second. A case is a module-level function `case(rank, world_size, *args)`; what it returns comes
+Ranks are forked from a server that has all modules loaded: a group of four starts in a fraction of
+a second. A case is a module-level function `case(rank, world_size, *args)`; what it returns comes
 back by rank, and what it raises is raised here as `RankError` with the rank's traceback.
 """
 
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
+PRELOADED = ["torch", "torch.distributed", "kinodit.trainer.certify.trace"]
+"""Imported once, before ranks are forked: it takes longer than most cases."""
 
 
 def _serve(
@@ -66,7 +68,7 @@ class Ranks:
     def __init__(self, world_size: int, paths: tuple[str, ...] = (), device: str = "cpu") -> None:
         """Start the processes; `paths` are put before their `sys.path`. device: "cpu" or "cuda"."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context.set_forkserver_preload(PRELOADED)
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")

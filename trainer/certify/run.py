@@ -16,15 +16,14 @@ from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
 from kinodit.trainer.parallel.mesh import ParallelConfig
 
-NATIVE = "native"
-
 
 @dataclass(frozen=True)
 class Case:
-    """What one row is about. dtype: "float64" or "bfloat16"."""
+    """What one row is about. dtype: "float64" or "bfloat16"; engine: a key of ENGINES."""
 
     layout: ParallelConfig
     dtype: str = "float64"
+    engine: str = "native"
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Row:
     faults: tuple[str, ...]
     where: str = ""
     cause: str = ""
+    engine: str = "native"
 
     @property
     def ok(self) -> bool:
@@ -54,7 +54,7 @@ class Row:
         known = self.verdict
         return {
             "layout": self.layout,
-            "engine": NATIVE,
+            "engine": self.engine,
             "dtype": self.dtype,
             "num_ranks": self.num_ranks,
             "max_gradient_error": known.max_gradient_error if known else None,
@@ -85,9 +85,9 @@ class Certifier:
         """The row of one case."""
         name, size = layout_name(case.layout), num_ranks(case.layout)
         try:
-            traces = self._run(case.layout, case.dtype)
+            traces = self._run(case.layout, case.dtype, engine=case.engine)
         except (RankError, TimeoutError) as error:
-            return Row(name, case.dtype, size, None, (str(error),))
+            return Row(name, case.dtype, size, None, (str(error),), engine=case.engine)
         reference = self._reference(case.dtype)
         if case.dtype == "float64":
             verdict = compare_traces(reference, traces)
@@ -96,7 +96,7 @@ class Certifier:
             reach = 2 * NUM_STEPS * self._twin.config.optim.lr
             verdict = compare_in_band(reference, rerun, traces, reach)
         if verdict.ok:
-            return Row(name, case.dtype, size, verdict, ())
+            return Row(name, case.dtype, size, verdict, (), engine=case.engine)
         return self._explained(case, verdict, reference, traces)
 
     def _explained(
@@ -104,7 +104,7 @@ class Certifier:
     ) -> Row:
         """The row of a case that differs, with the module where it begins to."""
         try:
-            probed = self._run(case.layout, "float64", probed=True)
+            probed = self._run(case.layout, "float64", probed=True, engine=case.engine)
         except (RankError, TimeoutError):
             where = None
         else:
@@ -119,6 +119,7 @@ class Certifier:
             verdict.faults,
             f"{where[1]} of {where[0]}" if where else "",
             cause,
+            case.engine,
         )
 
     def _reference(self, dtype: str, perturbation: int = 0, probed: bool = False) -> Trace:
@@ -129,7 +130,12 @@ class Certifier:
         return self._references[key]
 
     def _run(
-        self, layout: ParallelConfig, dtype: str, perturbation: int = 0, probed: bool = False
+        self,
+        layout: ParallelConfig,
+        dtype: str,
+        perturbation: int = 0,
+        probed: bool = False,
+        engine: str = "native",
     ) -> list[Trace]:
         size = num_ranks(layout)
         if size not in self._groups:
@@ -137,7 +143,7 @@ class Certifier:
         group = self._groups[size]
         try:
             traces: list[Trace] = group.run(
-                trace, self._twin, layout, dtype, perturbation, probed, self._device
+                trace, self._twin, layout, dtype, perturbation, probed, self._device, engine
             )
         except (RankError, TimeoutError):
             # The group is closed; the next case of this size gets a new one.

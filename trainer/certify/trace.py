@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,15 +38,25 @@ from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.step import Step
 
 Array = NDArray[np.float64]
-PRECISIONS = {
-    "float64": PrecisionConfig("float64", "float64", "float64"),
-    "bfloat16": PrecisionConfig("float32", "bfloat16", "float32"),
-}
+ENGINES = {"native": NativeEngine}
+"""Engines that can be certified, by the name that a recipe gives them."""
+FLOAT64 = PrecisionConfig("float64", "float64", "float64")
 ROUNDING_UNIT = 2.0**-8
 """Of bfloat16: half the distance between neighbouring numbers at 1."""
 NUM_STEPS = 3
 SLOTS_OF_PACKS = ((0, 5), (1, 2, 6), (3,), (4, 7))
 """Samples of each pack of a step: unequal packs, whose number no group of 3 or more divides."""
+
+
+def low_precision(recipe: PrecisionConfig) -> PrecisionConfig:
+    """What a row in bfloat16 computes in: float32 at rest, and gradients summed as the recipe says.
+
+    A recipe that computes in float32 is looked at in bfloat16 all the same.
+    """
+    reduce: Literal["float32", "bfloat16"] = (
+        "bfloat16" if recipe.reduce == "bfloat16" else "float32"
+    )
+    return PrecisionConfig("float32", "bfloat16", reduce)
 
 
 @dataclass
@@ -78,14 +89,17 @@ def trace(
     perturbation: int = 0,
     probed: bool = False,
     device: str = "cpu",
+    engine_name: str = "native",
 ) -> Trace:
     """Train the twin on synthetic packs under `parallel`. Every rank calls it.
 
-    dtype:        a key of PRECISIONS
+    dtype:        "float64" or "bfloat16"
     perturbation: above 0, every number of the input is moved by one rounding unit of bfloat16, up
                   or down as this number decides
+    engine_name:  a key of ENGINES
     """
-    config, precision = twin.config, PRECISIONS[dtype]
+    config = twin.config
+    precision = FLOAT64 if dtype == "float64" else low_precision(config.precision)
     mesh = build_mesh(parallel, world_size, rank, torch.device(device))
     with torch.device("meta"):
         model = MMDiT(config.model)
@@ -93,7 +107,7 @@ def trace(
     parallelize(model, mesh, parallel, precision, remat, compile_blocks=False)
     values = _stirred(initial_values(config.run.seed))
     materialize(model, values, mesh.device, cpu_offload=parallel.cpu_offload)
-    engine = NativeEngine(model, build_optimizer(config.optim, model), mesh, precision)
+    engine = ENGINES[engine_name](model, build_optimizer(config.optim, model), mesh, precision)
     averages = Ema(next(iter(config.ema.values()), EmaConfig(0.9)), model)
     found = Trace()
     if probed:

@@ -93,6 +93,36 @@ class ParallelConfig:
         return self.dp_replicate, world_size // fixed
 
 
+def placement_warning(config: ParallelConfig, ranks_per_node: int) -> str:
+    """What to say of an axis that does not stay inside nodes of so many ranks; "" if all do.
+
+    Groups are of neighbouring ranks: they stay inside if their size divides the node's. 0 ranks
+    per node: not known.
+    """
+    inner = [
+        (f"parallel.tp={config.tp}", config.tp, "tokens cross it four times in every block"),
+        (
+            f"parallel.tp={config.tp} x {config.ulysses} ranks that exchange heads",
+            config.tp * config.ulysses,
+            "q, k, v and the output cross it in every block; a larger parallel.ring lets keys and "
+            "values cross while others compute",
+        ),
+        (
+            f"parallel.tp={config.tp} x cp={config.cp}",
+            config.tp * config.cp,
+            "keys and values cross it in every block, while others compute",
+        ),
+    ]
+    for name, size, what in inner:
+        if size > 1 and ranks_per_node % size:
+            found = "" if size == config.tp else f" = {size} ranks"
+            return (
+                f"{name}{found} do not fit evenly into a node of {ranks_per_node}, so they talk "
+                f"over the network: {what}"
+            )
+    return ""
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This rank's view of the mesh.

@@ -148,6 +148,7 @@ def assign_splits(model: nn.Module, rows: Sequence[Row], degree: int) -> dict[st
     """
     found: dict[str, Split] = {}
     used: set[str] = set()
+    splitting: set[str] = set()
     for name, module in model.named_modules():
         own = [key for key, value in module.named_parameters(recurse=False)]
         matching = [row for row in rows if row.matches(name)]
@@ -159,15 +160,29 @@ def assign_splits(model: nn.Module, rows: Sequence[Row], degree: int) -> dict[st
             )
         if not own:
             continue
-        used.add(matching[0].pattern)
+        row = matching[0]
+        used.add(row.pattern)
         for key in own:
             whole_name = f"{name}.{key}" if name else key
-            split = SPLITS[matching[0].style][key]
+            if key not in SPLITS[row.style]:
+                raise TableError(
+                    f"{whole_name}: style {row.style!r} of row {row.pattern!r} says nothing of a "
+                    f"parameter {key!r}, only of {', '.join(SPLITS[row.style])}"
+                )
+            split = SPLITS[row.style][key]
             _check(whole_name, tuple(module.get_parameter(key).shape), split, degree)
             found[whole_name] = split
+            if split.dim is not None:
+                splitting.add(row.pattern)
     unused = [row.pattern for row in rows if row.pattern not in used]
     if unused:
         raise TableError(f"rows of the table of shardings match no parameter: {unused}")
+    idle = [row.pattern for row in rows if row.style != "whole" and row.pattern not in splitting]
+    if idle:
+        raise TableError(
+            f"rows of the table of shardings split nothing of what they match: {idle}; style "
+            "'whole' says that this is meant"
+        )
     return found
 
 

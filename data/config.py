@@ -114,7 +114,8 @@ class DataConfig(DecodeConfig):
     prefetch_steps:   steps decoded ahead of the one in use
     cache_mib:        memory for decoded samples that are used again, and as much for their latents,
                       per rank, MiB; 0 is none
-    on_error:         a sample that cannot be read or decoded ends the run with its name
+    on_error:         what a sample does that cannot be read or decoded: it ends the run with its
+                      name. "substitute" is kept for a replacement by rule, and refused until then
     """
 
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
@@ -124,12 +125,18 @@ class DataConfig(DecodeConfig):
     num_threads: int = 2
     prefetch_steps: int = 2
     cache_mib: int = 0
-    on_error: Literal["fail"] = "fail"
+    on_error: Literal["fail", "substitute"] = "fail"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("samples_per_step", "packs_per_step", "num_threads", "prefetch_steps"):
             _require_positive(name, getattr(self, name))
+        if self.on_error == "substitute":
+            raise ConfigError(
+                "data.on_error=substitute does not exist yet: what replaces a sample must be a "
+                "function of the plan. Use data.on_error=fail, which names the sample; "
+                "`kinodit data validate --decode` finds all damaged ones beforehand"
+            )
         if self.cache_mib < 0:
             raise ConfigError(f"data.cache_mib is {self.cache_mib}; 0 turns the cache off")
         if self.token_budget is not None:

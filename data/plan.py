@@ -33,14 +33,14 @@ class CostModel:
     """Tokens that a sample can take up at most, by what it consists of.
 
     video_tokens: of a clip of the recipe's size and length
-    image_tokens: of a still image
+    image_tokens: of a still image; None if the recipe's codec takes none
     audio_tokens: of the sound of a sample; 0 if the recipe ignores it
     text_tokens:  of a caption, all text streams together, at their longest
     tokenizer:    fingerprint of the text encoders, which decide what a token is
     """
 
     video_tokens: int
-    image_tokens: int
+    image_tokens: int | None
     audio_tokens: int = 0
     text_tokens: int = 0
     tokenizer: str = ""

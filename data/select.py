@@ -71,6 +71,7 @@ def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostMod
         left &= mask
         selection.append((text, int(left.sum())))
     eligible = np.flatnonzero(left)
+    _require_a_codec_for_stills(name, dataset, eligible, cost)
     tokens = _tokens(dataset, config, cost)[eligible]
     alike = len(tokens) > 0 and tokens.min() == tokens.max()
     return DatasetSpec(
@@ -84,9 +85,23 @@ def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostMod
     )
 
 
+def _require_a_codec_for_stills(
+    name: str, dataset: Dataset, eligible: NDArray[np.int64], cost: CostModel
+) -> None:
+    """Dropping what a codec cannot take would train on something else than the recipe says."""
+    stills = dataset.column("modality")[eligible] == MODALITIES.index("image")
+    if cost.image_tokens is None and stills.any():
+        raise PlanError(
+            f"data.datasets.{name}: {int(stills.sum())} of its {len(eligible)} samples are still "
+            "images, and modalities.video.codec takes none: leave them out "
+            f"(data.datasets.{name}.where.modality=video), or choose a codec with a first frame of "
+            "its own (wavelet: first_frame_alone=true, and data.num_frames 1 more)"
+        )
+
+
 def _tokens(dataset: Dataset, config: DataConfig, cost: CostModel) -> NDArray[np.int64]:
     """[len] the tokens of each sample at most."""
-    picture = {"video": cost.video_tokens, "image": cost.image_tokens, "audio": 0}
+    picture = {"video": cost.video_tokens, "image": cost.image_tokens or 0, "audio": 0}
     sound = cost.audio_tokens if config.use_audio else 0
     by_modality = np.array([picture[name] for name in MODALITIES], dtype=np.int64)
     modality = dataset.column("modality")

@@ -12,10 +12,12 @@ Anything else is a defect and shows its traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import kinodit
 from kinodit.models.errors import UserError
@@ -42,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(arguments)
     args = parser.parse_args(arguments)
     try:
-        code = int(args.run(args))
+        with _full_disk_explained():
+            code = int(args.run(args))
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -55,6 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `kinodit ... | head`: what is still buffered has nobody to go to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+@contextmanager
+def _full_disk_explained() -> Iterator[None]:
+    """A full disk is the user's to mend, wherever it is met."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{error}: free some space, then give the same command") from error
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

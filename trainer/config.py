@@ -137,6 +137,13 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
+    def __post_init__(self) -> None:
+        for key, name in (("eval.ema", self.eval.ema), ("sample.ema", self.sample.ema)):
+            if name and name not in self.ema:
+                raise ConfigError(
+                    f"{key}={name}: there is no such average; ema has {sorted(self.ema)}"
+                )
+
 
 CHOICES: dict[str, Mapping[str, type]] = {
     "objective": OBJECTIVES,

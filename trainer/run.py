@@ -91,7 +91,7 @@ def train(
     warning = mesh.from_main(lambda: certificate_warning(config, topology.world_size))
     datasets = open_datasets(config.data)
     text = build_text_encoder(config.modalities.text.encoder, device)
-    codec = _fitted_codec(config, run_dir, datasets, mesh)
+    codec = _fitted_codec(config, run_dir, datasets, text, mesh)
     spec = plan_spec(config.data, datasets, _cost(config, codec, text), config.run.seed)
     encoder = SampleEncoder(
         text,
@@ -229,7 +229,11 @@ def _restore(path: Path, spec: PlanSpec, parts: Parts) -> TrainState:
 
 
 def _fitted_codec(
-    config: RunConfig, run_dir: Path, datasets: dict[str, Dataset], mesh: Mesh
+    config: RunConfig,
+    run_dir: Path,
+    datasets: dict[str, Dataset],
+    text: TextEncoder,
+    mesh: Mesh,
 ) -> VideoCodec:
     """The codec; statistics that it lacks are measured by rank 0 and kept in the run's folder."""
     codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
@@ -237,7 +241,7 @@ def _fitted_codec(
         unfitted = codec
 
         def measure() -> None:
-            videos = _first_videos(config, datasets)
+            videos = _first_videos(config, datasets, _cost(config, unfitted, text))
             fitted = fit_standardisation(unfitted, videos)
             assert fitted.standardisation is not None
             fitted.standardisation.save(run_dir / CODEC_FILE)
@@ -247,7 +251,9 @@ def _fitted_codec(
     return codec
 
 
-def _first_videos(config: RunConfig, datasets: dict[str, Dataset]) -> Sequence[torch.Tensor]:
+def _first_videos(
+    config: RunConfig, datasets: dict[str, Dataset], cost: CostModel
+) -> Sequence[torch.Tensor]:
     """Clips of the first samples of the data order."""
     data = dataclasses.replace(
         config.data,
@@ -256,7 +262,7 @@ def _first_videos(config: RunConfig, datasets: dict[str, Dataset]) -> Sequence[t
         token_budget=None,
         prefetch_steps=1,
     )
-    spec = plan_spec(data, datasets, CostModel(1, 1), config.run.seed)
+    spec = plan_spec(data, datasets, cost, config.run.seed)
     loader = Loader(spec, datasets, data, 0, 1, start_step=0)
     try:
         (pack,) = next(iter(loader)).packs
@@ -275,11 +281,11 @@ def _cost(config: RunConfig, codec: VideoCodec, text: TextEncoder) -> CostModel:
         return t * h * w // per_patch
 
     video_tokens = tokens(config.data.num_frames)
+    image_tokens: int | None
     try:
         image_tokens = tokens(1)
     except EncoderError:
-        # This codec has no images: one that turns up is refused, by name, when it is encoded.
-        image_tokens = video_tokens
+        image_tokens = None  # the plan refuses still images then
     return CostModel(
         video_tokens=video_tokens,
         image_tokens=image_tokens,
@@ -351,5 +357,7 @@ def _evaluator(
 def _headline(parts: Parts, spec: PlanSpec) -> str:
     """One line that says what is being trained on what."""
     count = sum(p.numel() for p in parts.engine.model.parameters())
-    sizes = ", ".join(f"{d.name}: {d.num_eligible} samples" for d in spec.datasets)
+    sizes = ", ".join(
+        f"{d.name}: {d.num_eligible} of {d.num_samples} samples" for d in spec.datasets
+    )
     return f"{count / 1e6:.1f} M parameters; {sizes}; {parts.mesh.world_size} rank(s)"

@@ -12,6 +12,7 @@ from kinodit.launch.topology import process_group, read_topology
 from kinodit.models.errors import UserError
 
 if TYPE_CHECKING:
+    from kinodit.data.config import DataConfig
     from kinodit.trainer.generate import SampleConfig
 
 HELP = (
@@ -44,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ema", help="name of the average to use; '' for the plain parameters")
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the last)")
+    parser.add_argument(
+        "--num-frames", type=int, metavar="N", help="1 is a picture (default: as in training)"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels; likewise"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if not prompts:
         raise SampleError("no prompt: give --prompt TEXT or --prompts FILE")
     folder = args.out or args.run_dir / "samples" / "manual"
+    config = replace(config, data=shape_of(args, config.data))
     topology = read_topology()
     with process_group(topology, config.run.deadline_s) as device:
         settings = settings_of(args, config.sample)
@@ -72,6 +80,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(entries)} clip(s) in {folder}, side by side in {folder / 'sheet.png'}")
     sys.stdout.flush()
     return 0
+
+
+def shape_of(args: argparse.Namespace, trained: DataConfig) -> DataConfig:
+    """The clips that training had, with the length and size that the command line gives instead."""
+    height, width = args.size or (trained.height, trained.width)
+    num_frames = trained.num_frames if args.num_frames is None else args.num_frames
+    return replace(trained, num_frames=num_frames, height=height, width=width)
 
 
 def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfig:

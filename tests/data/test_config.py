@@ -67,7 +67,7 @@ def test_a_recipe_becomes_frozen_dataclasses() -> None:
         "window: middle",
         "datasets: {clips: {path: x, where: {modality: film}}}",
         "datasets: {clips: {path: x, where: {motion: 1}}}",
-        "on_error: substitute",
+        "on_error: skip",
     ],
 )
 def test_unknown_keys_and_wrong_types_are_refused(text: str) -> None:
@@ -85,6 +85,7 @@ def test_unknown_keys_and_wrong_types_are_refused(text: str) -> None:
         ({"num_threads": 0}, r"data\.num_threads is 0"),
         ({"token_budget": 0}, r"data\.token_budget is 0"),
         ({"cache_mib": -1}, "0 turns the cache off"),
+        ({"on_error": "substitute"}, "does not exist yet.*data.on_error=fail"),
         ({"audio_channels": 6}, "must be 1 or 2"),
         ({"audio_rate": 44}, "1000 to 192000"),
         ({"datasets": {"clips": DatasetConfig()}}, r"data\.datasets\.clips has no path"),

@@ -132,3 +132,11 @@ def test_foreign_shards_without_geometry_are_not_left_out(tmp_path: Path) -> Non
     clip = small_records(1)[0].members["mp4"]
     unknown: list[Record] = [video_record("foreign", clip, 0, 0.0, width=0, height=0)]
     assert eligible(write_dataset(tmp_path / "clips", unknown), WhereConfig()) == [0]
+
+
+def test_stills_are_refused_by_a_codec_that_takes_none(dataset: Dataset) -> None:
+    cost = replace(COST, image_tokens=None)
+    with pytest.raises(PlanError, match=r"3 of its 16 samples are still images.*modality=video"):
+        plan_spec(config(dataset), {"clips": dataset}, cost, seed=0)
+    only_clips = config(dataset, WhereConfig(modality="video"))
+    assert plan_spec(only_clips, {"clips": dataset}, cost, seed=0).datasets[0].num_eligible == 13

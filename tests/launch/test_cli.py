@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,6 +88,19 @@ def test_what_the_user_can_change_is_one_line_and_exit_code_2(
     assert cli.main(["try"]) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: run.steps=0: must be at least 1\n")
+
+
+def test_a_full_disk_is_one_line(
+    command: Callable[[Callable[[], int]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def action() -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/metrics.jsonl")
+
+    command(action)
+    assert cli.main(["try"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "No space left" in error
+    assert "runs/a/metrics.jsonl" in error and "free some space" in error
 
 
 def test_an_interrupt_is_exit_code_130(

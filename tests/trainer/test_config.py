@@ -70,6 +70,8 @@ def test_overrides_beat_the_recipe(tmp_path: Path) -> None:
         ("sample: {prompts: [a, '${run.name}']}", [], "sample.prompts[1]="),
         ("{}", ["run.out_dir=${oc.env:HOME}"], "run.out_dir="),
         ("modalities: {video: {patch: [0, 1, 1]}}", [], "patch"),
+        ("ema: {main: {}}", ["sample.ema=mian"], "sample.ema=mian: there is no such average; ema"),
+        ("eval: {ema: main}", [], "eval.ema=main: there is no such average; ema has []"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:

@@ -17,7 +17,8 @@ from kinodit.data.media import write_mp4, write_png
 from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.trainer import sinks as sinks_module
 from kinodit.trainer.jsonl import read_rows
-from kinodit.trainer.sinks import LogConfig, Sinks, WandbSink, scalars, stored_run_id
+from kinodit.trainer.services import WandbSink, scalars
+from kinodit.trainer.sinks import LogConfig, Sinks, stored_run_id
 from tests.support.wandb_offline import offline_runs, read_offline_run
 
 OFF = LogConfig(wandb="off")

@@ -1,4 +1,4 @@
-"""What benchmarks/step.py times: diffusers' transformers, and ours with the same weights."""
+"""What benchmarks/step.py times: a model with its input, and ours on packs of any kind."""
 
 from __future__ import annotations
 
@@ -6,23 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    HunyuanVideoTransformer3DModel,
-    SD3Transformer2DModel,
-    WanTransformer3DModel,
-)
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from kinodit.data.packing import patchify
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.flops import forward_flops
-from kinodit.models.importers import flux, hunyuan_video, sd3
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch, build_layout
 
 WIDTH, HEADS, HEAD_DIM, TEXT_TOKENS, TEXT_WIDTH = 512, 8, 64, 128, 512
-TABLE = 96  # patches along a side of SD3's position table
 
 
 @dataclass
@@ -37,9 +30,12 @@ class Contender:
     flops: float = 0.0
 
     def compile(self) -> None:
-        """Compile block by block, theirs as `compile_repeated_blocks` does."""
-        for block in self.blocks:
-            block.compile()
+        """Compile block by block; theirs names itself which modules repeat."""
+        if isinstance(self.model, ModelMixin):
+            self.model.compile_repeated_blocks()
+        else:
+            for block in self.blocks:
+                block.compile()
 
 
 Pair = tuple[Contender, Contender]
@@ -138,143 +134,6 @@ def ours(
     )
 
 
-def sd3_model(num_layers: int, side: int) -> SD3Transformer2DModel:
-    """SD3 of the benchmark's width; `side` is that of its latents."""
-    model = SD3Transformer2DModel(
-        sample_size=side,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=num_layers,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=TEXT_WIDTH,
-        caption_projection_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        pos_embed_max_size=TABLE,
-    )
-    randomize(model)
-    return model
-
-
-def sd3_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
-    """SD3, no RoPE and no QK norm on either side."""
-    side = round(num_tokens**0.5)
-    theirs = sd3_model(depth(num_tokens), 2 * side).to(dtype)
-    image = torch.randn(1, 16, 2 * side, 2 * side, dtype=dtype)
-    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    pooled, t = torch.randn(1, WIDTH, dtype=dtype), torch.tensor([0.5])
-    latents = patchify(image[0, :, None], (1, 2, 2))
-    position = sd3.positions(side, side, TABLE)
-    batch = batch_of("image", [(latents, position, text)], ["image", "text"], {"pooled": pooled}, t)
-    config, weights = sd3.config(theirs.config), sd3.weights(theirs.config, theirs.state_dict())
-
-    def run() -> Tensor:
-        return patchify(theirs(image, text[None], pooled, 1000 * t).sample[0, :, None], (1, 2, 2))
-
-    blocks = list(theirs.transformer_blocks)
-    return Contender("sd3", theirs, run, blocks, num_tokens + TEXT_TOKENS), ours(
-        "sd3", config, weights, batch
-    )
-
-
-def flux_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
-    """FLUX: half of its blocks joint, half single."""
-    half = depth(num_tokens) // 2
-    theirs = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=half,
-        num_single_layers=half,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=WIDTH,
-        axes_dims_rope=(16, 24, 24),
-    )
-    randomize(theirs)
-    theirs.to(dtype)
-    side = round(num_tokens**0.5)
-    position = grid(1, side, side)
-    image = torch.randn(num_tokens, 64, dtype=dtype)
-    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    pooled, t = torch.randn(1, WIDTH, dtype=dtype), torch.tensor([0.5])
-    batch = batch_of("image", [(image, position, text)], ["text", "image"], {"pooled": pooled}, t)
-    config = flux.config(theirs.config)
-    weights = flux.weights(theirs.config, theirs.state_dict())
-    origin = torch.zeros(TEXT_TOKENS, 3)
-
-    def run() -> Tensor:
-        return theirs(image[None], text[None], pooled, t, position, origin).sample[0]
-
-    blocks = [*theirs.transformer_blocks, *theirs.single_transformer_blocks]
-    return Contender("flux", theirs, run, blocks, num_tokens + TEXT_TOKENS), ours(
-        "flux", config, weights, batch
-    )
-
-
-def hunyuan_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
-    """HunyuanVideo, on 4 latent frames."""
-    half = depth(num_tokens) // 2
-    theirs = HunyuanVideoTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_DIM,
-        num_layers=half,
-        num_single_layers=half,
-        num_refiner_layers=1,
-        text_embed_dim=TEXT_WIDTH,
-        pooled_projection_dim=WIDTH,
-        rope_axes_dim=(16, 24, 24),
-        guidance_embeds=False,
-    )
-    randomize(theirs)
-    theirs.to(dtype)
-    side = round((num_tokens // 4) ** 0.5)
-    clip = torch.randn(1, 16, 4, 2 * side, 2 * side, dtype=dtype)
-    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    pooled, t = torch.randn(1, WIDTH, dtype=dtype), torch.tensor([0.5])
-    latents, position = patchify(clip[0], (1, 2, 2)), grid(4, side, side)
-    batch = batch_of("video", [(latents, position, text)], ["video", "text"], {"pooled": pooled}, t)
-    config = hunyuan_video.config(theirs.config)
-    weights = hunyuan_video.weights(theirs.config, theirs.state_dict())
-    mask = torch.ones(1, TEXT_TOKENS, dtype=torch.int64)
-
-    def run() -> Tensor:
-        out = theirs(clip, 1000 * t, text[None], mask, pooled).sample[0]
-        return patchify(out, (1, 2, 2))
-
-    blocks = [*theirs.transformer_blocks, *theirs.single_transformer_blocks]
-    return Contender("hunyuan", theirs, run, blocks, num_tokens + TEXT_TOKENS), ours(
-        "hunyuan", config, weights, batch
-    )
-
-
-def wan_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
-    """Wan, whose text comes by cross-attention, against our joint blocks with RoPE and QK norm."""
-    theirs = WanTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_DIM,
-        in_channels=16,
-        out_channels=16,
-        text_dim=TEXT_WIDTH,
-        ffn_dim=4 * WIDTH,
-        num_layers=depth(num_tokens),
-    )
-    randomize(theirs)
-    theirs.to(dtype)
-    side = round((num_tokens // 4) ** 0.5)
-    clip = torch.randn(1, 16, 4, 2 * side, 2 * side, dtype=dtype)
-    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    t = torch.tensor([0.5])
-    batch = video_batch(clip[0], text, t)
-
-    def run() -> Tensor:
-        return theirs(clip, 1000 * t, text[None]).sample
-
-    return Contender("wan", theirs, run, list(theirs.blocks), num_tokens), ours(
-        "wan", video_config(depth(num_tokens)), None, batch
-    )
-
-
 def video_config(num_blocks: int) -> MMDiTConfig:
     """Our text-to-video model of the benchmark's width."""
     return MMDiTConfig(
@@ -297,38 +156,6 @@ def video_batch(clip: Tensor, text: Tensor, t: Tensor) -> TokenBatch:
     return batch_of("video", [sample], ["text", "video"], {"pooled": pooled}, t, t.numel())
 
 
-def packed_pair(dtype: torch.dtype) -> tuple[Contender, Contender, float]:
-    """Eight images of different sizes: SD3 on a padded batch, ours on a pack; share of padding.
-
-    SD3 runs without a mask over the padding, which is cheaper than the right thing.
-    """
-    sizes = [(12, 12), (16, 16), (20, 16), (20, 20), (24, 20), (28, 28), (32, 26), (32, 32)]
-    side = 32
-    theirs = sd3_model(2, 2 * side).to(dtype)
-    padded = torch.randn(len(sizes), 16, 2 * side, 2 * side, dtype=dtype)
-    text = torch.randn(len(sizes), TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    pooled, t = torch.randn(len(sizes), WIDTH, dtype=dtype), torch.rand(len(sizes))
-    samples = [
-        (
-            patchify(padded[index, :, None, : 2 * rows, : 2 * columns], (1, 2, 2)),
-            sd3.positions(rows, columns, TABLE),
-            text[index],
-        )
-        for index, (rows, columns) in enumerate(sizes)
-    ]
-    batch = batch_of("image", samples, ["image", "text"], {"pooled": pooled}, t)
-    config, weights = sd3.config(theirs.config), sd3.weights(theirs.config, theirs.state_dict())
-    full = len(sizes) * (side**2 + TEXT_TOKENS)
-    contender = Contender(
-        "sd3 padded",
-        theirs,
-        lambda: theirs(padded, text, pooled, 1000 * t).sample,
-        list(theirs.transformer_blocks),
-        full,
-    )
-    return contender, ours("packed", config, weights, batch), 1 - batch.num_tokens / full
-
-
 def per_frame_pair(dtype: torch.dtype) -> Pair:
     """Ours on 16 frames of 64 tokens: one noise level for all, and one for each frame."""
     config = video_config(2)
@@ -338,11 +165,3 @@ def per_frame_pair(dtype: torch.dtype) -> Pair:
     levels = torch.linspace(0.1, 0.9, 16)
     per_frame = ours("per frame", config, None, video_batch(clip, text, levels))
     return scalar, per_frame
-
-
-PAIRS: dict[str, Callable[[int, torch.dtype], Pair]] = {
-    "sd3": sd3_pair,
-    "flux": flux_pair,
-    "hunyuan": hunyuan_pair,
-    "wan": wan_pair,
-}

@@ -30,11 +30,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import diffusers
 import torch
-from contenders import PAIRS, Contender, Pair, packed_pair, per_frame_pair
+from contenders import Contender, Pair, per_frame_pair
 from counts import activation_bytes, compiled_block, host_syncs, minimal_pointwise_bytes
+from goals import Goal, goal_of, write_rows
+from peers import PAIRS, packed_pair
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW = dict[str, object]
+GOALS = (
+    Goal("mfu/*/fp32/*", 0.78, at_least=True),
+    Goal("mfu/*/bf16/*", 0.50, at_least=True),
+    Goal("packed_vs_padded/*", 1.9, at_least=True),
+    Goal("per_frame_overhead", 0.05),
+    Goal("host_syncs", 0.0),
+    Goal("*/*/*/*", 1.05),  # our time over theirs: at most 1, and 0.05 for noise
+)
+"""Counts of a block have no fixed goal: theirs, counted in the same run."""
 GUESS_S = {"eager": 30.0, "compiled": 90.0, "packed": 60.0, "counts": 90.0}
 """What a measurement takes before one of its kind was timed."""
 
@@ -100,7 +111,7 @@ class Run:
     def __init__(self, patterns: list[str], minutes: float, repeats: int) -> None:
         self.patterns, self.repeats = patterns, repeats
         self.start, self.limit_s = time.monotonic(), 60 * minutes
-        self.rows: dict[str, ROW] = {}
+        self.rows: dict[str, tuple[float, Goal]] = {}
         self.skipped: dict[str, str] = {}
         self.peak = {"fp32": matmul_speed(torch.float32, 1536)}
         self.last_s: dict[str, float] = {}
@@ -113,13 +124,17 @@ class Run:
         """Keep and print a row that was asked for."""
         if not self.wants(name):
             return
-        self.rows[name] = row
+        value = float(str(row["value"]))
+        theirs = row.get("theirs")
+        goal = goal_of(name, GOALS) if theirs is None else Goal(name, float(str(theirs)))
+        self.rows[name] = value, goal
         rest = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in row.items()
             if key != "value"
         )
-        print(f"{name:36s} {row['value']:>8.3f}   {rest}", flush=True)
+        verdict = "ok" if goal.is_met(value) else "MISS"
+        print(f"{name:36s} {value:>10.3f} {goal.value:>10.3f}  {verdict:4s}  {rest}", flush=True)
 
     def fits(self, name: str, kind: str) -> bool:
         """Whether a row like the last one of its kind can still end in time."""
@@ -254,7 +269,7 @@ def main() -> None:
     """Measure, print a table, write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of row names")
-    parser.add_argument("--json", type=Path, help="write rows and machine here")
+    parser.add_argument("--json", type=Path, help="write [{name, value, goal, ok}, ...] here")
     parser.add_argument("--minutes", type=float, default=11.5, help="skip what does not fit")
     parser.add_argument("--repeats", type=int, default=5, help="3 at most for 4096 tokens")
     args = parser.parse_args()
@@ -262,7 +277,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
     run = Run(args.rows, args.minutes, args.repeats)
-    print(f"{'row':36s} {'value':>8s}   (our time / theirs unless said otherwise)")
+    print(
+        f"{'row':36s} {'value':>10s} {'goal':>10s}        (our time / theirs unless said otherwise)"
+    )
     run.everything()
     if not run.rows and not run.skipped:
         raise SystemExit(f"no row matches {args.rows}")
@@ -276,8 +293,7 @@ def main() -> None:
     }
     print(json.dumps(machine))
     if args.json:
-        report = {"rows": run.rows, "skipped": run.skipped, "machine": machine}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_rows(args.json, run.rows)
 
 
 if __name__ == "__main__":

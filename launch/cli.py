@@ -5,7 +5,8 @@ A subcommand is a module `kinodit.launch.commands.NAME` with `HELP: str`,
 `kinodit --help` answers before torch could have been loaded.
 
 Exit codes: 0 done, 2 the user has something to change (one line on stderr, no traceback),
-130 interrupted, 141 the reader of a pipe went away; a command may return others of its own.
+80 to 84 a run was given up (`trainer/resilience/errors.py`), 130 interrupted, 141 the reader of a
+pipe went away; a command may return others of its own.
 Anything else is a defect and shows its traceback.
 """
 
@@ -22,7 +23,6 @@ from contextlib import contextmanager
 import kinodit
 from kinodit.models.errors import UserError
 
-USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

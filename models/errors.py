@@ -2,7 +2,12 @@
 
 
 class UserError(ValueError):
-    """What was asked cannot be done; the message says what was found and what to change."""
+    """What was asked cannot be done; the message says what was found and what to change.
+
+    exit_code: of the command that it ends
+    """
+
+    exit_code = 2
 
 
 class ConfigError(UserError):

@@ -164,7 +164,7 @@ MAY_CHANGE_ON_RESUME = (
     "remat.",
     "engine.",
     "checkpoint.",
-    "resilience.save_margin_s",
+    "resilience.",
     "log.",
     "eval.",
     "sample.",

@@ -15,7 +15,9 @@ from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.metrics import Row, Window, pack_flops
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.progress import Progress
+from kinodit.trainer.resilience import pulse
 from kinodit.trainer.resilience.guard import Guard
+from kinodit.trainer.resilience.rollback import check_finite
 from kinodit.trainer.resilience.signals import Request
 from kinodit.trainer.sinks import Sinks
 from kinodit.trainer.state import TrainState
@@ -49,6 +51,9 @@ class Loop:
         """Train from `state` to the recipe's last step; saves there.
 
         Ends earlier after `run.stop_after_steps`, or when the ranks agree on a request to stop.
+
+        Raises:
+            RollBack: the parameters cannot be trusted any more.
         """
         config = self.config
         end = config.run.steps
@@ -79,6 +84,7 @@ class Loop:
     def save(self, state: TrainState) -> None:
         """Write a checkpoint. Collective."""
         tensors = checkpoint.collect(self.engine, self.emas)
+        check_finite(tensors, state, self.mesh)
         path = checkpoint.save(
             self.config.run.folder, state, tensors, self.mesh, self.config.checkpoint.keep_last
         )
@@ -89,15 +95,16 @@ class Loop:
         self, window: Window, state: TrainState, steps: Iterator[StepData]
     ) -> tuple[Window, TrainState]:
         config, clock = self.config, window.clock
+        pulse.step(state.step)
         faults.reach("step:begin", state.step)
         with clock.measure("data"):
             data = next(steps)
-        assert data.step == state.step, "the loader and the trainer disagree about the step"
+        assert data.step == state.data_step, "the loader and the trainer disagree about the step"
         with clock.measure("encode"):
             batches = self.source.batches(data)
         lr = config.optim.lr * config.schedule.factor(state.step, config.run.steps)
         with clock.measure("compute"):
-            result = self.step(state.step, batches, lr, self.guard)
+            result = self.step(state.step, batches, lr, self.guard.gate(state.step))
         tokens = sum(batch.num_tokens for batch in batches)
         samples = sum(batch.num_segments for batch in batches)
         flops = sum(3 * pack_flops(self.model_config, batch) for batch in batches)
@@ -110,7 +117,11 @@ class Loop:
             step=state.step + 1,
             num_tokens=state.num_tokens + result.counts.num_tokens,
             num_samples=state.num_samples + result.counts.num_samples,
+            guard=self.guard.state,
         )
+        if not result.updated and self.sinks is not None:
+            self.sinks.event("skip", state.step, f"no update, since {self.guard.reason}")
+        self.guard.check(state)
         if self.progress is not None:
             self.progress.step(state.step)
         if not _due(state.step, config.log.every_steps, config.run.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from kinodit.models.flops import forward_flops
 from kinodit.models.mmdit import MMDiTConfig
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.resilience import pulse
 from kinodit.trainer.step import NUM_NOISE_BINS, StepResult
 
 Row = dict[str, object]
@@ -42,6 +44,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+BETWEEN_STEPS = ("eval", "checkpoint")
+"""Activities that are no part of a step."""
+
+
 @dataclass
 class Clock:
     """Seconds spent per activity since the last `take`."""
@@ -51,6 +57,7 @@ class Clock:
     @contextmanager
     def measure(self, activity: str) -> Iterator[None]:
         """Add the time inside the context to `activity`."""
+        pulse.beat(activity, slow=activity in BETWEEN_STEPS)
         start = time.perf_counter()
         try:
             yield
@@ -69,13 +76,17 @@ class Clock:
 
 @dataclass
 class Window:
-    """Steps since the last logged row; sums stay on the device until the row is made."""
+    """Steps since the last logged row; sums stay on the device until the row is made.
+
+    Losses are of the steps that updated the model; the others are counted in `num_skipped`.
+    """
 
     modalities: Sequence[str]
     clock: Clock = field(default_factory=Clock)
     sums: Tensor | None = None
     grad_norm: Tensor | None = None
     num_steps: int = 0
+    num_skipped: int = 0
     num_tokens: int = 0
     num_samples: int = 0
     flops: float = 0.0
@@ -85,8 +96,12 @@ class Window:
         """Add one step of this rank: its tokens, samples and model FLOPs."""
         parts = (result.losses, result.bin_errors.flatten(), result.bin_counts.flatten())
         sums = torch.cat(parts)
+        if not result.updated:
+            sums = torch.zeros_like(sums)
+            self.num_skipped += 1
         self.sums = sums if self.sums is None else self.sums + sums
-        self.grad_norm = result.grad_norm
+        if result.updated or self.grad_norm is None:
+            self.grad_norm = result.grad_norm
         self.num_steps += 1
         self.num_tokens += num_tokens
         self.num_samples += num_samples
@@ -107,7 +122,8 @@ class Window:
         )
         sums = mesh.sum(torch.cat([self.sums, host.to(self.sums.device)])).tolist()
         count, bins = len(self.modalities), len(self.modalities) * NUM_NOISE_BINS
-        losses = [value / self.num_steps for value in sums[:count]]
+        num_updates = self.num_steps - self.num_skipped
+        losses = [value / num_updates if num_updates else math.nan for value in sums[:count]]
         errors = sums[count : count + bins]
         counts = sums[count + bins : count + 2 * bins]
         tokens, samples, flops = sums[count + 2 * bins :]
@@ -131,6 +147,7 @@ class Window:
             "flops": flops / self.num_steps,
             "mfu": flops / elapsed_s / (peak * mesh.world_size) if peak else 0.0,
             "memory_gib": _peak_memory_gib(mesh.device),
+            "skipped_steps": self.num_skipped,
         }
         for name, value in zip(self.modalities, losses, strict=True):
             weight = loss_weights.get(name, 1.0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -29,12 +31,18 @@ from kinodit.trainer.config import (
     config_to_yaml,
 )
 from kinodit.trainer.evaluate import Evaluator
+from kinodit.trainer.events import append_event
 from kinodit.trainer.gallery import Gallery
 from kinodit.trainer.loop import Loop
 from kinodit.trainer.metrics import peak_flops
 from kinodit.trainer.parallel.mesh import Mesh, build_mesh, placement_warning
+from kinodit.trainer.parallel.traffic import listening
 from kinodit.trainer.progress import Progress
+from kinodit.trainer.resilience import pulse
+from kinodit.trainer.resilience.errors import CrashLoopError, DivergedError
 from kinodit.trainer.resilience.guard import Guard
+from kinodit.trainer.resilience.lock import RunLock
+from kinodit.trainer.resilience.rollback import RollBack, past_bad_data, roll_back
 from kinodit.trainer.resilience.signals import (
     FINISHED_FILE,
     Request,
@@ -43,6 +51,7 @@ from kinodit.trainer.resilience.signals import (
     requeue_marker,
     write_marker,
 )
+from kinodit.trainer.resilience.starts import record_start
 from kinodit.trainer.setup import (
     CODEC_FILE,
     Parts,
@@ -77,7 +86,29 @@ def train(
     require_extras(config.log)
     armed = faults.arm_from_environment(topology.rank)
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
-    run_dir = config.run.folder
+    with ExitStack() as stack:
+        mesh.from_main(lambda: _lock(config, topology, stack))
+        stack.enter_context(listening(pulse.message))
+        return _train(config, topology, mesh, stream, signals or Signals(), armed)
+
+
+def _lock(config: RunConfig, topology: Topology, stack: ExitStack) -> None:
+    """Make the run's folder and hold its lock until `stack` is closed. Rank 0 only."""
+    config.run.folder.mkdir(parents=True, exist_ok=True)
+    job = topology.job
+    stack.enter_context(RunLock(config.run.folder, job.id, job.num_restarts))
+
+
+def _train(
+    config: RunConfig,
+    topology: Topology,
+    mesh: Mesh,
+    stream: TextIO,
+    signals: Signals,
+    armed: str,
+) -> TrainState:
+    """See `train`; the run's folder is this job's."""
+    run_dir, device = config.run.folder, mesh.device
     resumed_from = mesh.from_main(lambda: _open_run(run_dir, config))
     marker = requeue_marker(run_dir, topology.job.id)
     if mesh.from_main(lambda: _is_over(run_dir, config, marker)):
@@ -85,9 +116,11 @@ def train(
         if topology.is_main:
             print(f"{run_dir} is finished: all {config.run.steps} steps are done", file=stream)
         return checkpoint.load_state(resumed_from)
-    signals = signals or Signals()
+    start = mesh.from_main(lambda: _count_start(config, topology, resumed_from))
+    reports = run_dir / "stacks" / f"start-{start:04d}"
+    limits = config.resilience.hang_s, config.run.deadline_s
+    pulse.watch(topology.rank, topology.world_size, reports, *limits)
     signals.limit(topology.job.ends_at_s, config.resilience.save_margin_s)
-    guard = Guard(mesh, signals)
     warning = mesh.from_main(lambda: certificate_warning(config, topology.world_size))
     datasets = open_datasets(config.data)
     text = build_text_encoder(config.modalities.text.encoder, device)
@@ -100,14 +133,56 @@ def train(
         config.objective.condition_dropout,
         latent_cache_mib=config.data.cache_mib,
     )
-    parts = build_parts(config, mesh, encoder, codec)
+    placement = placement_warning(config.parallel, topology.ranks_per_node)
+    armed_faults = armed and f"faults are armed: {armed}"
+    warnings = tuple(filter(None, (warning, placement, armed_faults)))
+    setting = Setting(
+        config, topology, mesh, datasets, text, codec, spec, encoder, signals, marker, stream
+    )
+    while True:
+        try:
+            return _attempt(setting, resumed_from, warnings)
+        except RollBack as error:
+            cause = error
+        resumed_from, warnings = _go_back(setting, cause), ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays when a run goes back to a checkpoint and builds everything else anew."""
+
+    config: RunConfig
+    topology: Topology
+    mesh: Mesh
+    datasets: dict[str, Dataset]
+    text: TextEncoder
+    codec: VideoCodec
+    spec: PlanSpec
+    encoder: SampleEncoder
+    signals: Signals
+    marker: Path
+    stream: TextIO
+
+
+def _attempt(setting: Setting, resumed_from: Path | None, warnings: Sequence[str]) -> TrainState:
+    """Train from a checkpoint, or from the start, as far as it goes. Collective.
+
+    Raises:
+        RollBack: the run has to go back.
+    """
+    config, topology, mesh, spec = setting.config, setting.topology, setting.mesh, setting.spec
+    run_dir, stream = config.run.folder, setting.stream
+    parts = build_parts(config, mesh, setting.encoder, setting.codec)
     state = (
         _restore(resumed_from, spec, parts)
         if resumed_from
         else TrainState(0, 0, 0, spec.fingerprint)
     )
+    position = state
+    state = mesh.from_main(lambda: past_bad_data(run_dir, position))
+    guard = Guard(config.resilience.guard, mesh, setting.signals, state.guard)
     source = BatchSource(
-        encoder, parts.pack_spec, config.engine.micro_batches, master_dtype(config)
+        setting.encoder, parts.pack_spec, config.engine.micro_batches, master_dtype(config)
     )
     with ExitStack() as stack:
         sinks = progress = None
@@ -116,23 +191,26 @@ def train(
                 run_dir,
                 config.log,
                 None,
-                resumed_from is not None,
+                resumed_from is not None or state.data_offset > 0,
                 config_to_dict(config),
                 resume_step=state.step,
                 world_size=topology.world_size,
             )
             stack.callback(sinks.close)
             sinks.event("resume" if resumed_from else "start", state.step, _headline(parts, spec))
-            armed_faults = armed and f"faults are armed: {armed}"
-            placement = placement_warning(config.parallel, topology.ranks_per_node)
-            for said in filter(None, (warning, placement, armed_faults)):
+            for said in warnings:
                 print(said, file=stream)
                 sinks.event("warning", state.step, said)
             progress = Progress(stream, config.run.steps, start_step=state.step)
             stack.callback(progress.close)
-        evaluate = _evaluator(config, parts, encoder, codec, text, mesh)
+        evaluate = _evaluator(config, parts, setting.encoder, setting.codec, setting.text, mesh)
         loader = Loader(
-            spec, datasets, config.data, mesh.dp_index, mesh.dp_size, start_step=state.step
+            spec,
+            setting.datasets,
+            config.data,
+            mesh.dp_index,
+            mesh.dp_size,
+            start_step=state.data_step,
         )
         stack.callback(loader.close)
         state = Loop(
@@ -153,15 +231,51 @@ def train(
             ),
             sinks=sinks,
             progress=progress,
-            peak_flops=peak_flops(device, config.precision.compute_dtype),
+            peak_flops=peak_flops(mesh.device, config.precision.compute_dtype),
         ).run(state)
+        pulse.beat("end", slow=True)
         if sinks is not None:
             sinks.event("stop", state.step, _farewell(guard.request, state))
             if state.step >= config.run.steps:
                 write_marker(run_dir / FINISHED_FILE, state.step)
             elif guard.request is Request.REQUEUE:
-                write_marker(marker, state.step)
+                write_marker(setting.marker, state.step)
     return state
+
+
+def _go_back(setting: Setting, cause: RollBack) -> Path | None:
+    """Set aside what `cause` says is not to be trusted; the checkpoint to go on from. Collective.
+
+    Raises:
+        DivergedError: it was tried often enough.
+    """
+    run_dir = setting.config.run.folder
+
+    def decide() -> Path | None:
+        try:
+            done = roll_back(run_dir, cause, setting.config.resilience.guard.max_rollbacks)
+        except DivergedError as error:
+            append_event(run_dir, "stop", cause.good_step, str(error))
+            raise
+        append_event(run_dir, "rollback", cause.good_step, done)
+        print(done, file=setting.stream)
+        checkpoints = checkpoint.find_checkpoints(run_dir)
+        return checkpoints[-1] if checkpoints else None
+
+    # The model that is left behind is full of reference cycles, and must make room for the next.
+    gc.collect()
+    return setting.mesh.from_main(decide)
+
+
+def _count_start(config: RunConfig, topology: Topology, resumed_from: Path | None) -> int:
+    """The number of this start; refused where the last ones led nowhere. Rank 0 only."""
+    step = checkpoint.step_of(resumed_from) if resumed_from else 0
+    limit = config.resilience.max_fruitless_restarts
+    try:
+        return record_start(config.run.folder, topology.job.id, step, limit)
+    except CrashLoopError as error:
+        append_event(config.run.folder, "stop", step, str(error))
+        raise
 
 
 def _is_over(run_dir: Path, config: RunConfig, marker: Path) -> bool:
@@ -185,7 +299,6 @@ def _open_run(run_dir: Path, config: RunConfig) -> Path | None:
     saved = run_dir / CONFIG_FILE
     if saved.is_file():
         check_resumable(saved.read_text(), config, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     saved.write_text(config_to_yaml(config))
     checkpoints = checkpoint.find_checkpoints(run_dir)
     return checkpoints[-1] if checkpoints else None
@@ -224,7 +337,7 @@ def _restore(path: Path, spec: PlanSpec, parts: Parts) -> TrainState:
         )
     tensors = checkpoint.collect(parts.engine, parts.emas)
     checkpoint.load(path, tensors, parts.mesh)
-    parts.engine.set_num_steps(state.step)
+    parts.engine.set_num_steps(state.num_updates)
     return state
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +21,15 @@ from typing import Any, Literal
 
 from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.trainer.environment import save_environment
+from kinodit.trainer.events import EVENTS_FILE, EventKind, event_row
 from kinodit.trainer.jsonl import JsonLines
 from kinodit.trainer.redact import redact, redact_text, secret_values
 from kinodit.trainer.services import CLOSE_TIMEOUT_S, Sink, TensorBoardSink, WandbSink
 
 METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 RUN_ID_FILE = "run_id"
 MAX_PENDING = 10_000
 """Rows that may wait for a stalled service; they are in the JSON lines anyway."""
-
-EventKind = Literal["start", "resume", "checkpoint", "sample", "stop", "warning"]
 
 _log = logging.getLogger("kinodit")
 
@@ -132,15 +129,7 @@ class Sinks:
 
     def event(self, kind: EventKind, step: int, message: str) -> None:
         """Append what happened to events.jsonl, without credentials that `message` may contain."""
-        self._events.append(
-            {
-                "kind": "event",
-                "time_s": time.time(),
-                "step": step,
-                "event": kind,
-                "message": redact_text(message, self._known_secrets),
-            }
-        )
+        self._events.append(event_row(kind, step, message, self._known_secrets))
 
     def media(self, step: int, entries: Sequence[Mapping[str, Any]]) -> None:
         """Pass on samples: `entries` as in samples/step-*/index.json, files in that folder."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from kinodit.trainer.resilience.signals import Signals
+from kinodit.trainer.resilience.watchdog import supervise
 
 HELP = (
     "Train the recipe CONFIG. The same command resumes: a run continues from the last checkpoint "
@@ -24,6 +25,9 @@ def run(args: argparse.Namespace) -> int:
     """Train to the recipe's last step, or until asked to stop: both are a success."""
     # Handlers first: what follows takes seconds, in which a signal would end the process.
     with Signals() as signals:
+        code = supervise()
+        if code is not None:
+            return code
         from kinodit.launch.topology import process_group, read_topology
         from kinodit.trainer.config import load_config
         from kinodit.trainer.run import train

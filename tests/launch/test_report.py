@@ -335,7 +335,7 @@ def test_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_command_on_what_is_no_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, message: str
 ) -> None:
-    assert cli.main(["report", str(tmp_path / place)]) == cli.USER_ERROR
+    assert cli.main(["report", str(tmp_path / place)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kinodit.trainer import checkpoint
 from kinodit.trainer.config import load_config
@@ -20,6 +19,7 @@ from kinodit.trainer.resilience.guard import Guard
 from kinodit.trainer.resilience.signals import FINISHED_FILE, Signals
 from kinodit.trainer.run import train
 from kinodit.trainer.state import TrainState
+from kinodit.trainer.step import Gate
 from kinodit.trainer.topology import Job, Topology
 from tests.support.ranks import Ranks
 from tests.support.recipes import tiny_recipe, write_dataset
@@ -30,7 +30,7 @@ JOB = Job("77")
 
 @dataclass(frozen=True)
 class Told:
-    """signals: (rank, gate of which step, signal); during: signals that arrive in the save."""
+    """signals: (rank, in which step, signal); during: signals that arrive in the save."""
 
     recipe: Path
     name: str
@@ -43,23 +43,20 @@ class Told:
 def run_case(rank: int, world_size: int, told: Told) -> int:
     """The step the run ended at."""
     patch = pytest.MonkeyPatch()
-    gate, save = Guard.__call__, checkpoint.save
-    calls = 0
+    gate, save = Guard.gate, checkpoint.save
 
-    def interrupted_gate(self: Guard, losses: Tensor, grad_norm: Tensor) -> bool:
-        nonlocal calls
-        calls += 1
-        for target, step, number in told.signals:
-            if (target, step) == (rank, calls):
+    def interrupted_gate(self: Guard, step: int) -> Gate:
+        for target, struck, number in told.signals:
+            if (target, struck) == (rank, step + 1):
                 os.kill(os.getpid(), number)
-        return gate(self, losses, grad_norm)
+        return gate(self, step)
 
     def interrupted_save(*args: object, **kwargs: object) -> object:
         for number in told.during:
             os.kill(os.getpid(), number)
         return save(*args, **kwargs)  # type: ignore[arg-type]
 
-    patch.setattr(Guard, "__call__", interrupted_gate)
+    patch.setattr(Guard, "gate", interrupted_gate)
     patch.setattr(checkpoint, "save", interrupted_save)
     config = load_config(told.recipe, [f"run.name={told.name}", *told.overrides])
     topology = Topology(rank, world_size, rank, told.job)

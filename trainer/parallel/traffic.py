@@ -10,6 +10,8 @@ from others. The least that a layout needs is in `trainer/parallel/volume.py`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,6 +20,10 @@ CONTROL = "control"
 """What messages about a step are for: counts of tokens, the norm of the gradient, flags."""
 
 _WATCHING: list[Traffic] = []
+
+Listener = Callable[[str, str, int], None]
+"""Is told of each message before it begins: label, kind, bytes."""
+_LISTENERS: list[Listener] = []
 
 
 @dataclass(eq=False)
@@ -45,8 +51,20 @@ class Traffic:
         return sum(self.messages[key] for key in keys), sum(self.num_bytes[key] for key in keys)
 
 
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside the context `listener` hears of every message of this rank."""
+    _LISTENERS.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(listener)
+
+
 def note(label: str, kind: str, num_bytes: int) -> None:
-    """Report one message to whoever counts."""
+    """Report one message to whoever counts or listens."""
+    for listener in _LISTENERS:
+        listener(label, kind, num_bytes)
     for traffic in _WATCHING:
         traffic.messages[label, kind] += 1
         traffic.num_bytes[label, kind] += num_bytes

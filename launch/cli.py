@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "train": "train or resume a run",
     "sample": "generate clips from a run",
     "measure": "measure which way sampled clips of the demo set move",
+    "status": "show how a run stands, and what its time was spent on",
     "report": "write a run's HTML report",
     "certify": "prove that every layout trains like one process",
     "data": "pack, check, describe and preview shards",

@@ -16,8 +16,10 @@ from kinodit.trainer.metrics import Row, Window, pack_flops
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.progress import Progress
 from kinodit.trainer.resilience import pulse
+from kinodit.trainer.resilience.checksum import check_replicas
+from kinodit.trainer.resilience.goodput import Ledger
 from kinodit.trainer.resilience.guard import Guard
-from kinodit.trainer.resilience.rollback import check_finite
+from kinodit.trainer.resilience.rollback import RollBack, check_finite
 from kinodit.trainer.resilience.signals import Request
 from kinodit.trainer.sinks import Sinks
 from kinodit.trainer.state import TrainState
@@ -29,7 +31,7 @@ class Loop:
     """Everything one run needs between its first and its last step.
 
     evaluate: step -> validation row; generate: step -> entries of a samples folder. Both are
-    collective. Sinks and progress exist on rank 0 only.
+    collective. Sinks, ledger and progress exist on rank 0 only.
     """
 
     config: RunConfig
@@ -44,6 +46,7 @@ class Loop:
     evaluate: Callable[[int], Row] | None
     generate: Callable[[int], list[dict[str, object]]] | None
     sinks: Sinks | None
+    ledger: Ledger | None
     progress: Progress | None
     peak_flops: float
 
@@ -62,9 +65,13 @@ class Loop:
         window = Window(self.step.modalities)
         steps = iter(self.loader)
         saved = state.step
+        if self.ledger is not None:
+            self.ledger.begin()
         while state.step < end:
             window, state = self._one_step(window, state, steps)
             done = state.step
+            if _due(done, config.resilience.checksum_every_steps, 0):
+                self._check_replicas(state)
             if self.guard.request is not Request.NONE and done < end:
                 break
             if self.evaluate is not None and _due(done, config.eval.every_steps, end):
@@ -78,13 +85,17 @@ class Loop:
                     self.save(state)
                 saved = done
         if saved != state.step:
-            self.save(state)
+            with window.clock.measure("checkpoint"):
+                self.save(state)
+        self._account(window, state.step)
         return state
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint. Collective."""
         tensors = checkpoint.collect(self.engine, self.emas)
         check_finite(tensors, state, self.mesh)
+        if self.config.resilience.checksum_every_steps:
+            check_replicas(tensors, self.mesh, state.step)
         path = checkpoint.save(
             self.config.run.folder, state, tensors, self.mesh, self.config.checkpoint.keep_last
         )
@@ -121,14 +132,31 @@ class Loop:
         )
         if not result.updated and self.sinks is not None:
             self.sinks.event("skip", state.step, f"no update, since {self.guard.reason}")
-        self.guard.check(state)
+        try:
+            self.guard.check(state)
+        except RollBack:
+            self._account(window, state.step)
+            raise
         if self.progress is not None:
             self.progress.step(state.step)
         if not _due(state.step, config.log.every_steps, config.run.steps):
             return window, state
-        row = window.row(state.step, lr, self.mesh, self.peak_flops, config.objective.loss_weights)
+        self._account(window, state.step)
+        wait_s, weights = self.guard.take_wait_s(), config.objective.loss_weights
+        row = window.row(state.step, lr, self.mesh, self.peak_flops, weights, wait_s)
+        if self.ledger is not None:
+            row["goodput"] = self.ledger.goodput.share
         self._report(row)
         return Window(self.step.modalities), state
+
+    def _check_replicas(self, state: TrainState) -> None:
+        tensors = checkpoint.collect(self.engine, self.emas)
+        check_replicas(tensors, self.mesh, state.step)
+
+    def _account(self, window: Window, step: int) -> None:
+        """Write down what the time of `window` was spent on."""
+        if self.ledger is not None:
+            self.ledger.add(step, *window.spent())
 
     def _report(self, row: Row) -> None:
         if self.sinks is not None:

@@ -16,6 +16,7 @@ from kinodit.models.mmdit import MMDiTConfig
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.resilience import pulse
+from kinodit.trainer.resilience.stragglers import own_time, report, table
 from kinodit.trainer.step import NUM_NOISE_BINS, StepResult
 
 Row = dict[str, object]
@@ -50,19 +51,25 @@ BETWEEN_STEPS = ("eval", "checkpoint")
 
 @dataclass
 class Clock:
-    """Seconds spent per activity since the last `take`."""
+    """Seconds spent per activity since the last `take`.
+
+    cpu_s: CPU time of this thread within "compute"; the rest of it was waited
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_s: float = 0.0
 
     @contextmanager
     def measure(self, activity: str) -> Iterator[None]:
         """Add the time inside the context to `activity`."""
         pulse.beat(activity, slow=activity in BETWEEN_STEPS)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.thread_time()
         try:
             yield
         finally:
             self.add(activity, time.perf_counter() - start)
+            if activity == "compute":
+                self.cpu_s += time.thread_time() - cpu_start
 
     def add(self, activity: str, seconds: float) -> None:
         """Add `seconds` to `activity`."""
@@ -107,26 +114,41 @@ class Window:
         self.num_samples += num_samples
         self.flops += flops
 
+    def spent(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the window began, and those of each activity."""
+        return time.perf_counter() - self.started_s, dict(self.clock.seconds)
+
     def row(
-        self, step: int, lr: float, mesh: Mesh, peak: float, loss_weights: Mapping[str, float]
+        self,
+        step: int,
+        lr: float,
+        mesh: Mesh,
+        peak: float,
+        loss_weights: Mapping[str, float],
+        agreement_wait_s: float = 0.0,
     ) -> Row:
         """The row of metrics.jsonl for the steps in this window. Collective: all ranks call it.
 
-        `peak` is one rank's peak FLOP/s. Losses are means over the steps of the window.
+        `peak` is one rank's peak FLOP/s; `agreement_wait_s` what this rank waited at the ends of
+        the steps. Losses are means over the steps of the window.
         """
         assert self.sums is not None and self.grad_norm is not None
+        own = own_time(self.clock.seconds, self.clock.cpu_s, agreement_wait_s, mesh.device)
+        ranks = table(own, mesh.rank, mesh.world_size)
         seconds = self.clock.take()
         elapsed_s = time.perf_counter() - self.started_s
         host = torch.tensor(
             [float(self.num_tokens), float(self.num_samples), self.flops], dtype=torch.float64
         )
-        sums = mesh.sum(torch.cat([self.sums, host.to(self.sums.device)])).tolist()
+        host = torch.cat([host, ranks.flatten()]).to(self.sums.device)
+        sums = mesh.sum(torch.cat([self.sums, host])).tolist()
         count, bins = len(self.modalities), len(self.modalities) * NUM_NOISE_BINS
         num_updates = self.num_steps - self.num_skipped
         losses = [value / num_updates if num_updates else math.nan for value in sums[:count]]
         errors = sums[count : count + bins]
         counts = sums[count + bins : count + 2 * bins]
-        tokens, samples, flops = sums[count + 2 * bins :]
+        tokens, samples, flops, *flat = sums[count + 2 * bins :]
+        rank_times = torch.tensor(flat, dtype=torch.float64).view(ranks.shape).tolist()
         per_step = {name: value / self.num_steps for name, value in seconds.items()}
         row: Row = {
             "kind": "train",
@@ -149,6 +171,7 @@ class Window:
             "memory_gib": _peak_memory_gib(mesh.device),
             "skipped_steps": self.num_skipped,
         }
+        row |= report(rank_times, self.num_steps)
         for name, value in zip(self.modalities, losses, strict=True):
             weight = loss_weights.get(name, 1.0)
             row[f"loss/{name}"] = value / weight if weight else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from kinodit.trainer.parallel.traffic import listening
 from kinodit.trainer.progress import Progress
 from kinodit.trainer.resilience import pulse
 from kinodit.trainer.resilience.errors import CrashLoopError, DivergedError
+from kinodit.trainer.resilience.goodput import Ledger, process_start_s
 from kinodit.trainer.resilience.guard import Guard
 from kinodit.trainer.resilience.lock import RunLock
 from kinodit.trainer.resilience.rollback import RollBack, past_bad_data, roll_back
@@ -139,11 +141,13 @@ def _train(
     setting = Setting(
         config, topology, mesh, datasets, text, codec, spec, encoder, signals, marker, stream
     )
+    began_s = process_start_s()
     while True:
         try:
-            return _attempt(setting, resumed_from, warnings)
+            return _attempt(setting, resumed_from, warnings, began_s)
         except RollBack as error:
             cause = error
+        began_s = time.time()
         resumed_from, warnings = _go_back(setting, cause), ()
 
 
@@ -164,8 +168,12 @@ class Setting:
     stream: TextIO
 
 
-def _attempt(setting: Setting, resumed_from: Path | None, warnings: Sequence[str]) -> TrainState:
+def _attempt(
+    setting: Setting, resumed_from: Path | None, warnings: Sequence[str], began_s: float
+) -> TrainState:
     """Train from a checkpoint, or from the start, as far as it goes. Collective.
+
+    `began_s`: unix time at which the process started, or went back.
 
     Raises:
         RollBack: the run has to go back.
@@ -185,8 +193,10 @@ def _attempt(setting: Setting, resumed_from: Path | None, warnings: Sequence[str
         setting.encoder, parts.pack_spec, config.engine.micro_batches, master_dtype(config)
     )
     with ExitStack() as stack:
-        sinks = progress = None
+        sinks = ledger = progress = None
         if topology.is_main:
+            ledger = Ledger(run_dir, state.step, began_s)
+            stack.callback(ledger.close)
             sinks = Sinks(
                 run_dir,
                 config.log,
@@ -230,6 +240,7 @@ def _attempt(setting: Setting, resumed_from: Path | None, warnings: Sequence[str
                 else None
             ),
             sinks=sinks,
+            ledger=ledger,
             progress=progress,
             peak_flops=peak_flops(mesh.device, config.precision.compute_dtype),
         ).run(state)

@@ -16,6 +16,7 @@ import jinja2
 import yaml
 
 import kinodit
+from kinodit.launch.report.account import time_section
 from kinodit.launch.report.read import (
     ReportError,
     Row,
@@ -37,6 +38,8 @@ MEDIA_TYPES = {
     ".webp": "image/webp",
 }
 MAX_EVENTS = 500
+MARKED = ("resume", "rollback", "hang", "crash", "corruption", "warning")
+"""Events that the charts show as lines."""
 RECENT = 0.1
 """Share of the rows, the last ones, that "recent" means in the figures at the top."""
 
@@ -96,6 +99,7 @@ def render(run: Run, now: float, max_media_mib: float) -> str:
         progress=min(1.0, run.last_step / run.total_steps) if run.total_steps else None,
         facts=_facts(run, now),
         tiles=_tiles(run),
+        spent=time_section(run),
         drawn=[_embed(file) for file in run.drawn],
         notes=notes,
         events=_event_rows(run.events),
@@ -196,9 +200,7 @@ def _best_validation(rows: Sequence[Row]) -> tuple[float, float, int] | None:
 def _marks(events: Sequence[Row]) -> list[dict[str, Any]]:
     """Events that the charts show as lines."""
     return [
-        {"step": row["step"], "event": row["event"]}
-        for row in events
-        if row["event"] in ("resume", "warning")
+        {"step": row["step"], "event": row["event"]} for row in events if row["event"] in MARKED
     ]
 
 

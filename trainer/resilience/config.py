@@ -49,12 +49,15 @@ class ResilienceConfig:
     hang_s: seconds without a sign of life after which a rank that is in a step is taken to hang,
         or five times its longest step if that is more; the first step of a process, evaluations
         and saves have run.deadline_s. 0: off
+    checksum_every_steps: the copies of parameters, moments and averages on different ranks are
+        compared after so many steps, and before every save; 0: never
     guard: which steps are refused
     """
 
     save_margin_s: float = 120.0
     max_fruitless_restarts: int = 3
     hang_s: float = 120.0
+    checksum_every_steps: int = 100
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
@@ -62,8 +65,6 @@ class ResilienceConfig:
             raise ConfigError(f"resilience.save_margin_s={self.save_margin_s}: must be at least 0")
         if self.hang_s < 0:
             raise ConfigError(f"resilience.hang_s={self.hang_s}: must be at least 0")
-        if self.max_fruitless_restarts < 0:
-            raise ConfigError(
-                f"resilience.max_fruitless_restarts={self.max_fruitless_restarts}: must not be "
-                "negative"
-            )
+        for name in ("max_fruitless_restarts", "checksum_every_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"resilience.{name}={getattr(self, name)}: must not be negative")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -41,6 +42,12 @@ class Guard:
         self.request = Request.NONE
         self.state = state
         self.reason = ""
+        self._waited_s = 0.0
+
+    def take_wait_s(self) -> float:
+        """Seconds that agreeing took since the last call: waiting for ranks, or for the device."""
+        taken, self._waited_s = self._waited_s, 0.0
+        return taken
 
     def gate(self, step: int) -> Gate:
         """What decides about step `step`. Collective when called."""
@@ -75,7 +82,9 @@ class Guard:
                 torch.tensor(wishes, dtype=torch.float64, device=device),
             ]
         )
+        start = time.perf_counter()
         total_loss, mean_norm, bad_losses, bad_norms, requeue, stop = self._mesh.sum(table).tolist()
+        self._waited_s += time.perf_counter() - start
         if self.request is Request.NONE:
             self.request = Request.STOP if stop else Request.REQUEUE if requeue else Request.NONE
         if bad_losses:

@@ -186,6 +186,17 @@ class RunLock:
                 os.utime(self._path)
 
 
+def describe_lock(run_dir: Path) -> str:
+    """Who holds the lock of a folder, and its last sign by this host's clock; "" if nobody."""
+    path = run_dir / LOCK_FILE
+    try:
+        owner = Owner(**json.loads(path.read_text()))
+        age_s = time.time() - path.stat().st_mtime
+    except (OSError, ValueError, TypeError):
+        return ""
+    return f"{owner}, last sign {max(0.0, age_s):.0f} s ago"
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -114,6 +114,7 @@ class Pulse:
             known_s = 0.0 if math.isinf(self._longest_step_s) else self._longest_step_s
             self._longest_step_s = max(known_s, took_s)
         self._step, self._step_began_s = step, now_s
+        self.beat("step", slow=False)
 
     def beat(self, activity: str, *, slow: bool) -> None:
         """`activity` begins. slow: it is no part of a step."""

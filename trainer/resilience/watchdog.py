@@ -53,12 +53,12 @@ class Report:
 
 
 def supervise() -> int | None:
-    """Fork. Returns None in the child, which goes on, and its exit code in the parent.
+    """`fork_watched`, but None without a fork where torch is loaded: threads do not survive one."""
+    return None if "torch" in sys.modules else fork_watched()
 
-    Without a fork, None: where torch is loaded already its threads would not survive one.
-    """
-    if "torch" in sys.modules:
-        return None
+
+def fork_watched() -> int | None:
+    """Fork. Returns None in the child, which goes on, and its exit code in the parent."""
     page, stacks = pulse.Page(), os.memfd_create("stacks")
     parent = os.getpid()
     sys.stdout.flush()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from kinodit.trainer.resilience import lock
 from kinodit.trainer.resilience.errors import LockedError
 from kinodit.trainer.resilience.lock import LOCK_FILE, RunLock
 
@@ -119,7 +118,7 @@ def test_the_clock_of_this_host_decides_nothing(
 ) -> None:
     abandoned(tmp_path)
     os.utime(tmp_path / LOCK_FILE)
-    monkeypatch.setattr(lock.time, "time", lambda: 1e12)
+    monkeypatch.setattr(time, "time", lambda: 1e12)
     with pytest.raises(LockedError):
         RunLock(tmp_path, "2", 0).__enter__()
 

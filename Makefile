@@ -55,13 +55,14 @@ test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
 
 proof: setup certificates ## run the long proofs to their end and keep their figures (hours)
 	$(BIN)/pytest -m learning --size full
-	$(BIN)/pytest -m mutants --size full
 
-certificates: setup ## certify the recipes anew, after a change of models or parallelism
+certificates: setup ## certify recipes and kinds of models anew, and keep the figures
+	rm -rf configs/certificates
 	for recipe in $(wildcard configs/*.yaml); do \
 		$(BIN)/kinodit certify $$recipe \
 			--certificate configs/certificates/$$(basename $$recipe .yaml).json || exit 1; \
 	done
+	$(BIN)/pytest -m mutants --size full tests/certificates tests/mutants
 
 lint: setup ## ruff, mypy --strict, import contracts, shellcheck
 	$(BIN)/ruff check .
@@ -73,6 +74,9 @@ lint: setup ## ruff, mypy --strict, import contracts, shellcheck
 
 bench: setup ## time our model against its peers (12 minutes, 1 thread)
 	$(BIN)/python benchmarks/step.py
+
+gpu-accept: setup ## accept a node: certificate, device tests, presets against plans (30 minutes)
+	$(BIN)/python benchmarks/gpu_accept.py --json build/gpu-accept.json
 
 docs: setup ## check the documentation: links, and the commands it shows
 	$(BIN)/pytest tests/repo/test_docs.py

@@ -176,9 +176,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
 def varlen_cuda(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
     """One varlen flash call for all segments; shapes as `attend`.
 
-    fp16 and bf16 only: other dtypes go segment by segment.
+    What the kernel does not take goes segment by segment.
     """
-    if q.dtype not in (torch.float16, torch.bfloat16):
+    if not fits_flash(q.dtype, q.shape[-1]):
         return by_segment(q, k, v, visibility)
     from torch.nn.attention.varlen import varlen_attn
 
@@ -187,6 +187,11 @@ def varlen_cuda(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tens
     out = varlen_attn(q, k, v, ends, ends, longest, longest, enable_gqa=q.shape[-2] != k.shape[-2])
     assert isinstance(out, Tensor)
     return out
+
+
+def fits_flash(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether CUDA's flash kernels take it: 16-bit formats, head dims in steps of 8 up to 256."""
+    return dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
 
 
 def segment_ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
@@ -211,7 +216,7 @@ def attend_within(q: Tensor, k: Tensor, v: Tensor, segment: Tensor, num_segments
         lengths = tuple(count for count in counts if count)
         alone = tuple((index,) for index in range(len(lengths)))
         return by_segment(q, k, v, Visibility(lengths, alone))
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+    if q.device.type == "cuda" and fits_flash(q.dtype, q.shape[-1]):
         from torch.nn.attention.varlen import varlen_attn
 
         rows = torch.arange(num_segments + 1, device=segment.device)

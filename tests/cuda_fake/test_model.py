@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from kinodit.launch.accept.pretended import Ops, on_cuda, pretend
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
 from kinodit.models.tokens import TokenBatch
 from tests.models.packs import pack, random_sample
 from tests.models.test_mmdit import VARIANTS, causal, samples
-
-
-class Ops(TorchDispatchMode):
-    """Names of the ops that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def pretend(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device="cuda")
-
-
-def on_cuda(batch: TokenBatch) -> TokenBatch:
-    layout = batch.layout
-    assert layout.order is not None and layout.inverse is not None
-    return TokenBatch(
-        modalities={name: tokens.map(pretend) for name, tokens in batch.modalities.items()},
-        level_segment=pretend(batch.level_segment),
-        level_t=pretend(batch.level_t),
-        conditions={name: pretend(x) for name, x in batch.conditions.items()},
-        layout=dataclasses.replace(
-            layout, order=pretend(layout.order), inverse=pretend(layout.inverse)
-        ),
-        samples=batch.samples,
-    )
 
 
 @pytest.mark.parametrize("variant", ["refiner", "next_dit", "gqa_swiglu"])
@@ -70,7 +37,7 @@ def test_the_forward_never_waits_for_the_device(
         assert output.dtype == dtype
         assert output.shape == batch.modalities[name].latents.shape
     is_varlen = dtype == torch.bfloat16 and (not per_frame or variant == "refiner")
-    assert any("varlen" in name for name in ops.names) == is_varlen
+    assert any("varlen" in name for name in ops.counts) == is_varlen
 
 
 def two_clips(config: MMDiTConfig, dtype: torch.dtype) -> TokenBatch:
@@ -109,7 +76,7 @@ def test_blocks_of_full_width_run_on_the_device_alone(preset: str, dtype: torch.
             outputs = torch.func.functional_call(model, weights, (on_cuda(batch),))
     assert outputs["video"].device.type == "cuda"
     assert outputs["video"].shape == batch.modalities["video"].latents.shape
-    assert any("varlen" in name for name in ops.names) == (dtype == torch.bfloat16)
+    assert any("varlen" in name for name in ops.counts) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("preset", ["2b", "8b", "14b", "30b"])

@@ -53,6 +53,15 @@ def test_the_varlen_kernel_is_attention_by_segment(num_kv_heads: int) -> None:
     assert float((found.double() - expected).abs().max()) < BF16_ERROR
 
 
+def test_what_the_kernel_does_not_take_goes_another_way() -> None:
+    visibility = Visibility((5, 3), ((0,), (1,)))
+    for head_dim, dtype in ((12, torch.bfloat16), (64, torch.float32)):
+        q, k, v = (drawn(8, 2, head_dim).to(dtype) for _ in range(3))
+        found = varlen_cuda(q, k, v, visibility)
+        expected = by_segment(q.double(), k.double(), v.double(), visibility)
+        assert float((found.double() - expected).abs().max()) < BF16_ERROR
+
+
 def test_flash_attention_and_its_backward_with_log_sum_exp() -> None:
     q, k, v, grad = (drawn(1, 4, 300, 64).requires_grad_() for _ in range(4))
     flash = FLASH["cuda"]
@@ -68,7 +77,7 @@ def test_flash_attention_and_its_backward_with_log_sum_exp() -> None:
 
 
 def test_a_step_never_waits_for_the_device() -> None:
-    model = MMDiT(tiny_model_config()).to("cuda", torch.bfloat16)
+    model = MMDiT(tiny_model_config(width=32)).to("cuda", torch.bfloat16)
     initialize(model, seed=1)
     batch = synthetic_pack(0, [1, 2, 6], torch.bfloat16).to(torch.device("cuda"))
     model(batch)["video"].square().sum().backward()  # kernels are chosen once

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kinodit.models.errors import ConfigError
 from kinodit.models.presets import PRESETS
-from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.apply import PrecisionConfig, check_ring, parallelize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh, placement_warning
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.table import check_heads
@@ -121,6 +121,15 @@ def test_heads_must_divide_over_the_ranks_that_exchange_them() -> None:
         check_heads(model, 1, 5)
     with pytest.raises(ConfigError, match=r"the 3 key/value heads"):
         check_heads(dataclasses.replace(model, num_kv_heads=3), 1, 8)
+
+
+def test_a_ring_on_cuda_needs_a_kernel_that_tells_its_sum() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    check_ring(64, torch.bfloat16, cuda)
+    check_ring(12, torch.float64, cpu)
+    for head_dim, dtype in ((64, torch.float32), (12, torch.bfloat16), (264, torch.bfloat16)):
+        with pytest.raises(ConfigError, match=rf"parallel.ring on CUDA .* and {head_dim}: change"):
+            check_ring(head_dim, dtype, cuda)
 
 
 def test_offloading_needs_somewhere_to_offload_from() -> None:

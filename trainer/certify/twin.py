@@ -11,7 +11,8 @@ from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.rope import RopeConfig
 from kinodit.trainer.config import RunConfig, differences, flatten
 
-HEAD_DIM = 12
+HEAD_DIM = 16
+"""A multiple of 8, as CUDA's flash kernels need, that three axes of positions can share."""
 MAX_HEADS = 4
 MAX_BLOCKS = 2
 MAX_RANK = 4
@@ -104,8 +105,10 @@ def _small_rope(rope: RopeConfig) -> RopeConfig:
     if not rope.axes:
         return rope
     used = [axis for axis, dim in enumerate(rope.axes) if dim]
-    share = HEAD_DIM // len(used)
-    return replace(rope, axes=tuple(share if axis in used else 0 for axis in range(3)))
+    share = 2 * (HEAD_DIM // (2 * len(used)))
+    axes = [share if axis in used else 0 for axis in range(3)]
+    axes[used[0]] += HEAD_DIM - sum(axes)
+    return replace(rope, axes=tuple(axes))
 
 
 def _divisor(number: int, limit: int) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from kinodit.models.attention import fits_flash
 from kinodit.models.block import JointBlock, SingleBlock
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
@@ -83,8 +84,24 @@ def share_tokens(model: nn.Module, layout: Layout) -> None:
     if mesh.place.num_shares > 1:
         assert isinstance(model, MMDiT)
         check_heads(model.config, layout.parallel.tp, layout.parallel.ulysses)
+        if mesh.ring is not None:
+            check_ring(model.config.dim_of_head, layout.precision.compute_dtype, mesh.device)
         model.attend = ContextAttention(mesh.place, mesh.heads, mesh.ring)
         model.exchange = TokenExchange(mesh.tp_mesh.get_group() if mesh.tp_mesh else None)
+
+
+def check_ring(head_dim: int, compute_dtype: torch.dtype, device: torch.device) -> None:
+    """Whether `device` has a kernel for a ring: it must tell the log-sum-exp of its softmax.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if device.type == "cuda" and not fits_flash(compute_dtype, head_dim):
+        raise ConfigError(
+            f"parallel.ring on CUDA needs precision.compute=bfloat16 and a head dim in steps of 8 "
+            f"up to 256; found {str(compute_dtype).partition('.')[2]} and {head_dim}: change them, "
+            "or set parallel.ring=1"
+        )
 
 
 def recompute(model: nn.Module, layout: Layout) -> None:

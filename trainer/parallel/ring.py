@@ -82,7 +82,7 @@ FLASH: dict[str, Flash] = {
     "cpu": Flash(_cpu_forward, _cpu_backward),
     "cuda": Flash(_cuda_forward, _cuda_backward),
 }
-"""Device type -> its flash attention. On CUDA for 16-bit formats only."""
+"""Device type -> its flash attention. On CUDA for what `fits_flash` only."""
 
 
 class Pair(NamedTuple):

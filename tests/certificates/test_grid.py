@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
-from kinodit.trainer.certify.layouts import full_layouts, layout_name, num_ranks
+from kinodit.trainer.certify.layouts import full_layouts, layout_name, lowest, num_ranks
 from kinodit.trainer.certify.run import Case, Certifier, Row
 from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.config import RunConfig, load_config
@@ -53,7 +53,8 @@ NUM_IN_CI = 5
 def cases(small: Twin, size: str, name: str) -> list[Case]:
     everything = full_layouts(small.config.model, small.config.parallel, 8)
     if size == "full":
-        return [Case(layout, dtype) for dtype in ("float64", "bfloat16") for layout in everything]
+        exact = [Case(layout) for layout in everything]
+        return exact + [Case(one, "bfloat16") for one in lowest(everything) if num_ranks(one) <= 4]
     upto4 = [layout for layout in everything if num_ranks(layout) <= 4]
     drawn = sampled(upto4, NUM_IN_CI, size, name)
     drawn += sampled([one for one in everything if one not in upto4], 1, size, f"{name} triples")

@@ -38,6 +38,7 @@ from kinodit.trainer.certify.layouts import (
     default_layouts,
     full_layouts,
     layout_name,
+    lowest,
     num_ranks,
     parse_layouts,
 )
@@ -137,6 +138,10 @@ def test_the_full_grid_adds_every_triple() -> None:
     assert all(num_ranks(layout) == 8 for layout in upto8[20:])
     assert all(len(axes_of(layout)) == 3 for layout in upto8[20:])
     assert full_layouts(model, BASE, 4) == default_layouts(model, BASE, 4)
+    low = [layout_name(layout) for layout in lowest(upto8)]
+    assert len(low) == 25 and "cp=4,ring=2" in low
+    assert not {"cp=4", "cp=4,ring=4", "tp=4", "dp_shard=4", "dp_replicate=4"} & set(low)
+    assert lowest(upto8[5:7]) == upto8[5:7]
 
 
 def test_the_command_takes_the_size_of_the_grid(capsys: pytest.CaptureFixture[str]) -> None:

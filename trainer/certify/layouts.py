@@ -74,6 +74,12 @@ KINDS = ("dp_replicate", "dp_shard", "ulysses", "ring", "tp")
 """Kinds of axes: cp is two, as it exchanges heads or goes round a ring."""
 
 
+def lowest(layouts: Sequence[ParallelConfig]) -> list[ParallelConfig]:
+    """Those with no kind of axis above 2; all of them if there are none such."""
+    low = [one for one in layouts if max(getattr(one, kind) for kind in KINDS) <= 2]
+    return low or list(layouts)
+
+
 def _grid(base: ParallelConfig) -> Iterator[ParallelConfig]:
     for degree in (2, 4):
         for kind in KINDS:

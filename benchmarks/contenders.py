@@ -30,8 +30,8 @@ class Contender:
     flops: float = 0.0
 
     def compile(self) -> None:
-        """Compile block by block; theirs names itself which modules repeat."""
-        if isinstance(self.model, ModelMixin):
+        """Compile block by block; theirs names which modules repeat, where it does so at all."""
+        if isinstance(self.model, ModelMixin) and self.model._repeated_blocks:
             self.model.compile_repeated_blocks()
         else:
             for block in self.blocks:

@@ -45,6 +45,8 @@ def test_bf16_on_two_ranks(dp_replicate: int, two: Ranks, float32: Trace) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # what the compiler itself warns of
 def test_compiled_blocks(float32: Trace) -> None:
     trace = run(0, 1, Layout(1, compiled=True), FLOAT32, STEPS)
     assert distance(trace, float32) < 1e-4

@@ -17,9 +17,10 @@ from kinodit.data.container import DecodeError
 from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
 from kinodit.data.manifest import Dataset
 from kinodit.data.picture import CENTRE
-from kinodit.data.plan import PlanSpec, SampleRef, assign, plan
+from kinodit.data.plan import SampleRef, assign, plan
 from kinodit.data.reader import ShardError, ShardReader
 from kinodit.data.record import RecordMeta
+from kinodit.data.spec import PlanSpec
 from kinodit.models.errors import UserError
 from kinodit.models.random import sample_generator, uniform
 

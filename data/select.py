@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from kinodit.data.config import DataConfig, DecodeConfig, RangeConfig, WhereConfig
 from kinodit.data.index import FLAG_AUDIO
 from kinodit.data.manifest import Dataset
-from kinodit.data.plan import CostModel, DatasetSpec, PlanError, PlanSpec
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import MODALITIES, RecordMeta
+from kinodit.data.spec import CostModel, DatasetSpec, PlanError, PlanSpec
 from kinodit.data.window import FPS_SCALE, num_window_starts
 
 Mask = NDArray[np.bool_]

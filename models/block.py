@@ -12,118 +12,17 @@ table, c width of the condition.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from kinodit.models.attention import AttentionOp
 from kinodit.models.config import MMDiTConfig
-from kinodit.models.exchange import Exchange, Parts
+from kinodit.models.context import ALL, Context, Rotary, call_attention
 from kinodit.models.mlp import MLP
 from kinodit.models.modulation import AdaNorm, Modulation, Rows, gated_add
 from kinodit.models.norm import HeadNorm, RMSNorm
 from kinodit.models.rope import rotate
-from kinodit.models.tokens import AttentionLayout
-
-Rotary = Tensor | None
-
-ALL = "all"
-"""The name of the one stream that single blocks see."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every block of one forward pass sees besides the tokens.
-
-    Not a pytree on purpose: a wrapper that casts the floating inputs of a block to bf16 must not
-    reach the rotary tables.
-
-    condition: [K, c], activated
-    shared:    stream -> [K, parts * d], rows of the modulation that all blocks share; may be empty
-    level:     stream -> [N] int64, each token's row of `condition`
-    num_seen:  stream -> number of tokens M that its projections see; N in one process
-    rotary:    stream -> cosines and sines [M, P, 2], or None for a stream that is not rotated
-    layout:    who attends to whom
-    attend:    the attention op
-    exchange:  what happens where processes share tokens and matrices; None in one process
-    """
-
-    condition: Tensor
-    shared: Mapping[str, Tensor]
-    level: Mapping[str, Tensor]
-    num_seen: Mapping[str, int]
-    rotary: Mapping[str, Rotary]
-    layout: AttentionLayout
-    attend: AttentionOp
-    exchange: Exchange | None = None
-
-    def merged(self) -> Context:
-        """The same for all streams' tokens seen as one stream, as single blocks do."""
-        return replace(
-            self,
-            level={ALL: torch.cat(list(self.level.values()))},
-            num_seen={ALL: sum(self.num_seen.values())},
-            rotary={ALL: merged_table(self.rotary, self.num_seen)},
-        )
-
-    def gather(self, parts: Parts) -> Parts:
-        """Own tokens [N, d] of every stream -> the tokens that its matrices see [M, d]."""
-        return parts if self.exchange is None else call_gather(self.exchange, parts, self.layout)
-
-    def scatter(self, parts: Parts) -> Parts:
-        """Results [M, d] of matrices that may be parts of whole ones -> of own tokens [N, d]."""
-        return parts if self.exchange is None else call_scatter(self.exchange, parts, self.layout)
-
-    def rows(self, modulations: Mapping[str, Modulation]) -> dict[str, list[Rows]]:
-        """What the condition does to every branch of every stream."""
-        made: Parts = {name: m.project(self.condition) for name, m in modulations.items()}
-        made = made if self.exchange is None else call_join(self.exchange, made)
-        return {name: m.rows(made[name], self.shared.get(name)) for name, m in modulations.items()}
-
-
-def merged_table(rotary: Mapping[str, Rotary], num_seen: Mapping[str, int]) -> Rotary:
-    """The tables [M, P, 2] of all streams as one [J, P, 2]; a stream without one is turned by 0."""
-    known = [table for table in rotary.values() if table is not None]
-    if not known:
-        return None
-    like = known[0]
-    pairs = (1, like.shape[1])
-    unturned = torch.stack((like.new_ones(pairs), like.new_zeros(pairs)), dim=-1)
-    tables = []
-    for name, table in rotary.items():
-        tables.append(unturned.expand(num_seen[name], -1, -1) if table is None else table)
-    return torch.cat(tables)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def call_attention(
-    attend: AttentionOp, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout
-) -> Tensor:
-    """`attend`, kept out of compiled graphs: a layout is different in every batch.
-
-    q [J, H, D], k and v [J, H_kv, D] -> [J, H, D].
-    """
-    return attend(q, k, v, layout)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def call_gather(exchange: Exchange, parts: Parts, layout: AttentionLayout) -> Parts:
-    """`exchange.gather`, kept out of compiled graphs, as are the others: counts differ by batch."""
-    return exchange.gather(parts, layout)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def call_scatter(exchange: Exchange, parts: Parts, layout: AttentionLayout) -> Parts:
-    """`exchange.scatter`, kept out of compiled graphs."""
-    return exchange.scatter(parts, layout)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def call_join(exchange: Exchange, parts: Parts) -> Parts:
-    """`exchange.join`, kept out of compiled graphs."""
-    return exchange.join(parts)
 
 
 class Projections(nn.Module):

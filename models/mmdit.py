@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinodit.models.attention import AttentionOp, attend
-from kinodit.models.block import ALL, Context, JointBlock, Rotary, SingleBlock
+from kinodit.models.block import JointBlock, SingleBlock
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
+from kinodit.models.context import ALL, Context, Rotary
 from kinodit.models.embed import ConditionEmbed, StreamEmbed
 from kinodit.models.errors import ConfigError
 from kinodit.models.exchange import Exchange, Parts, Spot

@@ -16,8 +16,8 @@ import torch
 from kinodit.data.encode import SampleEncoder
 from kinodit.data.loader import Loader
 from kinodit.data.manifest import Dataset
-from kinodit.data.plan import CostModel, PlanSpec
 from kinodit.data.select import open_datasets, plan_spec
+from kinodit.data.spec import CostModel, PlanSpec
 from kinodit.models.encoders.base import EncoderError, TextEncoder, VideoCodec, build_text_encoder
 from kinodit.models.encoders.wavelet import WaveletCodec, fit_standardisation
 from kinodit.models.errors import ConfigError

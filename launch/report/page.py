@@ -110,7 +110,7 @@ def render(run: Run, now: float, max_media_mib: float) -> str:
         # "<" would let a string close the script element it is in.
         data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         style=_asset("page.css"),
-        scripts=[_asset(name) for name in ("chart.js", "charts.js", "samples.js")],
+        scripts=[_asset(name) for name in ("drawing.js", "chart.js", "charts.js", "samples.js")],
     )
 
 

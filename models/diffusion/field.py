@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from kinodit.models.diffusion.objective import NoisedBatch, Objective, at_level, noised_rows
+from kinodit.models.diffusion.draws import noised_rows
+from kinodit.models.diffusion.objective import NoisedBatch, Objective, at_level
 from kinodit.models.diffusion.samplers import VelocityFn
 from kinodit.models.tokens import Role, TokenBatch
 

@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 from kinodit.models.diffusion import path
+from kinodit.models.diffusion.draws import (
+    at_least_float32,
+    drawn_levels,
+    drawn_noise,
+    noised_rows,
+)
 from kinodit.models.diffusion.timesteps import (
     LevelLaw,
     ShiftConfig,
@@ -22,8 +28,7 @@ from kinodit.models.diffusion.timesteps import (
     default_timesteps,
 )
 from kinodit.models.errors import ConfigError
-from kinodit.models.random import normal, sample_generator, uniform
-from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch
+from kinodit.models.tokens import Role, TokenBatch
 
 Prediction = Literal["velocity", "x0"]
 
@@ -154,7 +159,7 @@ class RectifiedFlow:
         """
         rows_K = noised_rows(batch)
         if level is None:
-            level_t_K = _drawn_levels(batch, rows_K, self.law, seed)
+            level_t_K = drawn_levels(batch, rows_K, self.law, seed)
         else:
             level_t_K = torch.full_like(batch.level_t, level)
         level_t_K = torch.where(rows_K, level_t_K, batch.level_t)
@@ -162,7 +167,7 @@ class RectifiedFlow:
         noised: dict[str, Tensor] = {}
         noise: dict[str, Tensor] = {}
         for name, tokens in batch.modalities.items():
-            e_NC = _drawn_noise(tokens, batch.samples, seed, f"{family}/{name}", level is not None)
+            e_NC = drawn_noise(tokens, batch.samples, seed, f"{family}/{name}", level is not None)
             t_N1 = level_t_K[tokens.level].to(e_NC.dtype).unsqueeze(-1)
             x_t_NC = path.interpolate(tokens.latents, e_NC, t_N1).to(tokens.latents.dtype)
             is_noised_N1 = (tokens.role == Role.NOISED).unsqueeze(-1)
@@ -175,7 +180,7 @@ class RectifiedFlow:
     def velocity(self, prediction: Tensor, noised: NoisedBatch, modality: str) -> Tensor:
         """Velocity [N, C], at least float32. Needs nothing of `noised` but its batch."""
         x_t_NC = noised.batch.modalities[modality].latents
-        dtype = _at_least_float32(prediction, x_t_NC)
+        dtype = at_least_float32(prediction, x_t_NC)
         if self.predictions.get(modality, self.fallback) == "velocity":
             return prediction.to(dtype)
         t_N1 = noised.t(modality).to(dtype).unsqueeze(-1)
@@ -218,14 +223,6 @@ def resolve_prediction(shape: TokenShape) -> Prediction:
     return "x0" if shape.channels > shape.width else "velocity"
 
 
-def noised_rows(batch: TokenBatch) -> Tensor:
-    """Which rows of the table of levels have noised tokens, [K] bool, on the batch's device."""
-    count_K = torch.zeros_like(batch.level_segment)
-    for tokens in batch.modalities.values():
-        count_K.index_add_(0, tokens.level, (tokens.role == Role.NOISED).to(count_K.dtype))
-    return count_K > 0
-
-
 def at_level(batch: TokenBatch, t: float, rows_K: Tensor) -> TokenBatch:
     """The batch with level `t` in the rows of `noised_rows`: one evaluation of a sampler."""
     level = torch.full_like(batch.level_t, t)
@@ -248,58 +245,3 @@ def bin_errors(error_N: Tensor, t_N: Tensor, weight_N: Tensor, num_bins: int) ->
     index_N = (t_N * num_bins).long().clamp(0, num_bins - 1)
     pairs_N2 = torch.stack([weight_N * error_N.detach(), weight_N.to(error_N.dtype)], dim=-1)
     return error_N.new_zeros(num_bins, 2).index_add_(0, index_N, pairs_N2)
-
-
-def _at_least_float32(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _drawn_levels(batch: TokenBatch, rows_K: Tensor, law: LevelLaw, seed: int) -> Tensor:
-    """Levels [K]: each row's own draw. Rounded to float32 whatever the precision of the batch."""
-    num_tokens = [0] * batch.num_segments
-    for tokens in batch.modalities.values():
-        owners = tokens.segment[tokens.role == Role.NOISED].cpu()
-        for segment, count in enumerate(
-            torch.bincount(owners, minlength=batch.num_segments).tolist()
-        ):
-            num_tokens[segment] += count
-    owner_K: list[int] = batch.level_segment.tolist()
-    drawn_K: list[bool] = rows_K.tolist()
-    num_drawn = [0] * batch.num_segments
-    for owner, drawn in zip(owner_K, drawn_K, strict=True):
-        num_drawn[owner] += drawn
-    place = [0] * batch.num_segments
-    u_K = torch.zeros(len(owner_K), dtype=torch.float64)
-    for row, (owner, drawn) in enumerate(zip(owner_K, drawn_K, strict=True)):
-        if drawn:
-            purpose = "timestep" if num_drawn[owner] == 1 else f"timestep/{place[owner]}"
-            u_K[row] = uniform(sample_generator(seed, batch.samples[owner], purpose))
-        place[owner] += 1
-    t_K = law.levels(u_K, [num_tokens[owner] for owner in owner_K]).to(torch.float32)
-    return t_K.to(batch.level_t)
-
-
-def _drawn_noise(
-    tokens: ModalityTokens,
-    samples: tuple[SampleKey, ...],
-    seed: int,
-    purpose: str,
-    same_at_all_steps: bool,
-) -> Tensor:
-    """Noise [N, C], at least float32, for all tokens of the samples that have noised ones."""
-    segment_N = tokens.segment.cpu()
-    owners = segment_N[tokens.role.cpu() == Role.NOISED]
-    sizes = torch.bincount(segment_N, minlength=len(samples)).tolist()
-    num_noised = torch.bincount(owners, minlength=len(samples)).tolist()
-    noise_NC = torch.zeros(tokens.latents.shape, dtype=torch.float32)
-    start = 0
-    for key, size, noised in zip(samples, sizes, num_noised, strict=True):
-        if noised:
-            named = replace(key, step=0) if same_at_all_steps else key
-            source = sample_generator(seed, named, purpose)
-            noise_NC[start : start + size] = normal(source, (size, noise_NC.shape[1]))
-        start += size
-    return noise_NC.to(tokens.latents.device, _at_least_float32(tokens.latents))

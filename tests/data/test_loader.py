@@ -16,9 +16,9 @@ from kinodit.data.config import DataConfig, DatasetConfig
 from kinodit.data.decode import DecodedSample, decode, pick_view
 from kinodit.data.loader import Loader, LoadError, StepData
 from kinodit.data.manifest import Dataset
-from kinodit.data.plan import CostModel, PlanSpec
 from kinodit.data.record import Caption
 from kinodit.data.select import plan_spec
+from kinodit.data.spec import CostModel, PlanSpec
 from kinodit.models.random import sample_generator, uniform
 from kinodit.models.tokens import SampleKey
 from tests.data.clips import small_records, write_dataset

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinodit.data.plan import CostModel, DatasetSpec, GlobalBatch, PlanError, PlanSpec, assign, plan
+from kinodit.data.plan import GlobalBatch, assign, plan
+from kinodit.data.spec import CostModel, DatasetSpec, PlanError, PlanSpec
 
 
 def dataset(name: str = "clips", count: int = 37, **changes: Any) -> DatasetSpec:

@@ -11,9 +11,9 @@ import pytest
 
 from kinodit.data.config import DataConfig, DatasetConfig, RangeConfig, WhereConfig
 from kinodit.data.manifest import Dataset
-from kinodit.data.plan import CostModel, PlanError
 from kinodit.data.record import Record
 from kinodit.data.select import open_datasets, plan_spec
+from kinodit.data.spec import CostModel, PlanError
 from tests.data.clips import small_records, sound_record, video_record, write_dataset
 
 COST = CostModel(video_tokens=100, image_tokens=10, audio_tokens=7, text_tokens=3)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from kinodit.models.diffusion import objective
+from kinodit.models.diffusion import draws, objective
 from kinodit.models.exchange import Spot
 from kinodit.models.tokens import ModalityTokens, SampleKey, TokenBatch
 from kinodit.trainer import ema
@@ -249,23 +249,23 @@ def seeds_by_rank() -> AbstractContextManager[Any]:
 
 @mutant("equal draws for all samples", "dp_shard=2", "has other latents, noise")
 def draws_equal_for_all() -> AbstractContextManager[Any]:
-    real = original(objective, "sample_generator")
+    real = original(draws, "sample_generator")
 
     def sample_generator(seed: int, key: SampleKey, purpose: str) -> Any:
         return real(seed, SampleKey(key.step, 0, ""), purpose)
 
-    return patch.object(objective, "sample_generator", sample_generator)
+    return patch.object(draws, "sample_generator", sample_generator)
 
 
 @mutant("one noise level per pack", "dp_shard=2", "noise level")
 def one_level_per_pack() -> AbstractContextManager[Any]:
-    real = original(objective, "_drawn_levels")
+    real = original(objective, "drawn_levels")
 
     def levels(*parts: Any) -> Tensor:
         t: Tensor = real(*parts)
         return t[:1].expand_as(t) if len(t) else t
 
-    return patch.object(objective, "_drawn_levels", levels)
+    return patch.object(objective, "drawn_levels", levels)
 
 
 @mutant("wrong token at an uneven cut", "cp=2", "loss is off")

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kinodit.models.block import Context, JointBlock
+from kinodit.models.block import JointBlock
 from kinodit.models.config import MMDiTConfig, StreamConfig
+from kinodit.models.context import Context
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.norm import RMSNorm
 from kinodit.models.tokens import AttentionLayout

@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from kinodit.models.block import ALL
+from kinodit.models.context import ALL
 from kinodit.models.exchange import Parts, Spot
 from kinodit.models.tokens import AttentionLayout, ModalityTokens, TokenBatch
 from kinodit.trainer.parallel.collectives import gather_dim, gather_rows, scatter_rows

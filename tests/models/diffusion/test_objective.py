@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kinodit.models.diffusion import path
+from kinodit.models.diffusion.draws import noised_rows
 from kinodit.models.diffusion.objective import (
     ObjectiveConfig,
     RectifiedFlowConfig,
@@ -16,7 +17,6 @@ from kinodit.models.diffusion.objective import (
     at_level,
     bin_errors,
     build_objective,
-    noised_rows,
     resolve_prediction,
     validation_batches,
 )

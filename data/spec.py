@@ -1,0 +1,205 @@
+"""Everything that the data order depends on, frozen: datasets, shares, packs, costs, seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kinodit.data.order import Mixture, mixture, shares_of
+from kinodit.models.errors import UserError
+
+ORDER_VERSION = 1
+"""Part of the fingerprint: to be raised when the same spec would give another order."""
+
+
+class PlanError(UserError):
+    """A data stream that cannot be planned; the message has the numbers."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Tokens that a sample can take up at most, by what it consists of.
+
+    video_tokens: of a clip of the recipe's size and length
+    image_tokens: of a still image; None if the recipe's codec takes none
+    audio_tokens: of the sound of a sample; 0 if the recipe ignores it
+    text_tokens:  of a caption, all text streams together, at their longest
+    tokenizer:    fingerprint of the text encoders, which decide what a token is
+    """
+
+    video_tokens: int
+    image_tokens: int | None
+    audio_tokens: int = 0
+    text_tokens: int = 0
+    tokenizer: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSpec:
+    """One dataset as the plan sees it.
+
+    name:         its name in the recipe, part of every draw's key
+    content_hash: of its manifest
+    num_samples:  before any filter
+    weight:       its share of the samples, relative to the other datasets
+    eligible:     [n] int64, ascending, the samples that take part; None means all
+    tokens:       [n] int64, what each eligible sample costs at most; or one number for all
+    selection:    (condition, samples that were left after it) in the order of evaluation
+    """
+
+    name: str
+    content_hash: str
+    num_samples: int
+    weight: float = 1.0
+    eligible: NDArray[np.int64] | None = None
+    tokens: NDArray[np.int64] | int = 1
+    selection: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_eligible == 0:
+            conditions = "; ".join(f"{text}: {left} left" for text, left in self.selection)
+            raise PlanError(
+                f"data.datasets.{self.name}: no sample of {self.num_samples} can be used"
+                + (f" ({conditions}): loosen its filter" if conditions else ": it is empty")
+            )
+        for array in (self.eligible, self.tokens):
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
+
+    @property
+    def num_eligible(self) -> int:
+        """Samples that take part: the length of an epoch, n."""
+        return self.num_samples if self.eligible is None else len(self.eligible)
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest cost of a sample."""
+        return int(np.max(self.tokens))
+
+    def describe(self) -> dict[str, object]:
+        """What the order depends on, arrays as digests. Filters count by what they leave."""
+        names = [item.name for item in fields(self) if item.name != "selection"]
+        return {name: _digest(getattr(self, name)) for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class PlanSpec:
+    """Everything the data order depends on. Two specs with one fingerprint give one order.
+
+    datasets:         in the recipe's order
+    samples_per_step: samples of one optimizer step over all ranks
+    packs_per_step:   packs of one optimizer step over all ranks
+    seed:             of the run; the same draws are keyed with it
+    token_budget:     most tokens of a pack; None allows what the worst step needs
+    cost:             what the datasets' `tokens` were computed from
+
+    Raises PlanError if some step could have a pack above the budget, and if there are more packs
+    than samples.
+    """
+
+    datasets: tuple[DatasetSpec, ...]
+    samples_per_step: int
+    packs_per_step: int
+    seed: int
+    token_budget: int | None = None
+    cost: CostModel | None = None
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise PlanError("data.datasets is empty: name at least one dataset and its path")
+        names = [dataset.name for dataset in self.datasets]
+        if len(set(names)) < len(names):
+            raise PlanError(f"two datasets have the same name: {', '.join(names)}")
+        if not 1 <= self.packs_per_step <= self.samples_per_step:
+            raise PlanError(
+                f"data.packs_per_step is {self.packs_per_step} with data.samples_per_step "
+                f"{self.samples_per_step}: every pack needs a sample, so make it 1 to "
+                f"{self.samples_per_step}"
+            )
+        if self.token_budget is not None and self.worst_pack_tokens > self.token_budget:
+            raise PlanError(self._over_budget(self.token_budget))
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest cost of one sample."""
+        return max(dataset.max_tokens for dataset in self.datasets)
+
+    @property
+    def worst_pack_tokens(self) -> int:
+        """A bound on the tokens of every pack of every step; exact if all samples cost the same.
+
+        Longest-first packing puts a sample into the emptiest pack. So a pack above
+        ceil(samples / packs) samples implies an emptier one below that number, and no pack exceeds
+        ceil(samples / packs) of the largest; and as the last sample of a pack found it no fuller
+        than the mean, no pack exceeds mean + (1 - 1 / packs) of the largest. A step holds at most
+        ceil(share) + 1 samples of a dataset, since its count stays within 1 of its share at both
+        ends of the step.
+        """
+        samples, packs, largest = self.samples_per_step, self.packs_per_step, self.max_tokens
+        by_count = -(-samples // packs) * largest
+        mixed = self.mixture
+        counts = [min(samples, -(-samples * s // mixed.period) + 1) for s in mixed.shares]
+        costs = sorted(
+            ((d.max_tokens, c) for d, c in zip(self.datasets, counts, strict=True)), reverse=True
+        )
+        total, free = 0, samples
+        for tokens, count in costs:
+            total += tokens * min(count, free)
+            free -= min(count, free)
+        by_mean = (total + (packs - 1) * largest) // packs
+        return min(by_count, by_mean)
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """Which dataset fills which slot."""
+        return mixture(shares_of([dataset.weight for dataset in self.datasets]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything the order depends on."""
+        document = {
+            "order_version": ORDER_VERSION,
+            "datasets": [dataset.describe() for dataset in self.datasets],
+            "samples_per_step": self.samples_per_step,
+            "packs_per_step": self.packs_per_step,
+            "seed": self.seed,
+            "token_budget": self.token_budget,
+            "cost": vars(self.cost) if self.cost else None,
+        }
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How many times each dataset has been gone through when `step` begins."""
+        slots = step * self.samples_per_step
+        rounds, rest = divmod(slots, self.mixture.period)
+        begun = np.bincount(self.mixture.choice[:rest], minlength=len(self.datasets))
+        return {
+            dataset.name: (rounds * share + int(part)) / dataset.num_eligible
+            for dataset, share, part in zip(self.datasets, self.mixture.shares, begun, strict=True)
+        }
+
+    def _over_budget(self, budget: int) -> str:
+        sizes = ", ".join(f"{d.name} up to {d.max_tokens}" for d in self.datasets)
+        text = (
+            f"data.token_budget is {budget} tokens a pack, but {self.samples_per_step} samples a "
+            f"step ({sizes} tokens each, captions at their longest) in {self.packs_per_step} packs "
+            f"can need {self.worst_pack_tokens} in one pack: raise data.token_budget to "
+            f"{self.worst_pack_tokens}"
+        )
+        fit = budget // self.max_tokens
+        if fit == 0:
+            return text + ", or make the samples smaller: not even one fits"
+        packs = -(-self.samples_per_step // fit)
+        return text + f", or data.packs_per_step to {packs}, or take fewer samples a step"
+
+
+def _digest(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        little_endian = np.ascontiguousarray(value, dtype="<i8")
+        return hashlib.sha256(little_endian.tobytes()).hexdigest()
+    return value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from kinodit.data.loader import Loader, StepData
 from kinodit.models.mmdit import MMDiTConfig
@@ -22,8 +24,8 @@ from kinodit.trainer.resilience.guard import Guard
 from kinodit.trainer.resilience.rollback import RollBack, check_finite
 from kinodit.trainer.resilience.signals import Request
 from kinodit.trainer.sinks import Sinks
-from kinodit.trainer.state import TrainState
-from kinodit.trainer.step import Step
+from kinodit.trainer.state import CheckpointError, TrainState
+from kinodit.trainer.step import Gate, Step
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Loop:
     source: BatchSource
     loader: Loader
     guard: Guard
+    saver: checkpoint.Saver
     evaluate: Callable[[int], Row] | None
     generate: Callable[[int], list[dict[str, object]]] | None
     sinks: Sinks | None
@@ -70,6 +73,7 @@ class Loop:
         while state.step < end:
             window, state = self._one_step(window, state, steps)
             done = state.step
+            self._tell(self.saver.poll())
             if _due(done, config.resilience.checksum_every_steps, 0):
                 self._check_replicas(state)
             if self.guard.request is not Request.NONE and done < end:
@@ -84,23 +88,64 @@ class Loop:
                 with window.clock.measure("checkpoint"):
                     self.save(state)
                 saved = done
-        if saved != state.step:
-            with window.clock.measure("checkpoint"):
+        with window.clock.measure("checkpoint"):
+            if saved != state.step:
                 self.save(state)
+            self._finish(state)
         self._account(window, state.step)
         return state
 
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint. Collective."""
+    def save(self, state: TrainState, *, wait: bool = False) -> None:
+        """Begin a checkpoint; it is there when this returns if `wait`, else soon. Collective."""
+        pulse.beat("save", slow=True)
         tensors = checkpoint.collect(self.engine, self.emas)
         check_finite(tensors, state, self.mesh)
         if self.config.resilience.checksum_every_steps:
             check_replicas(tensors, self.mesh, state.step)
-        path = checkpoint.save(
-            self.config.run.folder, state, tensors, self.mesh, self.config.checkpoint.keep_last
-        )
-        if self.sinks is not None:
-            self.sinks.event("checkpoint", state.step, path.name)
+        self._tell(self.saver.save(state, tensors))
+        if wait:
+            self._tell(self.saver.drain())
+
+    def _finish(self, state: TrainState) -> None:
+        """Wait for the last checkpoint; it gets a second chance, since nothing comes after it.
+
+        Raises:
+            CheckpointError: on all ranks: it cannot be written.
+        """
+        pulse.beat("save", slow=True)
+        self._tell(self.saver.drain())
+        if self.saver.last is None or not self.saver.last.failure:
+            return
+        self.save(state, wait=True)
+        if self.saver.last.failure:
+            raise CheckpointError(f"the last steps are lost: {self.saver.last.failure}")
+
+    def _gate(self, step: int) -> Gate:
+        """Whether to update; not before what is being saved has been copied."""
+        gate = self.guard.gate(step)
+
+        def asked(losses: Tensor, grad_norm: Tensor) -> bool:
+            self.saver.wait_for_copy()
+            return gate(losses, grad_norm)
+
+        return asked
+
+    def _tell(self, outcomes: Sequence[checkpoint.Outcome]) -> None:
+        """Log how saves ended."""
+        for outcome in outcomes:
+            said = [*outcome.notes]
+            if outcome.failure:
+                said.append(
+                    f"{outcome.failure}; training goes on with the checkpoints that are there "
+                    f"({self.saver.num_failed} failed so far)"
+                )
+            elif self.sinks is not None:
+                self.sinks.event("checkpoint", outcome.step, outcome.path.name)
+            for line in said:
+                if self.sinks is not None:
+                    self.sinks.event("warning", outcome.step, line)
+                if self.progress is not None:
+                    self.progress.note(line)
 
     def _one_step(
         self, window: Window, state: TrainState, steps: Iterator[StepData]
@@ -115,7 +160,7 @@ class Loop:
             batches = self.source.batches(data)
         lr = config.optim.lr * config.schedule.factor(state.step, config.run.steps)
         with clock.measure("compute"):
-            result = self.step(state.step, batches, lr, self.guard.gate(state.step))
+            result = self.step(state.step, batches, lr, self._gate(state.step))
         tokens = sum(batch.num_tokens for batch in batches)
         samples = sum(batch.num_segments for batch in batches)
         flops = sum(3 * pack_flops(self.model_config, batch) for batch in batches)

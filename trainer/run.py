@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -31,6 +31,7 @@ from kinodit.trainer.config import (
     config_to_dict,
     config_to_yaml,
 )
+from kinodit.trainer.drift import acceptance, facts
 from kinodit.trainer.evaluate import Evaluator
 from kinodit.trainer.events import append_event
 from kinodit.trainer.gallery import Gallery
@@ -111,7 +112,7 @@ def _train(
 ) -> TrainState:
     """See `train`; the run's folder is this job's."""
     run_dir, device = config.run.folder, mesh.device
-    resumed_from = mesh.from_main(lambda: _open_run(run_dir, config))
+    resumed_from, leftovers = mesh.from_main(lambda: _open_run(run_dir, config))
     marker = requeue_marker(run_dir, topology.job.id)
     if mesh.from_main(lambda: _is_over(run_dir, config, marker)):
         assert resumed_from is not None
@@ -137,7 +138,7 @@ def _train(
     )
     placement = placement_warning(config.parallel, topology.ranks_per_node)
     armed_faults = armed and f"faults are armed: {armed}"
-    warnings = tuple(filter(None, (warning, placement, armed_faults)))
+    warnings = tuple(filter(None, (*leftovers, warning, placement, armed_faults)))
     setting = Setting(
         config, topology, mesh, datasets, text, codec, spec, encoder, signals, marker, stream
     )
@@ -181,11 +182,10 @@ def _attempt(
     config, topology, mesh, spec = setting.config, setting.topology, setting.mesh, setting.spec
     run_dir, stream = config.run.folder, setting.stream
     parts = build_parts(config, mesh, setting.encoder, setting.codec)
-    state = (
-        _restore(resumed_from, spec, parts)
-        if resumed_from
-        else TrainState(0, 0, 0, spec.fingerprint)
-    )
+    origin, notes = facts(config, topology.world_size), list(warnings)
+    state = TrainState(0, 0, 0, spec.fingerprint)
+    if resumed_from is not None:
+        state = _restore(config, parts, origin, state.plan, notes)
     position = state
     state = mesh.from_main(lambda: past_bad_data(run_dir, position))
     guard = Guard(config.resilience.guard, mesh, setting.signals, state.guard)
@@ -208,11 +208,13 @@ def _attempt(
             )
             stack.callback(sinks.close)
             sinks.event("resume" if resumed_from else "start", state.step, _headline(parts, spec))
-            for said in warnings:
+            for said in notes:
                 print(said, file=stream)
                 sinks.event("warning", state.step, said)
             progress = Progress(stream, config.run.steps, start_step=state.step)
             stack.callback(progress.close)
+        saver = checkpoint.Saver(run_dir, config.checkpoint, mesh, origin, config.run.deadline_s)
+        stack.callback(saver.close)
         evaluate = _evaluator(config, parts, setting.encoder, setting.codec, setting.text, mesh)
         loader = Loader(
             spec,
@@ -233,6 +235,7 @@ def _attempt(
             source=source,
             loader=loader,
             guard=guard,
+            saver=saver,
             evaluate=evaluate,
             generate=(
                 Gallery(config, parts, master_dtype(config)).at_step
@@ -305,14 +308,18 @@ def _farewell(request: Request, state: TrainState) -> str:
     return f"{why[request]}{state.num_samples} samples seen"
 
 
-def _open_run(run_dir: Path, config: RunConfig) -> Path | None:
-    """Make or enter the run's folder; the checkpoint to resume from, if any. Rank 0 only."""
+def _open_run(run_dir: Path, config: RunConfig) -> tuple[Path | None, list[str]]:
+    """Enter the run's folder; its last checkpoint, if any, and what was cleared up. Rank 0 only."""
     saved = run_dir / CONFIG_FILE
-    if saved.is_file():
+    if saved.is_file() and not config.checkpoint.accept_drift:
         check_resumable(saved.read_text(), config, run_dir)
     saved.write_text(config_to_yaml(config))
+    try:
+        leftovers = checkpoint.recover(run_dir)
+    except OSError as error:
+        raise CheckpointError(f"cannot clear up {run_dir}: {error}") from error
     checkpoints = checkpoint.find_checkpoints(run_dir)
-    return checkpoints[-1] if checkpoints else None
+    return checkpoints[-1] if checkpoints else None, leftovers
 
 
 def certificate_warning(config: RunConfig, world_size: int) -> str:
@@ -333,23 +340,27 @@ def certificate_warning(config: RunConfig, world_size: int) -> str:
     return f"no certificate for the layout {layout} yet: `{command}` proves it in minutes"
 
 
-def _restore(path: Path, spec: PlanSpec, parts: Parts) -> TrainState:
-    """Load a checkpoint into the engine and the averages; where the run goes on.
+def _restore(
+    config: RunConfig, parts: Parts, origin: Mapping[str, Any], plan: str, notes: list[str]
+) -> TrainState:
+    """Load the newest good checkpoint into the engine and the averages; where the run goes on.
+
+    `notes` takes a line for each broken one that was passed over, and for what is different.
 
     Raises:
-        CheckpointError: it cannot be read, or the data is not what it was trained on.
+        CheckpointError: none can be read, or the run is not what was saved.
     """
-    state = checkpoint.load_state(path)
-    if state.plan != spec.fingerprint:
-        raise CheckpointError(
-            f"{path} was trained on another data plan ({state.plan[:12]} there, "
-            f"{spec.fingerprint[:12]} now): the shards, filters or encoders changed; restore them, "
-            "or start a run of another name"
-        )
-    tensors = checkpoint.collect(parts.engine, parts.emas)
-    checkpoint.load(path, tensors, parts.mesh)
-    parts.engine.set_num_steps(state.num_updates)
-    return state
+    restored = checkpoint.restore(
+        config.run.folder,
+        checkpoint.collect(parts.engine, parts.emas),
+        parts.mesh,
+        strict=config.checkpoint.strict,
+        accept=acceptance(origin, plan, config.checkpoint.accept_drift, notes.append),
+    )
+    assert restored is not None, "a checkpoint was found before"
+    notes += restored.broken
+    parts.engine.set_num_steps(restored.state.num_updates)
+    return restored.state
 
 
 def _fitted_codec(

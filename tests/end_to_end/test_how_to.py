@@ -30,6 +30,7 @@ def test_every_command_works_in_this_order(
     assert (run / "samples" / "manual" / "000.mp4").stat().st_size > 0
     assert "a red square moves left" in (run / "report.html").read_text()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "latest",
         "step-00000002",
         "step-00000004",
     ]

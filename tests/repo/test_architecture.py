@@ -144,7 +144,7 @@ RULES: list[tuple[str, tuple[str, ...], frozenset[str], Rule, str]] = [
     (
         "one importer of torch.distributed.checkpoint",
         EVERYWHERE,
-        frozenset({"trainer/checkpoint.py"}),
+        frozenset({"trainer/checkpoint/shards.py"}),
         mentions("torch.distributed.checkpoint"),
         "import torch.distributed.checkpoint as dcp",
     ),

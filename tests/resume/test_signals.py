@@ -6,12 +6,13 @@ import io
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from kinodit.trainer import checkpoint
 from kinodit.trainer.config import load_config
@@ -43,7 +44,7 @@ class Told:
 def run_case(rank: int, world_size: int, told: Told) -> int:
     """The step the run ended at."""
     patch = pytest.MonkeyPatch()
-    gate, save = Guard.gate, checkpoint.save
+    gate, save = Guard.gate, checkpoint.Saver.save
 
     def interrupted_gate(self: Guard, step: int) -> Gate:
         for target, struck, number in told.signals:
@@ -51,13 +52,15 @@ def run_case(rank: int, world_size: int, told: Told) -> int:
                 os.kill(os.getpid(), number)
         return gate(self, step)
 
-    def interrupted_save(*args: object, **kwargs: object) -> object:
+    def interrupted_save(
+        self: checkpoint.Saver, state: TrainState, tensors: Mapping[str, Tensor]
+    ) -> list[checkpoint.Outcome]:
         for number in told.during:
             os.kill(os.getpid(), number)
-        return save(*args, **kwargs)  # type: ignore[arg-type]
+        return save(self, state, tensors)
 
     patch.setattr(Guard, "gate", interrupted_gate)
-    patch.setattr(checkpoint, "save", interrupted_save)
+    patch.setattr(checkpoint.Saver, "save", interrupted_save)
     config = load_config(told.recipe, [f"run.name={told.name}", *told.overrides])
     topology = Topology(rank, world_size, rank, told.job)
     try:

@@ -184,7 +184,8 @@ def test_a_hang_holds_every_thread() -> None:
 def test_a_run_reaches_its_points_and_says_that_it_is_armed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(tiny_recipe(tmp_path, write_dataset(tmp_path, 3)))
+    recipe = tiny_recipe(tmp_path, write_dataset(tmp_path, 3))
+    config = load_config(recipe, ["resilience.max_fruitless_restarts=0"])
     stream = io.StringIO()
     alone = Topology(0, 1, 0), torch.device("cpu"), stream
     for point in (point for point in faults.POINTS if point.startswith("step:")):

@@ -115,7 +115,7 @@ def checkpoints(run: Path, *steps: int) -> None:
     for step in steps:
         folder = run / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
-        (folder / checkpoint.STATE_FILE).write_text("{}")
+        (folder / checkpoint.MANIFEST_FILE).write_text("{}")
 
 
 def test_later_checkpoints_are_set_aside_and_the_data_is_passed_over(

@@ -1,0 +1,115 @@
+"""The manifest: what a checkpoint consists of, to the byte, and what it was made by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kinodit.trainer.state import CheckpointError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+
+
+class BrokenCheckpoint(CheckpointError):
+    """Files of a checkpoint are missing or not what was written."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """size in bytes; sha256 of the bytes as they were written, in hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is.
+
+    step:     of the run
+    files:    by name; every file but the manifest itself
+    facts:    sections that say where it comes from: config (without secrets), mesh, versions,
+              code (digests of the sources that decide gradients)
+    """
+
+    step: int
+    files: Mapping[str, FileRecord]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files."""
+        return sum(record.size for record in self.files.values())
+
+    def to_text(self) -> str:
+        """Canonical JSON with a digest of itself: no byte of it can change unnoticed."""
+        body = {
+            "format": FORMAT,
+            "step": self.step,
+            "files": {name: vars(record) for name, record in sorted(self.files.items())},
+            "facts": self.facts,
+        }
+        return _render(body | {"sha256": _digest(body)})
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Manifest:
+        """Read what `to_text` wrote.
+
+        Raises:
+            BrokenCheckpoint: a byte differs, or it is of another format.
+        """
+        try:
+            body = json.loads(text)
+            found = body["format"]
+            if found != FORMAT:
+                raise BrokenCheckpoint(f"{where}: manifest format {found}; this reads {FORMAT}")
+            expected = body.pop("sha256")
+            actual = _digest(body)
+            if actual != expected or _render(body | {"sha256": expected}) != text:
+                raise BrokenCheckpoint(
+                    f"{where}: expected sha256 {expected[:12]}, found {actual[:12]} (damaged)"
+                )
+            files = {name: FileRecord(**record) for name, record in body["files"].items()}
+            return cls(body["step"], files, body["facts"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, BrokenCheckpoint):
+                raise
+            raise BrokenCheckpoint(f"{where}: damaged ({_line(error)})") from error
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint folder `path`.
+
+    Raises:
+        BrokenCheckpoint: there is none, or it is damaged.
+    """
+    where = f"{path.name}/{MANIFEST_FILE}"
+    try:
+        text = (path / MANIFEST_FILE).read_bytes().decode()
+    except FileNotFoundError as error:
+        raise BrokenCheckpoint(f"{where}: expected a file, found none") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenCheckpoint(f"{where}: cannot be read ({_line(error)})") from error
+    manifest = Manifest.from_text(text, where)
+    # A folder under another's name would resume at a step that it does not hold.
+    named = path.name.split(".")[0].removeprefix("step-")
+    if not named.isdigit() or int(named) != manifest.step:
+        raise BrokenCheckpoint(f"{where}: expected step {named}, found step {manifest.step}")
+    return manifest
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _render(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, indent=1) + "\n"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,92 @@
+"""What a checkpoint was made by, and what is different now.
+
+The manifest records the recipe, the layout, the versions and digests of the code that decides
+gradients. On a resume, what would change the loss curve is refused, and what would not is listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import kinodit
+from kinodit.trainer.certify.certificate import SOURCES, TABLES
+from kinodit.trainer.checkpoint import Accept, Manifest
+from kinodit.trainer.config import MAY_CHANGE_ON_RESUME, RunConfig, config_to_dict, differences
+from kinodit.trainer.environment import describe_environment
+from kinodit.trainer.redact import redact
+from kinodit.trainer.state import CheckpointError, TrainState
+
+
+def facts(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The sections of a manifest: config (without secrets), mesh, versions, code."""
+    shards = config.parallel.resolve(world_size)[1]
+    mesh = {"world_size": world_size, "dp_shard": shards}
+    mesh |= {name: getattr(config.parallel, name) for name in ("dp_replicate", "cp", "ring", "tp")}
+    versions = describe_environment(world_size)
+    return {
+        "config": redact(config_to_dict(config)),
+        "mesh": mesh,
+        "versions": {name: versions[name] for name in ("kinodit", "torch", "python", "device")},
+        "code": code_digests(),
+    }
+
+
+def code_digests() -> dict[str, str]:
+    """The first 16 digits of SHA-256 of every source that decides gradients, by its name."""
+    root = Path(kinodit.__file__).parent
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for pattern in SOURCES
+        for path in sorted(root.glob(pattern))
+        if path.name not in TABLES
+    }
+
+
+def drift(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(what would change the loss curve, what is merely worth knowing), a phrase each."""
+    refused: list[str] = []
+    listed: list[str] = []
+    for key, old, new in differences(saved.get("config", {}), now["config"]):
+        harmless = key.startswith(MAY_CHANGE_ON_RESUME)
+        (listed if harmless else refused).append(f"{key}: was {old}, is {new}")
+    for section in ("mesh", "versions"):
+        changed = differences(saved.get(section, {}), now[section])
+        listed += [f"{section} {key}: was {old}, is {new}" for key, old, new in changed]
+    code = [key for key, _, _ in differences(saved.get("code", {}), now["code"])]
+    if code:
+        more = f" and {len(code) - 3} more" if len(code) > 3 else ""
+        listed.append(f"code that decides gradients changed: {', '.join(code[:3])}{more}")
+    return refused, listed
+
+
+def acceptance(
+    now: Mapping[str, Any], plan: str, accept_drift: bool, say: Callable[[str], None]
+) -> Accept:
+    """What `checkpoint.restore` asks about a checkpoint before it reads tensors.
+
+    now:  facts of this run
+    plan: fingerprint of its data plan
+    say:  told what is different and was let pass
+    """
+
+    def accept(path: Path, state: TrainState, manifest: Manifest) -> TrainState:
+        refused, listed = drift(manifest.facts, now)
+        if state.plan != plan:
+            refused.append(
+                f"the data plan: was {state.plan[:12]}, is {plan[:12]} (shards, filters or "
+                "encoders changed)"
+            )
+        if refused and not accept_drift:
+            raise CheckpointError(
+                f"{path} was trained otherwise ({'; '.join(refused)}): undo these changes, start "
+                "a run of another name, or go on regardless with checkpoint.accept_drift=true"
+            )
+        for said in (*refused, *listed):
+            say(f"resumed from {path.name} with a difference: {said}")
+        return replace(state, plan=plan)
+
+    return accept

@@ -25,6 +25,7 @@ from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
 from kinodit.models.rope import RopeConfig
 from kinodit.trainer.certify import StepOutcome, compare
+from kinodit.trainer.certify import run as run_module
 from kinodit.trainer.certify.band import compare_in_band
 from kinodit.trainer.certify.certificate import (
     FILE,
@@ -424,6 +425,31 @@ def test_a_layout_that_cannot_run_is_a_row_with_its_reason(
     assert "0 of 2 agree" in capsys.readouterr().out
     (certificate,) = tmp_path.glob("*/certificate.json")
     assert json.loads(certificate.read_text())["kinds"] == []
+
+
+@pytest.mark.parametrize(("device", "num_started"), [("cpu", 1), ("cuda", 3)])
+def test_processes_on_devices_are_started_anew_from_time_to_time(
+    device: str, num_started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Pretended:
+        def __init__(self, size: int, device: str) -> None:
+            events.append(f"start {size}")
+
+        def run(self, case: object, *args: object) -> list[Trace]:
+            return [traces()[0]]
+
+        def close(self) -> None:
+            events.append("stop")
+
+    monkeypatch.setattr(run_module, "Ranks", Pretended)
+    certifier = run_module.Certifier(twin_of(PRESETS["tiny"]), device)
+    for _ in range(2 * run_module.MAX_CUDA_CASES):
+        assert certifier(run_module.Case(ParallelConfig(dp_shard=2))).ok
+    certifier.close()
+    assert events.count("start 2") == num_started
+    assert events.count("stop") == len(events) - events.count("stop")
 
 
 def test_devices_that_are_not_there_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,11 +110,15 @@ def test_recomputing_and_offloading_change_no_gradient(
 
 
 @needs_two
-@pytest.mark.parametrize("axis", ["dp_shard", "cp", "tp"])
+@pytest.mark.parametrize(
+    "degrees",
+    [{"dp_replicate": 2}, {"dp_shard": 2}, {"cp": 2}, {"cp": 2, "ring": 2}, {"tp": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("cpu_offload", [False, True])
-def test_layouts_train_as_one_device_does(axis: str, cpu_offload: bool) -> None:
+def test_layouts_train_as_one_device_does(degrees: dict[str, int], cpu_offload: bool) -> None:
     small = twin(load_config(ROOT / "configs" / "t2v_tiny.yaml"))
-    layout = with_degrees(ParallelConfig(cpu_offload=cpu_offload), {axis: 2})
+    layout = with_degrees(ParallelConfig(cpu_offload=cpu_offload), degrees)
     reference = dataclasses.replace(small.config, parallel=ParallelConfig())
     certifier = Certifier(dataclasses.replace(small, config=reference), device="cuda")
     try:

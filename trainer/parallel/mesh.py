@@ -34,7 +34,8 @@ class ParallelConfig:
     tp:           ranks among which matrices are split by heads and hidden units, and the tokens of
                   a cp rank dealt out once more everywhere else (tensor and sequence parallelism)
     reshard_after_forward: free gathered parameters between forward and backward
-    prefetch:     blocks whose parameters are gathered ahead of the one that computes
+    prefetch:     blocks whose parameters are gathered ahead of the one that computes; in the
+                  backward at least one
     cpu_offload:  keep parameters, gradients and optimizer state in host memory, where the update
                   runs too; needs an accelerator for the rest
     """

@@ -172,15 +172,14 @@ class _Ring(torch.autograd.Function):
         grad_q = q.new_zeros(q.shape, dtype=wide)
         own = kept = k.new_zeros(2, *k.shape, dtype=wide)
         for there, kv in _passing(torch.stack((k, v)), layout, hop, group):
+            coming = None
             if there != hop:
-                # Gradients travel one hop behind the keys that they belong to.
+                # Gradients travel one hop behind the keys that they belong to, while this rank
+                # computes its part of them.
                 shape = (2, sum(layout.pieces[there]), *k.shape[1:])
-                first = (hop - 1) % len(layout.pieces) == there
-                kept = (
-                    kv.new_zeros(shape, dtype=wide)
-                    if first
-                    else Shift(kept, shape, group, RING).wait()
-                )
+                if (hop - 1) % len(layout.pieces) != there:
+                    coming = Shift(kept, shape, group, RING)
+                kept = kv.new_zeros(shape, dtype=wide)
             for pair in pairs(layout, hop, there):
                 q_i, k_i, v_i = _call_shapes(pair.rows(q), *map(pair.pick, kv.unbind()))
                 grad_i, out_i = (pair.rows(x).transpose(0, 1).unsqueeze(0) for x in (grad, out))
@@ -190,6 +189,8 @@ class _Ring(torch.autograd.Function):
                 for total, part in zip(kept.unbind(), parts[1:], strict=True):
                     by_query_head = part.squeeze(0).transpose(0, 1).unflatten(1, (k.shape[1], -1))
                     pair.add(total, by_query_head.sum(2, dtype=wide))
+            if coming is not None:
+                kept.add_(coming.wait())
         if kept is not own:
             own = own + Shift(kept, own.shape, group, RING).wait()
         grad_k, grad_v = own.to(k.dtype).unbind()

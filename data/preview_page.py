@@ -87,7 +87,7 @@ dd { margin: 0; color: var(--ink); overflow-wrap: anywhere; }
 <body>
 <header>
 <h1>{{ stats.name }}</h1>
-<p class="sub">{{ stats.num_samples }} samples in {{ stats.num_shards }} shards,
+<p class="sub">{{ stats.num_samples }} samples in {{ stats.num_shards }} shard(s),
  {{ "%.1f"|format(stats.num_bytes / 1048576) }} MiB · content {{ stats.content_hash[:12] }} ·
  {{ cards|length }} of them shown</p>
 <div class="facts">

@@ -123,7 +123,7 @@ def _binned(values: NDArray[Any], edges: Sequence[int]) -> Histogram:
 def table(stats: DatasetStats) -> str:
     """The statistics as text for a terminal."""
     lines = [
-        f"{stats.name}: {stats.num_samples} samples in {stats.num_shards} shards, "
+        f"{stats.name}: {stats.num_samples} samples in {stats.num_shards} shard(s), "
         f"{stats.num_bytes / 2**20:.1f} MiB, content {stats.content_hash[:12]}",
         "",
         f"{'modality':<10}{'samples':>10}{'hours':>10}{'frames':>12}{'with sound':>12}{'MiB':>10}",

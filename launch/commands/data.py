@@ -125,7 +125,7 @@ def _pack(args: argparse.Namespace) -> int:
     manifest = report.manifest
     left_out = f", {len(report.bad)} left out" if report.bad else ""
     print(
-        f"{args.destination}: {manifest.num_samples} samples in {len(manifest.shards)} shards, "
+        f"{args.destination}: {manifest.num_samples} samples in {len(manifest.shards)} shard(s), "
         f"{report.num_bytes / 2**20:.1f} MiB{left_out}"
     )
     return 0
@@ -152,7 +152,7 @@ def _demo(args: argparse.Namespace) -> int:
     )
     line.end()
     print(
-        f"{args.destination}: {manifest.num_samples} samples in {len(manifest.shards)} shards "
+        f"{args.destination}: {manifest.num_samples} samples in {len(manifest.shards)} shard(s) "
         "(credits: docs/media.md)"
     )
     return 0
@@ -162,7 +162,7 @@ def _index(args: argparse.Namespace) -> int:
     from kinodit.data.writer import index_shards
 
     manifest = index_shards(args.directory, args.name or args.directory.resolve().name)
-    print(f"{args.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shards")
+    print(f"{args.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shard(s)")
     return 0
 
 

@@ -43,7 +43,7 @@ def test_pack_validate_stats_preview(
     assert "broken.mp4: it cannot be opened or decoded" in err
     code, out, err = run(capsys, "pack", media, dst, "--skip-bad", "--name", "bars")
     assert code == 0
-    assert "1 samples in 1 shards" in out
+    assert "1 samples in 1 shard(s)" in out
     assert "1 left out" in out
     assert "left out: broken.mp4" in err
     assert Dataset(dst).name == "bars"
@@ -89,7 +89,7 @@ def test_index_makes_a_dataset_of_foreign_shards(
 ) -> None:
     write_tar(tmp_path / "a.tar", {"0.png": picture(), "0.txt": b"blue"})
     code, out, _ = run(capsys, "index", tmp_path, "--name", "others")
-    assert (code, out) == (0, f"{tmp_path}: 1 samples in 1 shards\n")
+    assert (code, out) == (0, f"{tmp_path}: 1 samples in 1 shard(s)\n")
     assert run(capsys, "validate", tmp_path)[0] == 0
     write_tar(tmp_path / "b.tar", {"0.pkl": b"."})
     code, _, err = run(capsys, "index", tmp_path)
@@ -107,7 +107,7 @@ def test_demo_makes_a_dataset_and_takes_a_subset(
     )
     code, out, _ = run(capsys, "demo", dst, *words.split())
     assert code == 0
-    assert "11 samples in 1 shards" in out
+    assert "11 samples in 1 shard(s)" in out
     code, out, _ = run(capsys, "preview", dst, "--out", tmp_path / "p.html")
     page = (tmp_path / "p.html").read_text()
     assert "moves left over a" in page

@@ -6,6 +6,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,6 @@ from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
 from kinodit.models.rope import RopeConfig
 from kinodit.trainer.certify import StepOutcome, compare
-from kinodit.trainer.certify import run as run_module
 from kinodit.trainer.certify.band import compare_in_band
 from kinodit.trainer.certify.certificate import (
     FILE,
@@ -44,15 +44,16 @@ from kinodit.trainer.certify.layouts import (
     parse_layouts,
 )
 from kinodit.trainer.certify.modules import sum_of_squares
+from kinodit.trainer.certify.ranks import MAX_CASES
 from kinodit.trainer.certify.run import Row
 from kinodit.trainer.certify.trace import SLOTS_OF_PACKS, Trace, low_precision
 from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
 from kinodit.trainer.config import RunConfig, load_config
 from kinodit.trainer.parallel.apply import PrecisionConfig
-from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.run import certificate_warning
-from tests.support.ranks import ROOT
+from tests.support.ranks import ROOT, Ranks
 
 BASE = ParallelConfig()
 
@@ -427,29 +428,23 @@ def test_a_layout_that_cannot_run_is_a_row_with_its_reason(
     assert json.loads(certificate.read_text())["kinds"] == []
 
 
-@pytest.mark.parametrize(("device", "num_started"), [("cpu", 1), ("cuda", 3)])
-def test_processes_on_devices_are_started_anew_from_time_to_time(
-    device: str, num_started: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
+def pid_and_threads(rank: int, world_size: int) -> tuple[int, int]:
+    build_mesh(ParallelConfig(dp_shard=1, tp=2), world_size, rank, torch.device("cpu"))
+    return os.getpid(), len(list(Path("/proc/self/task").iterdir()))
 
-    class Pretended:
-        def __init__(self, size: int, device: str) -> None:
-            events.append(f"start {size}")
 
-        def run(self, case: object, *args: object) -> list[Trace]:
-            return [traces()[0]]
-
-        def close(self) -> None:
-            events.append("stop")
-
-    monkeypatch.setattr(run_module, "Ranks", Pretended)
-    certifier = run_module.Certifier(twin_of(PRESETS["tiny"]), device)
-    for _ in range(2 * run_module.MAX_CUDA_CASES):
-        assert certifier(run_module.Case(ParallelConfig(dp_shard=2))).ok
-    certifier.close()
-    assert events.count("start 2") == num_started
-    assert events.count("stop") == len(events) - events.count("stop")
+@pytest.mark.gloo
+def test_processes_are_started_anew_before_groups_of_earlier_cases_fill_them() -> None:
+    group = Ranks(2)
+    try:
+        found = [group.run(pid_and_threads)[0] for _ in range(2 * MAX_CASES + 1)]
+    finally:
+        group.close()
+    pids = [pid for pid, _ in found]
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [MAX_CASES, MAX_CASES, 1]
+    assert max(threads for _, threads in found[MAX_CASES:]) <= max(
+        threads for _, threads in found[:MAX_CASES]
+    )
 
 
 def test_devices_that_are_not_there_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

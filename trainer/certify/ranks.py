@@ -1,8 +1,10 @@
 """Real processes that talk over gloo, started once and used for many cases.
 
 Ranks are forked from a server that has all modules loaded: a group of four starts in a fraction of
-a second. A case is a module-level function `case(rank, world_size, *args)`; what it returns comes
-back by rank, and what it raises is raised here as `RankError` with the rank's traceback.
+a second. It is started anew now and then, as process groups that a case made stay with a process:
+gloo's threads pile up, and NCCL's communicators fill the device. A case is a module-level function
+`case(rank, world_size, *args)`; what it returns comes back by rank, and what it raises is raised
+here as `RankError` with the rank's traceback.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
+MAX_CASES = 8
+"""Cases that a process lives for."""
 PRELOADED = ["torch", "torch.distributed", "kinodit.trainer.certify.trace"]
 """Imported once, before ranks are forked: it takes longer than most cases."""
 
@@ -67,17 +71,24 @@ class Ranks:
 
     def __init__(self, world_size: int, paths: tuple[str, ...] = (), device: str = "cpu") -> None:
         """Start the processes; `paths` are put before their `sys.path`. device: "cpu" or "cuda"."""
+        self.world_size = world_size
+        self._paths, self._device = paths, device
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self.world_size = world_size
+        self._num_cases = 0
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(world_size):
+        self._processes: list[multiprocessing.context.ForkServerProcess] = []
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, store, paths, device, theirs), daemon=True
+                target=_serve,
+                args=(rank, self.world_size, store, self._paths, self._device, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -92,6 +103,10 @@ class Ranks:
                 closed.
             TimeoutError: some rank did not answer.
         """
+        if self._num_cases == MAX_CASES:
+            self.close()
+            self._start()
+        self._num_cases += 1
         for pipe in self._pipes:
             pipe.send((case.__module__, case.__qualname__, args))
         results: dict[int, Any] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ from kinodit.trainer.certify.trace import NUM_STEPS, Trace, trace
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
 from kinodit.trainer.parallel.mesh import ParallelConfig
-
-MAX_CUDA_CASES = 8
-"""After so many cases the processes of a size are started anew, on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,6 @@ class Certifier:
         self._twin, self._device = twin, device
         self._alone = with_degrees(twin.config.parallel, {})
         self._groups: dict[int, Ranks] = {}
-        self._num_cases: Counter[int] = Counter()
         self._references: dict[tuple[str, int, bool], Trace] = {}
 
     def __call__(self, case: Case) -> Row:
@@ -143,10 +138,6 @@ class Certifier:
         engine: str = "native",
     ) -> list[Trace]:
         size = num_ranks(layout)
-        self._num_cases[size] += 1
-        if self._device == "cuda" and self._num_cases[size] % MAX_CUDA_CASES == 0:
-            # Communicators of earlier layouts keep device memory for as long as a process lives.
-            self.close(size)
         if size not in self._groups:
             self._groups[size] = Ranks(size, device=self._device)
         group = self._groups[size]
@@ -160,11 +151,10 @@ class Certifier:
             raise
         return traces
 
-    def close(self, *sizes: int) -> None:
-        """Stop the processes of these sizes; of all, if none is named."""
-        for size in sizes or list(self._groups):
-            if size in self._groups:
-                self._groups.pop(size).close()
+    def close(self) -> None:
+        """Stop all processes."""
+        for group in self._groups.values():
+            group.close()
 
 
 def certify(twin: Twin, cases: Sequence[Case], device: str = "cpu") -> Iterator[Row]:

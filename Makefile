@@ -55,6 +55,7 @@ test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
 
 proof: setup certificates ## run the long proofs to their end and keep their figures (hours)
 	$(BIN)/pytest -m learning --size full
+	$(BIN)/pytest -m chaos --size full
 
 certificates: setup ## certify recipes and kinds of models anew, and keep the figures
 	rm -rf configs/certificates

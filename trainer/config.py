@@ -8,6 +8,7 @@ names are read, then everything is merged against the schema that they select.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from kinodit.trainer.optim import OptimConfig, ScheduleConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
-from kinodit.trainer.redact import redact
+from kinodit.trainer.redact import redact, redact_values, secret_values
 from kinodit.trainer.resilience.config import ResilienceConfig
 from kinodit.trainer.sinks import LogConfig
 
@@ -266,7 +267,10 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 def config_to_yaml(config: RunConfig, *, redact_secrets: bool = True) -> str:
     """The complete recipe as YAML; values of keys that look like secrets are replaced."""
     plain = config_to_dict(config)
-    return yaml.safe_dump(redact(plain) if redact_secrets else plain, sort_keys=False)
+    if not redact_secrets:
+        return yaml.safe_dump(plain, sort_keys=False)
+    # A value of the environment's secrets may stand under any name.
+    return yaml.safe_dump(redact_values(redact(plain), secret_values(os.environ)), sort_keys=False)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ class Loop:
         saved = state.step
         if self.ledger is not None:
             self.ledger.begin()
+        if self._owes_validation(state.step, end):
+            self._validate(window, state.step)
         while state.step < end:
             window, state = self._one_step(window, state, steps)
             done = state.step
@@ -78,9 +80,8 @@ class Loop:
                 self._check_replicas(state)
             if self.guard.request is not Request.NONE and done < end:
                 break
-            if self.evaluate is not None and _due(done, config.eval.every_steps, end):
-                with window.clock.measure("eval"):
-                    self._report(self.evaluate(done))
+            if _due(done, config.eval.every_steps, end):
+                self._validate(window, done)
             if self.generate is not None and _due(done, config.sample.every_steps, end):
                 with window.clock.measure("eval"):
                     self._show(done)
@@ -93,7 +94,24 @@ class Loop:
                 self.save(state)
             self._finish(state)
         self._account(window, state.step)
+        if window.num_steps:
+            # Stopped between two rows: the steps since the last one are not to be lost.
+            self._log(window, state)
         return state
+
+    def _owes_validation(self, step: int, end: int) -> bool:
+        """Whether the last start stopped before the validation that was due. Collective."""
+        if not 0 < step < end or not _due(step, self.config.eval.every_steps, end):
+            return False
+        sinks = self.sinks
+        return self.mesh.from_main(
+            lambda: sinks is not None and not sinks.has_row("validation", step)
+        )
+
+    def _validate(self, window: Window, step: int) -> None:
+        if self.evaluate is not None:
+            with window.clock.measure("eval"):
+                self._report(self.evaluate(step))
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
         """Begin a checkpoint; it is there when this returns if `wait`, else soon. Collective."""
@@ -158,7 +176,7 @@ class Loop:
         assert data.step == state.data_step, "the loader and the trainer disagree about the step"
         with clock.measure("encode"):
             batches = self.source.batches(data)
-        lr = config.optim.lr * config.schedule.factor(state.step, config.run.steps)
+        lr = self._lr(state.step)
         with clock.measure("compute"):
             result = self.step(state.step, batches, lr, self._gate(state.step))
         tokens = sum(batch.num_tokens for batch in batches)
@@ -187,12 +205,21 @@ class Loop:
         if not _due(state.step, config.log.every_steps, config.run.steps):
             return window, state
         self._account(window, state.step)
-        wait_s, weights = self.guard.take_wait_s(), config.objective.loss_weights
+        self._log(window, state)
+        return Window(self.step.modalities), state
+
+    def _log(self, window: Window, state: TrainState) -> None:
+        """Report the row of `window`, whose last step is done. Collective."""
+        lr, weights = self._lr(state.step - 1), self.config.objective.loss_weights
+        wait_s = self.guard.take_wait_s()
         row = window.row(state.step, lr, self.mesh, self.peak_flops, weights, wait_s)
         if self.ledger is not None:
             row["goodput"] = self.ledger.goodput.share
         self._report(row)
-        return Window(self.step.modalities), state
+
+    def _lr(self, step: int) -> float:
+        config = self.config
+        return config.optim.lr * config.schedule.factor(step, config.run.steps)
 
     def _check_replicas(self, state: TrainState) -> None:
         tensors = checkpoint.collect(self.engine, self.emas)

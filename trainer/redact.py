@@ -7,7 +7,7 @@ A name is judged by its whole words: `WANDB_API_KEY` and `hubToken` are secret, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -61,6 +61,18 @@ def redact_text(text: str, known: Iterable[str] = ()) -> str:
     for value in known:
         text = text.replace(value, MASK)
     return _ASSIGNMENT.sub(_mask_assignment, _strip_url(text))
+
+
+def redact_values(tree: Any, known: Sequence[str]) -> Any:
+    """A copy of nested mappings and lists without `known` secret values within strings."""
+    if isinstance(tree, Mapping):
+        return {key: redact_values(value, known) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [redact_values(value, known) for value in tree]
+    if isinstance(tree, str):
+        for value in known:
+            tree = tree.replace(value, MASK)
+    return tree
 
 
 def secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:

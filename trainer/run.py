@@ -27,11 +27,10 @@ from kinodit.trainer.certify.certificate import uncertified
 from kinodit.trainer.config import (
     CONFIG_FILE,
     RunConfig,
-    check_resumable,
     config_to_dict,
-    config_to_yaml,
 )
 from kinodit.trainer.drift import acceptance, facts
+from kinodit.trainer.entry import count_start, farewell, is_over, lock_folder, open_run
 from kinodit.trainer.evaluate import Evaluator
 from kinodit.trainer.events import append_event
 from kinodit.trainer.gallery import Gallery
@@ -41,20 +40,17 @@ from kinodit.trainer.parallel.mesh import Mesh, build_mesh, placement_warning
 from kinodit.trainer.parallel.traffic import listening
 from kinodit.trainer.progress import Progress
 from kinodit.trainer.resilience import pulse
-from kinodit.trainer.resilience.errors import CrashLoopError, DivergedError
+from kinodit.trainer.resilience.errors import DivergedError
 from kinodit.trainer.resilience.goodput import Ledger, process_start_s
 from kinodit.trainer.resilience.guard import Guard
-from kinodit.trainer.resilience.lock import RunLock
 from kinodit.trainer.resilience.rollback import RollBack, past_bad_data, roll_back
 from kinodit.trainer.resilience.signals import (
     FINISHED_FILE,
     Request,
     Signals,
-    is_finished,
     requeue_marker,
     write_marker,
 )
-from kinodit.trainer.resilience.starts import record_start
 from kinodit.trainer.setup import (
     CODEC_FILE,
     Parts,
@@ -63,7 +59,7 @@ from kinodit.trainer.setup import (
     master_dtype,
 )
 from kinodit.trainer.sinks import Sinks, require_extras
-from kinodit.trainer.state import CheckpointError, TrainState
+from kinodit.trainer.state import TrainState
 from kinodit.trainer.step import Step
 from kinodit.trainer.topology import Topology
 
@@ -90,16 +86,9 @@ def train(
     armed = faults.arm_from_environment(topology.rank)
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
     with ExitStack() as stack:
-        mesh.from_main(lambda: _lock(config, topology, stack))
+        mesh.from_main(lambda: lock_folder(config, topology, stack))
         stack.enter_context(listening(pulse.message))
         return _train(config, topology, mesh, stream, signals or Signals(), armed)
-
-
-def _lock(config: RunConfig, topology: Topology, stack: ExitStack) -> None:
-    """Make the run's folder and hold its lock until `stack` is closed. Rank 0 only."""
-    config.run.folder.mkdir(parents=True, exist_ok=True)
-    job = topology.job
-    stack.enter_context(RunLock(config.run.folder, job.id, job.num_restarts))
 
 
 def _train(
@@ -112,14 +101,14 @@ def _train(
 ) -> TrainState:
     """See `train`; the run's folder is this job's."""
     run_dir, device = config.run.folder, mesh.device
-    resumed_from, leftovers = mesh.from_main(lambda: _open_run(run_dir, config))
+    resumed_from, leftovers = mesh.from_main(lambda: open_run(run_dir, config))
     marker = requeue_marker(run_dir, topology.job.id)
-    if mesh.from_main(lambda: _is_over(run_dir, config, marker)):
+    if mesh.from_main(lambda: is_over(run_dir, config, marker)):
         assert resumed_from is not None
         if topology.is_main:
             print(f"{run_dir} is finished: all {config.run.steps} steps are done", file=stream)
         return checkpoint.load_state(resumed_from)
-    start = mesh.from_main(lambda: _count_start(config, topology, resumed_from))
+    start = mesh.from_main(lambda: count_start(config, topology, resumed_from))
     reports = run_dir / "stacks" / f"start-{start:04d}"
     limits = config.resilience.hang_s, config.run.deadline_s
     pulse.watch(topology.rank, topology.world_size, reports, *limits)
@@ -249,7 +238,7 @@ def _attempt(
         ).run(state)
         pulse.beat("end", slow=True)
         if sinks is not None:
-            sinks.event("stop", state.step, _farewell(guard.request, state))
+            sinks.event("stop", state.step, farewell(guard.request, state))
             if state.step >= config.run.steps:
                 write_marker(run_dir / FINISHED_FILE, state.step)
             elif guard.request is Request.REQUEUE:
@@ -279,47 +268,6 @@ def _go_back(setting: Setting, cause: RollBack) -> Path | None:
     # The model that is left behind is full of reference cycles, and must make room for the next.
     gc.collect()
     return setting.mesh.from_main(decide)
-
-
-def _count_start(config: RunConfig, topology: Topology, resumed_from: Path | None) -> int:
-    """The number of this start; refused where the last ones led nowhere. Rank 0 only."""
-    step = checkpoint.step_of(resumed_from) if resumed_from else 0
-    limit = config.resilience.max_fruitless_restarts
-    try:
-        return record_start(config.run.folder, topology.job.id, step, limit)
-    except CrashLoopError as error:
-        append_event(config.run.folder, "stop", step, str(error))
-        raise
-
-
-def _is_over(run_dir: Path, config: RunConfig, marker: Path) -> bool:
-    """Whether the last step is saved already. Removes what an earlier start asked for. Rank 0."""
-    marker.unlink(missing_ok=True)
-    return is_finished(run_dir, config.run.steps) and bool(checkpoint.find_checkpoints(run_dir))
-
-
-def _farewell(request: Request, state: TrainState) -> str:
-    """Why the run ends here, and what it has seen."""
-    why = {
-        Request.NONE: "",
-        Request.REQUEUE: "asked to save and come back; ",
-        Request.STOP: "asked to save and stop; ",
-    }
-    return f"{why[request]}{state.num_samples} samples seen"
-
-
-def _open_run(run_dir: Path, config: RunConfig) -> tuple[Path | None, list[str]]:
-    """Enter the run's folder; its last checkpoint, if any, and what was cleared up. Rank 0 only."""
-    saved = run_dir / CONFIG_FILE
-    if saved.is_file() and not config.checkpoint.accept_drift:
-        check_resumable(saved.read_text(), config, run_dir)
-    saved.write_text(config_to_yaml(config))
-    try:
-        leftovers = checkpoint.recover(run_dir)
-    except OSError as error:
-        raise CheckpointError(f"cannot clear up {run_dir}: {error}") from error
-    checkpoints = checkpoint.find_checkpoints(run_dir)
-    return checkpoints[-1] if checkpoints else None, leftovers
 
 
 def certificate_warning(config: RunConfig, world_size: int) -> str:

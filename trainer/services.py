@@ -9,14 +9,23 @@ from typing import Any, Literal, Protocol
 from kinodit.data.media import gif_bytes
 
 CLOSE_TIMEOUT_S = 60.0
-"""How long the end of a run may wait for wandb; an offline run takes well under a second."""
+"""How long the end of a run may wait for files to be written; it takes well under a second."""
+ONLINE_CLOSE_TIMEOUT_S = 5.0
+"""The same for a server. What wandb could not upload by then is in RUN/wandb, for `wandb sync`."""
+CONNECT_TIMEOUT_S = 10.0
+"""How long wandb may take to answer, in its own thread, before the run is kept offline."""
 
 
 class Sink(Protocol):
-    """A service that takes rows and clips. May raise anything: it is called through `_Guarded`."""
+    """A service that takes rows and clips. May raise anything: it is called through `_Guarded`.
 
-    def open(self) -> None:
-        """Start; called once, before anything else."""
+    close_timeout_s: how long the end of a run may wait for it
+    """
+
+    close_timeout_s: float
+
+    def open(self) -> str | None:
+        """Start; called once, before anything else. What a person should know, if anything."""
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Take one row of metrics.jsonl."""
@@ -64,9 +73,29 @@ class WandbSink:
     ) -> None:
         self._run_dir, self._project, self._mode = run_dir, project, mode
         self._run_id, self._resolved_config = run_id, resolved_config
+        online = mode == "online"
+        self.close_timeout_s = ONLINE_CLOSE_TIMEOUT_S if online else CLOSE_TIMEOUT_S
 
-    def open(self) -> None:
-        """Start the run, or another part of it after a resume."""
+    def open(self) -> str | None:
+        """Start the run, or another part of it after a resume.
+
+        Where the server does not answer, the run is kept offline, whole; returns why.
+        """
+        import wandb
+
+        try:
+            self._init(self._mode)
+        except (wandb.Error, OSError) as error:
+            if self._mode == "offline":
+                raise
+            # The helper process still holds the run's id for the attempt that failed.
+            wandb.teardown()
+            self._init("offline")
+            reason = " ".join(str(error).split())
+            return f"wandb does not answer ({reason}): `wandb sync` uploads RUN/wandb later"
+        return None
+
+    def _init(self, mode: Literal["offline", "online"]) -> None:
         import wandb
 
         # No console capture, command line, git state or machine statistics: the run records
@@ -80,8 +109,9 @@ class WandbSink:
             x_disable_meta=True,
             x_disable_stats=True,
             x_disable_machine_info=True,
-            init_timeout=30,
-            finish_timeout=CLOSE_TIMEOUT_S,
+            init_timeout=CONNECT_TIMEOUT_S,
+            login_timeout=CONNECT_TIMEOUT_S,
+            finish_timeout=self.close_timeout_s,
         )
         self._run = wandb.init(
             dir=self._run_dir,
@@ -89,7 +119,7 @@ class WandbSink:
             id=self._run_id,
             name=self._run_dir.name,
             resume="allow",
-            mode=self._mode,
+            mode=mode,
             config=self._resolved_config,
             settings=settings,
         )
@@ -125,12 +155,14 @@ class TensorBoardSink:
 
     def __init__(self, run_dir: Path, purge_step: int | None) -> None:
         self._folder, self._purge_step = run_dir / "tensorboard", purge_step
+        self.close_timeout_s = CLOSE_TIMEOUT_S
 
-    def open(self) -> None:
+    def open(self) -> str | None:
         """Start a new event file."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+        return None
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         """Log the numbers of one row."""

@@ -22,9 +22,9 @@ from typing import Any, Literal
 from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.trainer.environment import save_environment
 from kinodit.trainer.events import EVENTS_FILE, EventKind, event_row
-from kinodit.trainer.jsonl import JsonLines
-from kinodit.trainer.redact import redact, redact_text, secret_values
-from kinodit.trainer.services import CLOSE_TIMEOUT_S, Sink, TensorBoardSink, WandbSink
+from kinodit.trainer.jsonl import JsonLines, read_rows
+from kinodit.trainer.redact import redact, redact_text, redact_values, secret_values
+from kinodit.trainer.services import Sink, TensorBoardSink, WandbSink
 
 METRICS_FILE = "metrics.jsonl"
 RUN_ID_FILE = "run_id"
@@ -111,9 +111,8 @@ class Sinks:
         self._events = JsonLines(run_dir / EVENTS_FILE)
         self._guarded: list[_Guarded] = []
         if config.wandb != "off":
-            wandb = WandbSink(
-                run_dir, config.wandb_project, config.wandb, self.run_id, redact(resolved_config)
-            )
+            shown = redact_values(redact(resolved_config), self._known_secrets)
+            wandb = WandbSink(run_dir, config.wandb_project, config.wandb, self.run_id, shown)
             self._guarded.append(_Guarded("wandb", wandb, self._warn))
         if config.tensorboard:
             purge_step = resume_step + 1 if resumed else None
@@ -127,6 +126,11 @@ class Sinks:
         for sink in self._guarded:
             sink.metrics(row)
 
+    def has_row(self, kind: str, step: int) -> bool:
+        """Whether metrics.jsonl has a row of this kind and step."""
+        rows = read_rows(self.run_dir / METRICS_FILE)
+        return any(row and (row["kind"], row["step"]) == (kind, step) for row in rows)
+
     def event(self, kind: EventKind, step: int, message: str) -> None:
         """Append what happened to events.jsonl, without credentials that `message` may contain."""
         self._events.append(event_row(kind, step, message, self._known_secrets))
@@ -139,7 +143,7 @@ class Sinks:
             sink.media(step, samples)
 
     def close(self) -> None:
-        """Flush everything; waits at most `CLOSE_TIMEOUT_S` for each service."""
+        """Flush everything; waits at most `close_timeout_s` for each service."""
         for sink in self._guarded:
             sink.close()
         self._metrics.close()
@@ -158,7 +162,7 @@ class _Guarded:
         self._name, self._sink, self._warn = name, sink, warn
         # An executor, since it keeps whatever a call raised for the thread that asks.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[Future[str | None]] = deque()
         self._alive = True
         self._submit(sink.open)
 
@@ -170,20 +174,25 @@ class _Guarded:
 
     def close(self) -> None:
         self._submit(self._sink.close)
-        if self._alive and wait(self._pending, timeout=CLOSE_TIMEOUT_S).not_done:
-            self._drop(f"not finished after {CLOSE_TIMEOUT_S:.0f} s")
+        limit_s = self._sink.close_timeout_s
+        if self._alive and wait(self._pending, timeout=limit_s).not_done:
+            self._drop(f"not finished after {limit_s:.0f} s")
         self._collect()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _submit(self, function: Callable[..., str | None], *arguments: Any) -> None:
         self._collect()
         if self._alive:
             self._pending.append(self._thread.submit(function, *arguments))
 
     def _collect(self) -> None:
         while self._alive and self._pending and self._pending[0].done():
-            error = self._pending.popleft().exception()
-            if error is not None:
+            done = self._pending.popleft()
+            error = done.exception()
+            if error is None:
+                if (said := done.result()) is not None:
+                    self._warn(said)
+            else:
                 self._drop(f"{type(error).__name__}: {' '.join(str(error).split())}")
         if self._alive and len(self._pending) > MAX_PENDING:
             self._drop(f"{len(self._pending)} rows wait for it")

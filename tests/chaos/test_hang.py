@@ -68,7 +68,9 @@ def test_a_hung_rank_is_found_in_time_with_the_stacks_of_all(
         assert [report.rank for report in reports] == [0, 1]
         odd = int(hang.split("rank=")[1][0])
         # What the one who hangs was silent for when its watchdog said so.
-        assert reports[odd].silent_s < HANG_S + LATE_S, hang
+        # The limit is above HANG_S only where the machine was so busy that a step took a second.
+        assert HANG_S <= reports[odd].limit_s < 3 * HANG_S
+        assert reports[odd].silent_s < reports[odd].limit_s + LATE_S, hang
         assert (reports[odd].step, reports[odd].stopped) == (4, hang.startswith("stop"))
         summary = (folder / "summary.txt").read_text()
         assert summary.startswith(f"rank {odd} of 2 "), (hang, summary)

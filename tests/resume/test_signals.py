@@ -151,3 +151,26 @@ def test_saves_before_the_end_of_the_job_without_a_signal(recipe: Path) -> None:
     assert (run / "requeue.78").exists()
     off = ("resilience.save_margin_s=0",)
     assert run_case(0, 1, Told(recipe, "limit", job=ended, overrides=off)) == STEPS
+
+
+def test_what_was_due_when_it_was_told_to_stop_is_not_lost(recipe: Path) -> None:
+    """A validation in the very step, and the losses since the last row."""
+    extra = ("eval.every_steps=2", "eval.num_samples=5", "log.every_steps=3")
+    run_case(0, 1, Told(recipe, "due-whole", overrides=extra))
+    told = Told(recipe, "due", ((0, 2, signal.SIGUSR1),), overrides=extra)
+    assert run_case(0, 1, told) == 2
+    assert run_case(0, 1, Told(recipe, "due", overrides=extra)) == STEPS
+    found = {name: kinds(recipe.parent / name) for name in ("due", "due-whole")}
+    assert found["due-whole"] == [
+        ("validation", 2),
+        ("train", 3),
+        ("validation", 4),
+        ("train", 5),
+        ("validation", 5),
+    ]
+    assert found["due"] == [("train", 2), *found["due-whole"]]
+
+
+def kinds(run: Path) -> list[tuple[str, int]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [(row["kind"], row["step"]) for row in map(json.loads, lines)]

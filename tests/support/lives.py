@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.support.ranks import ROOT
 
-JOIN_TIMEOUT_S = 60
+JOIN_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Start:
     job: str = "1"
     attempt: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
-    wall_s: float = 120.0
+    wall_s: float = 300.0
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,12 @@ def check_finite(tensors: Mapping[str, Tensor], state: TrainState, mesh: Mesh) -
     Raises:
         RollBack: some rank holds a value that is not.
     """
-    largest = torch._foreach_norm(
-        [local_part(tensor) for tensor in tensors.values() if local_part(tensor).numel()],
-        float("inf"),
-    )
-    bad = not all(bool(torch.isfinite(value)) for value in largest)
-    if mesh.any(bad):
+    parts = [local_part(tensor) for tensor in tensors.values()]
+    held = [part for part in parts if part.numel()]
+    largest = torch._foreach_norm(held, float("inf")) if held else []
+    # One number for the host: each would be a wait for the device.
+    bad = sum((~torch.isfinite(value)).to(mesh.device, torch.int64) for value in largest)
+    if mesh.any(bool(bad)):
         raise RollBack(
             state.step - 1, state.data_step, "parameters or averages are not finite; not saved"
         )

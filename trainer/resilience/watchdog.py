@@ -39,12 +39,16 @@ _FORWARDED = {signal.SIGUSR1, signal.SIGTERM}
 
 @dataclass(frozen=True)
 class Report:
-    """What a watchdog writes. silent_s: since the last sign; stopped: by a signal or a debugger."""
+    """What a watchdog writes.
+
+    silent_s: since the last sign, which was good for limit_s; stopped: by a signal or a debugger
+    """
 
     rank: int
     world_size: int
     host: str
     silent_s: float
+    limit_s: float
     stopped: bool
     step: int
     activity: str
@@ -147,6 +151,7 @@ class Watchdog:
                 who.world_size,
                 socket.gethostname(),
                 round(silent_s, 2),
+                round(sign.limit_s, 2),
                 stopped,
                 sign.step,
                 sign.activity,

@@ -18,10 +18,12 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import kinodit
 from kinodit.models.errors import UserError
+from kinodit.trainer.resilience.errors import CorruptedError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -35,7 +37,8 @@ COMMANDS: dict[str, str] = {
     "certify": "prove that every layout trains like one process",
     "data": "pack, check, describe and preview shards",
     "config": "show, describe and compare recipes",
-    "slurm": "render batch scripts",
+    "slurm": "render batch scripts, submit them, look after their jobs",
+    "doctor": "check this machine, or the nodes of a job and what connects them",
 }
 
 
@@ -51,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        # Another start may get other devices; nothing else goes away by itself.
+        if not isinstance(error, CorruptedError):
+            _note_refusal(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -70,6 +76,14 @@ def _full_disk_explained() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{error}: free some space, then give the same command") from error
+
+
+def _note_refusal(message: str) -> None:
+    """Leave the message for the batch script: the exit code of one rank does not get past srun."""
+    path = os.environ.get("KINODIT_REFUSAL")
+    if path:
+        with suppress(OSError):
+            Path(path).write_text(message + "\n")
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -75,13 +76,7 @@ def _ask_for_end(job_id: str) -> float | None:
     Containers often lack scontrol, and a scheduler may be too busy to answer: signals still work.
     """
     try:
-        shown = subprocess.run(
-            ["scontrol", "--oneliner", "show", "job", job_id],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=SCONTROL_TIMEOUT_S,
-        ).stdout
+        shown = _scontrol("--oneliner", "show", "job", job_id)
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\b", shown)
@@ -89,19 +84,53 @@ def _ask_for_end(job_id: str) -> float | None:
     return datetime.fromisoformat(found[1]).timestamp() if found else None
 
 
+def node_name() -> str:
+    """The name of this node: Slurm's where there is one, since names decide who is left out."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def granted_gpus() -> int:
+    """How many GPUs of this node the scheduler gave the job; 0 without a scheduler."""
+    count = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    return int(count) if count.isdecimal() else 0
+
+
+def meeting_point() -> tuple[str, int]:
+    """Host and port at which rank 0 is found.
+
+    Raises:
+        LaunchError: the launcher did not say, and Slurm does not either.
+    """
+    _rendezvous()
+    try:
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise LaunchError(
+            "no MASTER_ADDR and MASTER_PORT of rank 0: start through torchrun or srun"
+        ) from error
+
+
 def _rendezvous() -> None:
     """Under srun, derive the address of rank 0 from the job: every task derives the same."""
     if "MASTER_ADDR" in os.environ or "SLURM_JOB_NODELIST" not in os.environ:
         return
-    names = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+    names = _scontrol("show", "hostnames", os.environ["SLURM_JOB_NODELIST"])
+    first = names.split()[0]
+    # Nodes need not have the names that the domain name service knows; Slurm has the address.
+    found = re.search(r"\bNodeAddr=(\S+)", _scontrol("--oneliner", "show", "node", first))
+    os.environ["MASTER_ADDR"] = found[1] if found else first
+    job = int(os.environ.get("SLURM_JOB_ID", "0"))
+    os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT + job % 16384))
+
+
+def _scontrol(*words: str) -> str:
+    return subprocess.run(
+        ["scontrol", *words],
         capture_output=True,
         text=True,
         check=True,
-    )
-    os.environ["MASTER_ADDR"] = names.stdout.split()[0]
-    job = int(os.environ.get("SLURM_JOB_ID", "0"))
-    os.environ.setdefault("MASTER_PORT", str(DEFAULT_PORT + job % 16384))
+        timeout=SCONTROL_TIMEOUT_S,
+    ).stdout
 
 
 @contextmanager

@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action = actions.add_parser("validate", help="check every byte of a dataset; 1 if it is bad")
     action.add_argument("directory", type=Path, metavar="DIR")
     action.add_argument("--decode", action="store_true", help="open every medium as well")
+    action.add_argument(
+        "--part", default="0/1", metavar="I/N", help="check every N-th shard from the I-th on only"
+    )
+    action.add_argument("--report", type=Path, metavar="FILE", help="keep what was found as JSON")
+    action.add_argument(
+        "--reports", type=Path, metavar="DIR", help="check nothing; judge the reports of all parts"
+    )
     action.set_defaults(act=_validate)
     action = actions.add_parser("stats", help="what is in a dataset, from its index alone")
     action.add_argument("directory", type=Path, metavar="DIR")
@@ -168,12 +175,22 @@ def _index(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     from kinodit.data.validate import validate
+    from kinodit.data.validation_parts import merge_reports, parse_part, save_report
 
-    line = _ProgressLine()
-    report = validate(
-        args.directory, decode=args.decode, progress=lambda done, all_: line.show(done, all_, "")
-    )
-    line.end()
+    part = parse_part(args.part)
+    if args.reports is not None:
+        report = merge_reports(args.directory, args.reports)
+    else:
+        line = _ProgressLine()
+        report = validate(
+            args.directory,
+            decode=args.decode,
+            part=part,
+            progress=lambda done, all_: line.show(done, all_, ""),
+        )
+        line.end()
+    if args.report is not None:
+        save_report(args.report, part, report)
     for problem in report.problems:
         print(problem)
     verdict = f"{len(report.problems)} problems" if report.problems else "no problems"

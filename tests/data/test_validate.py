@@ -164,7 +164,9 @@ def test_a_folder_that_is_no_dataset_is_an_error(tmp_path: Path) -> None:
         validate(tmp_path)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(share=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255))
 def test_no_changed_byte_goes_unnoticed(
     tmp_path_factory: pytest.TempPathFactory, share: float, change: int

@@ -1,0 +1,1 @@
+"""`kinodit doctor`: is this machine, or are the nodes of a job, fit to train?"""

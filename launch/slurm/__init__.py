@@ -1,0 +1,1 @@
+"""Batch scripts for Slurm: rendered without surprises, submitted, looked after."""

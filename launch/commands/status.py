@@ -14,6 +14,7 @@ HELP = (
     "may be going on; nothing is written."
 )
 NUM_EVENTS = 5
+MAX_MESSAGE = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,5 +71,7 @@ def run(args: argparse.Namespace) -> int:
         happened = ", ".join(f"{label} {count}" for label, count in counts(found, goodput))
         print(f"so far      {happened}")
     for event in found.events[-NUM_EVENTS:]:
-        print(f"  step {event['step']:>7,}  {event['event']:<11} {event['message']}")
+        message = str(event["message"])
+        shown = message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 1]}…"
+        print(f"  step {event['step']:>7,}  {event['event']:<11} {shown}")
     return 0

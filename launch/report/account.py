@@ -58,6 +58,10 @@ def _parts(goodput: Goodput) -> list[dict[str, str]]:
     ]
 
 
+def _short(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
 def counts(run: Run, goodput: Goodput) -> list[tuple[str, int]]:
     """How often what happened; what never did is left out."""
     kinds = [row["event"] for row in run.events]
@@ -82,9 +86,9 @@ def _ranks(rows: list[Row]) -> list[dict[str, str]]:
     return [
         {
             "rank": str(entry.get("rank")),
-            "busy": f"{1000 * number(entry.get('busy_s')):.3g} ms",
-            "data": f"{1000 * number(entry.get('data_wait_s')):.3g} ms",
-            "wait": f"{1000 * number(entry.get('collective_wait_s')):.3g} ms",
+            "busy": _short(number(entry.get("busy_s"))),
+            "data": _short(number(entry.get("data_wait_s"))),
+            "wait": _short(number(entry.get("collective_wait_s"))),
         }
         for entry in ranks
         if isinstance(entry, dict)

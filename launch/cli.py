@@ -35,6 +35,7 @@ COMMANDS: dict[str, str] = {
     "status": "show how a run stands, and what its time was spent on",
     "report": "write a run's HTML report",
     "certify": "prove that every layout trains like one process",
+    "checkpoint": "list, describe, check and thin out checkpoints",
     "data": "pack, check, describe and preview shards",
     "config": "show, describe and compare recipes",
     "slurm": "render batch scripts, submit them, look after their jobs",

@@ -10,6 +10,7 @@ an action and where it strikes:
     rank     the rank that is struck (default: every one)
     step     optimizer steps done before, for points of a step; the saved step, for points of a
              checkpoint (default: any)
+    after    how often it is let pass before (default: 0)
     times    how often at most, in one process (default: 1)
     once     a path without commas: the fault strikes whoever creates this file, so that it does
              not strike again after a restart
@@ -79,6 +80,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "point": str,
     "rank": int,
     "step": int,
+    "after": int,
     "times": int,
     "once": str,
     "seconds": float,
@@ -98,6 +100,7 @@ class Fault:
     point: str = "step:begin"
     rank: int | None = None
     step: int | None = None
+    after: int = 0
     times: int = 1
     once: str = ""
     seconds: float = 3600.0
@@ -176,7 +179,9 @@ def reach(point: str, step: int, tensors: Tensors | None = None) -> None:
     assert point in POINTS, point
     for fault in _armed:
         here = fault.point == point and fault.rank in (None, _rank) and fault.step in (None, step)
-        if here and fault.times > 0 and _first(fault.once):
+        if here and fault.after > 0:
+            fault.after -= 1
+        elif here and fault.times > 0 and _first(fault.once):
             fault.times -= 1
             _strike(fault, f"at {point} of step {step}", tensors)
 

@@ -56,6 +56,11 @@ def final_tensors(recipe: Path, name: str) -> Arrays:
     """Every tensor of a run's last checkpoint, whole."""
     (*_, path) = checkpoint.find_checkpoints(recipe.parent / "runs" / name)
     assert checkpoint.load_state(path).step == STEPS
+    return tensors_of(path)
+
+
+def tensors_of(path: Path) -> Arrays:
+    """Every tensor of a checkpoint, whole."""
     metadata = FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]

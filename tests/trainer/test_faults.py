@@ -117,6 +117,14 @@ def test_as_often_as_it_was_asked_for() -> None:
     reach("step:begin", 0)
 
 
+def test_not_before_it_was_let_pass() -> None:
+    arm([Fault("raise", after=2)])
+    reach("step:begin", 0)
+    reach("step:begin", 0)
+    with pytest.raises(InjectedFault):
+        reach("step:begin", 0)
+
+
 def test_once_is_once_for_all_processes(tmp_path: Path) -> None:
     fault = Fault("raise", once=str(tmp_path / "struck"))
     arm([fault])

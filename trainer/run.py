@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,11 @@ from kinodit.data.encode import SampleEncoder
 from kinodit.data.loader import Loader
 from kinodit.data.manifest import Dataset
 from kinodit.data.select import open_datasets, plan_spec
-from kinodit.data.spec import CostModel, PlanSpec
-from kinodit.models.encoders.base import EncoderError, TextEncoder, VideoCodec, build_text_encoder
-from kinodit.models.encoders.wavelet import WaveletCodec, fit_standardisation
+from kinodit.data.spec import PlanSpec
+from kinodit.models.encoders.base import TextEncoder, VideoCodec, build_text_encoder
 from kinodit.models.errors import ConfigError
 from kinodit.trainer import checkpoint, faults
-from kinodit.trainer.batches import VIDEO, BatchSource
+from kinodit.trainer.batches import BatchSource
 from kinodit.trainer.certify.certificate import uncertified
 from kinodit.trainer.config import (
     CONFIG_FILE,
@@ -30,8 +28,8 @@ from kinodit.trainer.config import (
     config_to_dict,
 )
 from kinodit.trainer.drift import acceptance, facts
+from kinodit.trainer.encoders import cost_model, fitted_codec
 from kinodit.trainer.entry import count_start, farewell, is_over, lock_folder, open_run
-from kinodit.trainer.evaluate import Evaluator
 from kinodit.trainer.events import append_event
 from kinodit.trainer.gallery import Gallery
 from kinodit.trainer.loop import Loop
@@ -52,9 +50,7 @@ from kinodit.trainer.resilience.signals import (
     write_marker,
 )
 from kinodit.trainer.setup import (
-    CODEC_FILE,
     Parts,
-    build_codec,
     build_parts,
     master_dtype,
 )
@@ -62,9 +58,7 @@ from kinodit.trainer.sinks import Sinks, require_extras
 from kinodit.trainer.state import TrainState
 from kinodit.trainer.step import Step
 from kinodit.trainer.topology import Topology
-
-NUM_CODEC_SAMPLES = 64
-VALIDATION_SEED_OFFSET = 1
+from kinodit.trainer.validation import build_evaluator
 
 
 def train(
@@ -116,8 +110,8 @@ def _train(
     warning = mesh.from_main(lambda: certificate_warning(config, topology.world_size))
     datasets = open_datasets(config.data)
     text = build_text_encoder(config.modalities.text.encoder, device)
-    codec = _fitted_codec(config, run_dir, datasets, text, mesh)
-    spec = plan_spec(config.data, datasets, _cost(config, codec, text), config.run.seed)
+    codec = fitted_codec(config, run_dir, datasets, text, mesh)
+    spec = plan_spec(config.data, datasets, cost_model(config, codec, text), config.run.seed)
     encoder = SampleEncoder(
         text,
         codec,
@@ -204,7 +198,9 @@ def _attempt(
             stack.callback(progress.close)
         saver = checkpoint.Saver(run_dir, config.checkpoint, mesh, origin, config.run.deadline_s)
         stack.callback(saver.close)
-        evaluate = _evaluator(config, parts, setting.encoder, setting.codec, setting.text, mesh)
+        evaluate = build_evaluator(
+            config, parts, setting.encoder, setting.codec, setting.text, mesh
+        )
         loader = Loader(
             spec,
             setting.datasets,
@@ -311,72 +307,6 @@ def _restore(
     return restored.state
 
 
-def _fitted_codec(
-    config: RunConfig,
-    run_dir: Path,
-    datasets: dict[str, Dataset],
-    text: TextEncoder,
-    mesh: Mesh,
-) -> VideoCodec:
-    """The codec; statistics that it lacks are measured by rank 0 and kept in the run's folder."""
-    codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
-    if isinstance(codec, WaveletCodec) and codec.standardisation is None:
-        unfitted = codec
-
-        def measure() -> None:
-            videos = _first_videos(config, datasets, _cost(config, unfitted, text))
-            fitted = fit_standardisation(unfitted, videos)
-            assert fitted.standardisation is not None
-            fitted.standardisation.save(run_dir / CODEC_FILE)
-
-        mesh.from_main(measure)
-        codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
-    return codec
-
-
-def _first_videos(
-    config: RunConfig, datasets: dict[str, Dataset], cost: CostModel
-) -> Sequence[torch.Tensor]:
-    """Clips of the first samples of the data order."""
-    data = dataclasses.replace(
-        config.data,
-        samples_per_step=NUM_CODEC_SAMPLES,
-        packs_per_step=1,
-        token_budget=None,
-        prefetch_steps=1,
-    )
-    spec = plan_spec(data, datasets, cost, config.run.seed)
-    loader = Loader(spec, datasets, data, 0, 1, start_step=0)
-    try:
-        (pack,) = next(iter(loader)).packs
-    finally:
-        loader.close()
-    return [sample.video for sample in pack if sample.video is not None]
-
-
-def _cost(config: RunConfig, codec: VideoCodec, text: TextEncoder) -> CostModel:
-    """Tokens of a sample at most: what the plan balances and budgets."""
-    patch = config.modalities.video.patch
-    per_patch = patch[0] * patch[1] * patch[2]
-
-    def tokens(num_frames: int) -> int:
-        t, h, w = codec.latent_shape(num_frames, config.data.height, config.data.width)
-        return t * h * w // per_patch
-
-    video_tokens = tokens(config.data.num_frames)
-    image_tokens: int | None
-    try:
-        image_tokens = tokens(1)
-    except EncoderError:
-        image_tokens = None  # the plan refuses still images then
-    return CostModel(
-        video_tokens=video_tokens,
-        image_tokens=image_tokens,
-        text_tokens=text.max_tokens,
-        tokenizer=f"{text.fingerprint} {codec.fingerprint}",
-    )
-
-
 def _step(config: RunConfig, parts: Parts) -> Step:
     modalities = [name for name, stream in parts.model_config.streams.items() if stream.output]
     return Step(
@@ -388,52 +318,6 @@ def _step(config: RunConfig, parts: Parts) -> Step:
         loss_weights=config.objective.loss_weights,
         seed=config.run.seed,
         max_grad_norm=config.optim.max_grad_norm,
-    )
-
-
-def _evaluator(
-    config: RunConfig,
-    parts: Parts,
-    encoder: SampleEncoder,
-    codec: VideoCodec,
-    text: TextEncoder,
-    mesh: Mesh,
-) -> Evaluator | None:
-    """Measures validation loss on a fixed step of its own plan; None if the recipe has none."""
-    if not config.eval.every_steps:
-        return None
-    per_pack = -(-config.data.samples_per_step // config.data.packs_per_step)
-    data = dataclasses.replace(
-        config.data,
-        datasets=config.eval.datasets or config.data.datasets,
-        samples_per_step=config.eval.num_samples,
-        packs_per_step=-(-config.eval.num_samples // per_pack),
-        token_budget=None,
-        prefetch_steps=1,
-    )
-    datasets = open_datasets(data)
-    seed = config.run.seed + VALIDATION_SEED_OFFSET
-    spec = plan_spec(data, datasets, _cost(config, codec, text), seed)
-    loader = Loader(spec, datasets, data, mesh.dp_index, mesh.dp_size, start_step=0)
-    try:
-        packs = next(iter(loader))
-    finally:
-        loader.close()
-    whole = SampleEncoder(encoder.text_encoder, codec, seed, 0.0)
-    source = BatchSource(whole, parts.pack_spec, 0, master_dtype(config))
-    return Evaluator(
-        engine=parts.engine,
-        objective=parts.objective,
-        emas=parts.emas,
-        ema=config.eval.ema,
-        mesh=mesh,
-        modalities=[VIDEO],
-        levels=config.objective.validation_levels,
-        seed=seed,
-        batches=source.fixed(packs, shuffle_captions=False),
-        shuffled=(
-            source.fixed(packs, shuffle_captions=True) if config.eval.shuffled_captions else None
-        ),
     )
 
 

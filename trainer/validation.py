@@ -1,0 +1,64 @@
+"""The validation step of a run: which samples, packed and drawn always alike."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kinodit.data.encode import SampleEncoder
+from kinodit.data.loader import Loader
+from kinodit.data.select import open_datasets, plan_spec
+from kinodit.models.encoders.base import TextEncoder, VideoCodec
+from kinodit.trainer.batches import VIDEO, BatchSource
+from kinodit.trainer.config import RunConfig
+from kinodit.trainer.encoders import cost_model
+from kinodit.trainer.evaluate import Evaluator
+from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.setup import Parts, master_dtype
+
+VALIDATION_SEED_OFFSET = 1
+
+
+def build_evaluator(
+    config: RunConfig,
+    parts: Parts,
+    encoder: SampleEncoder,
+    codec: VideoCodec,
+    text: TextEncoder,
+    mesh: Mesh,
+) -> Evaluator | None:
+    """Measures validation loss on a fixed step of its own plan; None if the recipe has none."""
+    if not config.eval.every_steps:
+        return None
+    per_pack = -(-config.data.samples_per_step // config.data.packs_per_step)
+    data = dataclasses.replace(
+        config.data,
+        datasets=config.eval.datasets or config.data.datasets,
+        samples_per_step=config.eval.num_samples,
+        packs_per_step=-(-config.eval.num_samples // per_pack),
+        token_budget=None,
+        prefetch_steps=1,
+    )
+    datasets = open_datasets(data)
+    seed = config.run.seed + VALIDATION_SEED_OFFSET
+    spec = plan_spec(data, datasets, cost_model(config, codec, text), seed)
+    loader = Loader(spec, datasets, data, mesh.dp_index, mesh.dp_size, start_step=0)
+    try:
+        packs = next(iter(loader))
+    finally:
+        loader.close()
+    whole = SampleEncoder(encoder.text_encoder, codec, seed, 0.0)
+    source = BatchSource(whole, parts.pack_spec, 0, master_dtype(config))
+    return Evaluator(
+        engine=parts.engine,
+        objective=parts.objective,
+        emas=parts.emas,
+        ema=config.eval.ema,
+        mesh=mesh,
+        modalities=[VIDEO],
+        levels=config.objective.validation_levels,
+        seed=seed,
+        batches=source.fixed(packs, shuffle_captions=False),
+        shuffled=(
+            source.fixed(packs, shuffle_captions=True) if config.eval.shuffled_captions else None
+        ),
+    )

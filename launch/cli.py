@@ -36,6 +36,7 @@ COMMANDS: dict[str, str] = {
     "report": "write a run's HTML report",
     "certify": "prove that every layout trains like one process",
     "checkpoint": "list, describe, check and thin out checkpoints",
+    "plan": "memory and speed of every layout on a cluster",
     "data": "pack, check, describe and preview shards",
     "config": "show, describe and compare recipes",
     "slurm": "render batch scripts, submit them, look after their jobs",

@@ -1,0 +1,185 @@
+"""Bytes of parameters, gradients, optimizer state and averages on a rank: exact.
+
+A parameter is split over tp as the table of shardings says, then cut into equal rows over dp_shard
+x cp by FSDP2, whose last ranks have fewer rows, or none. Parameters and gradients are padded to
+equal rows; what the optimizer and averages hold is not. The first rank has the most of everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kinodit.models.block import JointBlock, SingleBlock
+from kinodit.models.config import MMDiTConfig
+from kinodit.models.mmdit import MMDiT
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.table import Split, assign_splits, check_heads, mmdit_table
+
+NUM_MOMENTS = 2
+STEP_BYTES = 4
+"""AdamW counts its updates in a float32 scalar for each parameter."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter: its whole shape, and in which block it is (None: the rest of the model)."""
+
+    name: str
+    shape: tuple[int, ...]
+    block: int | None
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes on one rank at rest.
+
+    gradients are those of the shards, which are there from the backward to the update
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    averages: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.averages
+
+
+@dataclass(frozen=True)
+class Units:
+    """Numbers (not bytes) of the units that FSDP2 gathers, after the split over tp.
+
+    blocks:     of each block, in order, as all ranks' equal shards with their padding
+    rest:       of everything else, which is one unit, likewise
+    whole:      of all units without padding
+    replicated: of the first rank's shards, those that every tp rank has, too
+    stored:     block (None: the rest) -> sizes of its matrices that are split over tp at rest and
+                put together for use
+    """
+
+    blocks: tuple[int, ...]
+    rest: int
+    whole: int
+    replicated: int
+    stored: Mapping[int | None, tuple[int, ...]]
+
+    @property
+    def total(self) -> int:
+        """All of them, padded."""
+        return sum(self.blocks) + self.rest
+
+
+class Weights:
+    """The parameters of a model that is never given memory."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        self.config = config
+        with torch.device("meta"):
+            self._model = MMDiT(config)
+        self.weights = list(_weights(self._model))
+        self._local: dict[int, list[tuple[int, ...]]] = {}
+        self._splits: dict[int, dict[str, Split]] = {}
+        self._units: dict[tuple[int, int], Units] = {}
+        self._cuts: dict[tuple[int, int, int], tuple[int, int]] = {}
+
+    def local_shapes(self, tp: int) -> list[tuple[int, ...]]:
+        """The shape of each parameter on a tp rank, in the order of `weights`.
+
+        Raises:
+            ConfigError: tp does not divide what it has to split.
+        """
+        if tp not in self._local:
+            shapes = [weight.shape for weight in self.weights]
+            if tp > 1:
+                check_heads(self.config, tp, 1)
+                splits = assign_splits(self._model, mmdit_table(self.config), tp)
+                self._splits[tp] = splits
+                dims = [splits[weight.name].dim for weight in self.weights]
+                shapes = [_divided(s, dim, tp) for s, dim in zip(shapes, dims, strict=True)]
+            self._local[tp] = shapes
+        return self._local[tp]
+
+    def units(self, tp: int, num_ranks: int) -> Units:
+        """What FSDP2 gathers from `num_ranks` ranks."""
+        key = (tp, num_ranks)
+        if key not in self._units:
+            self._units[key] = self._count_units(tp, num_ranks)
+        return self._units[key]
+
+    def _count_units(self, tp: int, num_ranks: int) -> Units:
+        blocks = [0] * (self.config.num_double_blocks + self.config.num_single_blocks)
+        rest = whole = replicated = 0
+        stored: dict[int | None, tuple[int, ...]] = {}
+        local = self.local_shapes(tp)
+        splits = self._splits.get(tp, {})
+        for weight, shape in zip(self.weights, local, strict=True):
+            shard = _rows(shape, num_ranks) * math.prod(shape[1:])
+            if weight.block is None:
+                rest += shard * num_ranks
+            else:
+                blocks[weight.block] += shard * num_ranks
+            whole += math.prod(shape)
+            split = splits.get(weight.name)
+            if split is None:
+                continue
+            if split.dim is None:
+                replicated += shard
+            elif not split.part:
+                sizes = (*stored.get(weight.block, ()), math.prod(weight.shape))
+                stored[weight.block] = sizes
+        return Units(tuple(blocks), rest, whole, replicated, stored)
+
+    def state(self, parallel: ParallelConfig, item: int, num_averages: int, rank: int = 0) -> State:
+        """Bytes on the `rank`-th of the dp_shard x cp ranks, with numbers of `item` bytes."""
+        assert parallel.dp_shard > 0, "the degrees must be resolved"
+        padded, own = self._cut(parallel.tp, parallel.dp_shard * parallel.cp, rank)
+        return State(
+            parameters=padded * item,
+            gradients=padded * item,
+            optimizer=NUM_MOMENTS * own * item + STEP_BYTES * len(self.weights),
+            averages=num_averages * own * item,
+        )
+
+    def _cut(self, tp: int, num_ranks: int, rank: int) -> tuple[int, int]:
+        """(numbers of equal, padded shards; numbers that are really this rank's)."""
+        key = (tp, num_ranks, rank)
+        if key not in self._cuts:
+            shapes = [(shape, math.prod(shape[1:])) for shape in self.local_shapes(tp)]
+            self._cuts[key] = (
+                sum(_rows(shape, num_ranks) * row for shape, row in shapes),
+                sum(_own_rows(shape, num_ranks, rank) * row for shape, row in shapes),
+            )
+        return self._cuts[key]
+
+
+def _weights(model: nn.Module) -> list[Weight]:
+    blocks = [
+        name for name, part in model.named_modules() if isinstance(part, JointBlock | SingleBlock)
+    ]
+    owner = {f"{name}.": index for index, name in enumerate(blocks)}
+    found = []
+    for name, parameter in model.named_parameters():
+        prefix = ".".join(name.split(".")[:2]) + "."
+        found.append(Weight(name, tuple(parameter.shape), owner.get(prefix)))
+    return found
+
+
+def _divided(shape: Sequence[int], dim: int | None, degree: int) -> tuple[int, ...]:
+    return tuple(size // degree if at == dim else size for at, size in enumerate(shape))
+
+
+def _rows(shape: Sequence[int], num_ranks: int) -> int:
+    """Rows of the largest of equal cuts along dim 0."""
+    return -(-shape[0] // num_ranks)
+
+
+def _own_rows(shape: Sequence[int], num_ranks: int, rank: int) -> int:
+    size = _rows(shape, num_ranks)
+    return max(0, min(size, shape[0] - rank * size))

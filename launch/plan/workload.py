@@ -1,0 +1,255 @@
+"""What a step holds, from the recipe alone: no data is opened, and no weights are needed.
+
+Every clip is taken as the recipe's, every caption as long as the encoder lets it be: the most that
+a step can hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kinodit.data.packing import PackSpec, StreamSpec
+from kinodit.models.config import MMDiTConfig
+from kinodit.models.encoders.base import EncoderError, VideoCodec, grid_shape
+from kinodit.models.encoders.byte_text import ByteTextConfig
+from kinodit.models.encoders.folder import read_json, weights_folder
+from kinodit.models.encoders.text import TransformersTextConfig
+from kinodit.models.encoders.video_vae import DiffusersVaeConfig
+from kinodit.models.encoders.wavelet import WaveletConfig
+from kinodit.models.errors import ConfigError, MissingExtraError
+from kinodit.models.flops import forward_flops
+from kinodit.trainer.batches import POOLED, TEXT, VIDEO, fit_model
+from kinodit.trainer.config import RunConfig
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says instead of the recipe; None: as the recipe has it.
+
+    codec:        (frames, rows, columns of pixels in a latent cell, latent channels)
+    video_tokens: of one clip
+    text_tokens:  of one caption
+    segments:     samples in a pack
+    encoder_gib:  memory of both encoders
+    """
+
+    codec: tuple[int, int, int, int] | None = None
+    video_tokens: int | None = None
+    text_tokens: int | None = None
+    segments: int | None = None
+    encoder_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("video_tokens", "text_tokens", "segments"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.encoder_gib is not None and not 0 <= self.encoder_gib < math.inf:
+            raise ConfigError(f"--encoder-gib {self.encoder_gib:g}: must not be negative")
+
+
+ASSUMED_CODEC = (4, 8, 8, 16)
+"""Of a video autoencoder whose folder is not here: that of Wan 2.1 and HunyuanVideo."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step: `packs` of `segments` samples each, and the model that computes them.
+
+    tokens:        stream -> tokens of one sample
+    levels:        noise levels of one sample
+    encoder_bytes: weights of text encoder and codec, which every rank has
+    notes:         what was assumed
+    """
+
+    model: MMDiTConfig
+    tokens: Mapping[str, int]
+    segments: int
+    packs: int
+    levels: int = 1
+    encoder_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+    def of_pass(self, merged: int) -> Workload:
+        """The same for forward passes over `merged` packs each."""
+        return replace(self, segments=self.segments * merged, packs=-(-self.packs // merged))
+
+    def noting(self, note: str) -> Workload:
+        """The same with one more note."""
+        return replace(self, notes=(*self.notes, note))
+
+    @property
+    def pack_tokens(self) -> dict[str, int]:
+        """Stream -> tokens of a pack."""
+        return {name: count * self.segments for name, count in self.tokens.items()}
+
+    @property
+    def attention_flops(self) -> int:
+        """Of one forward over one pack: scores and their products with values."""
+        pairs = self.segments * sum(self.tokens.values()) ** 2
+        blocks = self.model.num_double_blocks + self.model.num_single_blocks
+        return blocks * 4 * pairs * self.model.num_heads * self.model.dim_of_head
+
+    @cached_property
+    def flops(self) -> int:
+        """Of one forward over one pack."""
+        pairs = self.segments * sum(self.tokens.values()) ** 2
+        levels = self.segments * self.levels
+        return forward_flops(self.model, self.pack_tokens, pairs, self.segments, levels)
+
+
+def read_workload(config: RunConfig, given: Given) -> Workload:
+    """The workload of a recipe.
+
+    Raises:
+        ConfigError: clips, codec, patch or model do not fit each other.
+    """
+    notes: list[str] = []
+    video_tokens, channels = _video(config, given, notes)
+    text_tokens, width, pooled = _text(config, given, notes)
+    patch = config.modalities.video.patch
+    spec = PackSpec((StreamSpec(TEXT, width), StreamSpec(VIDEO, channels, patch)), {POOLED: pooled})
+    if given.encoder_gib is None:
+        encoder_bytes = _encoder_bytes(config, notes)
+    else:
+        encoder_bytes = round(given.encoder_gib * 2**30)
+    if config.engine.compile:
+        notes.append(
+            "engine.compile fuses pointwise work, which then keeps and moves less: activations and "
+            "time are those without it, the most that they can be"
+        )
+    samples, packs = config.data.samples_per_step, config.data.packs_per_step
+    if packs > samples:
+        raise ConfigError(
+            f"data.packs_per_step is {packs} with data.samples_per_step {samples}: every pack "
+            f"needs a sample, so make it at most {samples}"
+        )
+    return Workload(
+        model=fit_model(config.model, spec),
+        tokens={TEXT: text_tokens, VIDEO: video_tokens},
+        segments=given.segments or -(-samples // packs),
+        packs=packs,
+        encoder_bytes=encoder_bytes,
+        notes=tuple(notes),
+    )
+
+
+def _video(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int]:
+    """(tokens of a clip, latent channels)."""
+    data, patch = config.data, config.modalities.video.patch
+    size = (data.num_frames, data.height, data.width)
+    codec = None if given.codec else _codec_here(config)
+    if codec is not None:
+        grid, channels = codec.latent_shape(*size), codec.latent_channels
+    else:
+        *stride, channels = given.codec or ASSUMED_CODEC
+        if given.codec is None:
+            shown = " x ".join(map(str, stride))
+            notes.append(
+                f"the video codec is not on this machine: taken as {shown} pixels a cell, "
+                f"{channels} channels (--codec)"
+            )
+        grid = grid_shape(size, (stride[0], stride[1], stride[2]), stride[0] > 1)
+    if any(cells % step for cells, step in zip(grid, patch, strict=True)):
+        raise ConfigError(
+            f"latents of {' x '.join(map(str, grid))} (frames, rows, columns) do not divide into "
+            f"modalities.video.patch={list(patch)}: change data.num_frames, height or width, or "
+            "the patch"
+        )
+    return given.video_tokens or math.prod(grid) // math.prod(patch), channels
+
+
+def _codec_here(config: RunConfig) -> VideoCodec | None:
+    """The codec if it can be built here; its shapes are wanted, never its statistics."""
+    codec = config.modalities.video.codec
+    host = torch.device("cpu")
+    if isinstance(codec, WaveletConfig):
+        return replace(codec, standardisation=None).build(host)
+    if isinstance(codec, DiffusersVaeConfig) and not _is_here(codec.path, None):
+        return None
+    try:
+        return codec.build(host)
+    except MissingExtraError:
+        return None
+
+
+def _text(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int, int]:
+    """(tokens of a caption, features of a token, length of the pooled vector)."""
+    encoder = config.modalities.text.encoder
+    if isinstance(encoder, ByteTextConfig):
+        return given.text_tokens or encoder.max_tokens, encoder.dim, encoder.dim
+    assert isinstance(encoder, TransformersTextConfig)
+    tokens = given.text_tokens or encoder.max_tokens - encoder.skip_tokens
+    if not _is_here(encoder.path, encoder.package):
+        stream, pooled = config.model.streams.get(TEXT), config.model.conditions.get(POOLED)
+        width = stream.in_channels if stream else 1
+        notes.append(
+            f"the text encoder is not on this machine: taken as {width} features a token, as the "
+            "model's text stream has"
+        )
+        return tokens, width, pooled.dim if pooled else width
+    folder = weights_folder(encoder.path, encoder.package, "text encoder 'transformers'")
+    document = read_json(folder / "config.json")
+    document = {**document, **(document.get("text_config") or {})}
+    found = document.get("hidden_size") or document.get("d_model")
+    if not isinstance(found, int):
+        raise ConfigError(f"{folder / 'config.json'} has neither hidden_size nor d_model")
+    projected = "CLIPTextModelWithProjection" in (document.get("architectures") or [])
+    pooled_dim = found
+    if encoder.pooled == "model" and projected:
+        pooled_dim = int(document.get("projection_dim") or found)
+    return tokens, found, pooled_dim
+
+
+def _is_here(path: str | None, package: str | None) -> bool:
+    try:
+        weights_folder(path, package, "an encoder")
+    except EncoderError:
+        return False
+    return True
+
+
+def _encoder_bytes(config: RunConfig, notes: list[str]) -> int:
+    """Weights of both encoders in the formats that they are loaded in."""
+    text, codec = config.modalities.text.encoder, config.modalities.video.codec
+    total, missing = 0, []
+    parts: Iterable[tuple[str, str | None, str | None, str]] = [
+        (name, part.path, getattr(part, "package", None), part.dtype)
+        for name, part in (("text encoder", text), ("video codec", codec))
+        if isinstance(part, TransformersTextConfig | DiffusersVaeConfig)
+    ]
+    for name, path, package, dtype in parts:
+        if _is_here(path, package):
+            total += _numbers_in(weights_folder(path, package, name)) * ITEM_BYTES[dtype]
+        else:
+            missing.append(name)
+    if missing:
+        notes.append(f"weights of the {' and the '.join(missing)} count as 0 (--encoder-gib)")
+    return total
+
+
+def _numbers_in(folder: Path) -> int:
+    """Numbers in the folder's safetensors, by their headers."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header: dict[str, Any] = json.loads(stream.read(length))
+        except (OSError, ValueError, struct.error) as error:
+            raise ConfigError(f"cannot read the header of {file}: {error}") from error
+        total += sum(
+            math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
+        )
+    return total

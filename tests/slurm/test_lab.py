@@ -22,7 +22,9 @@ def test_nodes_run_steps_and_have_gpus(lab: SlurmLab) -> None:
 
 
 def test_a_killed_node_is_down_and_comes_back(lab: SlurmLab) -> None:
-    job = lab.run("sbatch", "--parsable", "--nodelist=node3", "--wrap", "sleep 1000").strip()
+    job = lab.run(
+        "sbatch", "--parsable", "--output=/dev/null", "--nodelist=node3", "--wrap", "sleep 1000"
+    ).strip()
     lab.wait(job, ["RUNNING"])
     lab.node("kill", "node3")
     lab.until(
@@ -38,7 +40,7 @@ def test_a_killed_node_is_down_and_comes_back(lab: SlurmLab) -> None:
 
 def test_a_second_lab_does_not_meet_the_first_and_goes_without_trace(lab: SlurmLab) -> None:
     other = SlurmLab(1)
-    job = other.run("sbatch", "--parsable", "--wrap", "sleep 1000").strip()
+    job = other.run("sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 1000").strip()
     other.wait(job, ["RUNNING"])
     assert lab.run("squeue", "--noheader") == ""
     assert len(lab.run("sinfo", "--noheader", "--Node").splitlines()) == 3

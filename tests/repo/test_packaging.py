@@ -61,7 +61,7 @@ def test_installs_into_an_empty_environment(kind: str, dist: Path, tmp_path: Pat
         programs / "python",
         "-c",
         "import kinodit, importlib.resources as r; print(kinodit.__file__);"
-        "print((r.files('kinodit') / 'slurm/templates/train.sh.j2').is_file())",
+        "print((r.files('kinodit') / 'slurm/templates/train.sbatch.j2').is_file())",
         cwd=outside,
     ).split()
     assert Path(found[0]).is_relative_to(tmp_path / "environment")

@@ -270,6 +270,8 @@ def row(layout: str, ok: bool = True, dtype: str = "float64") -> Row:
 
 def test_a_certificate_covers_axes_and_their_pairs(tmp_path: Path) -> None:
     overrides = [f"run.out_dir={tmp_path}", "parallel.tp=4", "parallel.cp=4", "parallel.ring=4"]
+    # A variant of the recipe: it came with a certificate itself.
+    overrides.append("model.sandwich_norm=true")
     config = load_config(ROOT / "configs" / "t2v_tiny.yaml", overrides)
     small = twin(config)
     wanted = "dp_shard=2,cp=2,ring=2,tp=2"
@@ -284,7 +286,7 @@ def test_a_certificate_covers_axes_and_their_pairs(tmp_path: Path) -> None:
     Certificate.of(small, [row("cp=2,ring=2,tp=2"), row("tp=2", dtype="bfloat16")]).save(path)
     assert uncertified(config, 64) == ""
     assert uncertified(replace(config, parallel=ParallelConfig(cp=2)), 2) == "cp=2"
-    other = replace(config, model=replace(config.model, sandwich_norm=True))
+    other = replace(config, model=replace(config.model, qk_norm="none"))
     assert uncertified(other, 64) == wanted
     path.write_text("no certificate")
     assert uncertified(config, 64) == wanted

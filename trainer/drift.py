@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import kinodit
 from kinodit.trainer.certify.certificate import SOURCES, TABLES
 from kinodit.trainer.checkpoint import Accept, Manifest
-from kinodit.trainer.config import MAY_CHANGE_ON_RESUME, RunConfig, config_to_dict, differences
+from kinodit.trainer.config import MAY_CHANGE_ON_RESUME, RunConfig, config_to_yaml, differences
 from kinodit.trainer.environment import describe_environment
-from kinodit.trainer.redact import redact
 from kinodit.trainer.state import CheckpointError, TrainState
 
 
@@ -28,7 +29,7 @@ def facts(config: RunConfig, world_size: int) -> dict[str, Any]:
     mesh |= {name: getattr(config.parallel, name) for name in ("dp_replicate", "cp", "ring", "tp")}
     versions = describe_environment(world_size)
     return {
-        "config": redact(config_to_dict(config)),
+        "config": yaml.safe_load(config_to_yaml(config)),
         "mesh": mesh,
         "versions": {name: versions[name] for name in ("kinodit", "torch", "python", "device")},
         "code": code_digests(),
@@ -51,7 +52,8 @@ def drift(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], 
     refused: list[str] = []
     listed: list[str] = []
     for key, old, new in differences(saved.get("config", {}), now["config"]):
-        harmless = key.startswith(MAY_CHANGE_ON_RESUME)
+        # The name of a run is that of its folder, which may have been copied or moved.
+        harmless = key == "run.name" or key.startswith(MAY_CHANGE_ON_RESUME)
         (listed if harmless else refused).append(f"{key}: was {old}, is {new}")
     for section in ("mesh", "versions"):
         changed = differences(saved.get(section, {}), now[section])

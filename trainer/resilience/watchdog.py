@@ -29,7 +29,7 @@ from kinodit.trainer.resilience.errors import HUNG
 
 POLL_S = 0.2
 GATHER_S = 1.0
-"""How long reports of other ranks are waited for; a hang is over `POLL_S` + this later, or so."""
+"""How long other watchdogs have to hold their ranks."""
 DUMP_S = 0.4
 NUM_SUMMARISERS = 8
 """Only the lowest of so many ranks reads all reports: thousands would ask the same of the disk."""
@@ -117,10 +117,12 @@ class Watchdog:
 
     def _ended(self, code: int) -> int:
         """What the child ended with; a signal as the shell would say it."""
-        if code >= 0:
-            return code
-        number = -code
         who, sign = self._page.who(), self._page.read()
+        if code >= 0:
+            # Its connection broke as a hung rank was ended.
+            in_a_hang = code and who.folder and any(Path(who.folder).glob("rank-*.json"))
+            return HUNG if in_a_hang else code
+        number = -code
         if number not in (signal.SIGTERM, signal.SIGINT) and who.folder:
             message = (
                 f"rank {who.rank} was ended by {signal.Signals(number).name} "
@@ -134,32 +136,17 @@ class Watchdog:
 
     def _hung(self, sign: pulse.Sign, silent_s: float) -> int:
         """Write this rank's report, sum up all reports, end the rank."""
-        found_s = time.monotonic()
         who = self._page.who()
         stopped = _is_stopped(self._child)
-        # A stopped process handles a pending signal first when it goes on.
-        os.kill(self._child, signal.SIGUSR2)
-        if stopped:
-            os.kill(self._child, signal.SIGCONT)
-        self._await_stacks()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._child, signal.SIGSTOP)
+        # All are held before any is made to write its stacks: one that goes on, and be it for a
+        # signal, sets free who waits for it, and their stacks would be of somewhere else.
+        os.kill(self._child, signal.SIGSTOP)
+        if who.folder:
+            self._report(who, sign, silent_s, stopped)
+            time.sleep(GATHER_S)
+        self._take_stacks()
         if who.folder:
             self._write_stacks(who, self._stack_text())
-            report = Report(
-                who.rank,
-                who.world_size,
-                socket.gethostname(),
-                round(silent_s, 2),
-                round(sign.limit_s, 2),
-                stopped,
-                sign.step,
-                sign.activity,
-                sign.collective,
-                sign.num_messages,
-            )
-            _write(Path(who.folder) / f"rank-{who.rank:05d}.json", json.dumps(asdict(report)))
-            time.sleep(max(0.0, found_s + GATHER_S - time.monotonic()))
             self._sum_up(who, sign.step)
         else:
             sys.stderr.write(f"a process did not join the run within {silent_s:.0f} s\n")
@@ -168,6 +155,31 @@ class Watchdog:
             os.kill(self._child, signal.SIGKILL)
         os.waitpid(self._child, 0)
         return HUNG
+
+    def _take_stacks(self) -> None:
+        """Have the child, which is held, write its stacks; hold it again."""
+        # A stopped process handles a pending signal first when it goes on.
+        for number in (signal.SIGUSR2, signal.SIGCONT):
+            os.kill(self._child, number)
+        self._await_stacks()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._child, signal.SIGSTOP)
+
+    @staticmethod
+    def _report(who: pulse.Watched, sign: pulse.Sign, silent_s: float, stopped: bool) -> None:
+        report = Report(
+            who.rank,
+            who.world_size,
+            socket.gethostname(),
+            round(silent_s, 2),
+            round(sign.limit_s, 2),
+            stopped,
+            sign.step,
+            sign.activity,
+            sign.collective,
+            sign.num_messages,
+        )
+        _write(Path(who.folder) / f"rank-{who.rank:05d}.json", json.dumps(asdict(report)))
 
     def _sum_up(self, who: pulse.Watched, step: int) -> None:
         if who.rank >= NUM_SUMMARISERS:

@@ -11,12 +11,14 @@ import math
 import mmap
 import struct
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 _SIGN = struct.Struct("<ddqq32s64s")
 _PLACE = struct.Struct("<qq1024s")
-_PLACE_OFFSET = 256
+_SLOT_BYTES = _SIGN.size + 4
+_PLACE_OFFSET = 512
 
 START_LIMIT_S = 1800.0
 """How long a process may take to say who it is: imports, and joining the other ranks."""
@@ -51,32 +53,58 @@ class Watched:
 
 
 class Page:
-    """The shared memory; made before the fork."""
+    """The shared memory; made before the fork.
+
+    Signs go to two places in turn, each with a checksum: whenever it is read, and wherever a writer
+    was stopped, one of them is whole.
+    """
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._turn = 0
         self.write(Sign(time.monotonic(), START_LIMIT_S, 0, 0, "start", ""))
 
     def write(self, sign: Sign) -> None:
         """Give a sign of life."""
         fields = (sign.time_s, sign.limit_s, sign.step, sign.num_messages)
         names = (sign.activity.encode()[:32], sign.collective.encode()[:64])
-        _SIGN.pack_into(self._memory, 0, *fields, *names)
+        body = _SIGN.pack(*fields, *names)
+        start = self._turn * _SLOT_BYTES
+        self._memory[start : start + _SLOT_BYTES] = body + _checksum(body)
+        self._turn = 1 - self._turn
 
     def read(self) -> Sign:
         """The last sign of life."""
-        time_s, limit_s, step, count, activity, collective = _SIGN.unpack_from(self._memory, 0)
+        while True:
+            signs = [sign for turn in (0, 1) if (sign := self._slot(turn)) is not None]
+            if signs:
+                return max(signs, key=lambda sign: (sign.time_s, sign.num_messages))
+
+    def _slot(self, turn: int) -> Sign | None:
+        """The sign in one of the two places; None while it is being written, or before."""
+        start = turn * _SLOT_BYTES
+        raw = self._memory[start : start + _SLOT_BYTES]
+        body = raw[: _SIGN.size]
+        if raw[_SIGN.size :] != _checksum(body):
+            return None
+        time_s, limit_s, step, count, activity, collective = _SIGN.unpack(body)
         return Sign(time_s, limit_s, step, count, _text(activity), _text(collective))
 
     def introduce(self, who: Watched) -> None:
         """Say who this process is."""
         place = (who.rank, who.world_size, who.folder.encode()[:1024])
-        _PLACE.pack_into(self._memory, _PLACE_OFFSET, *place)
+        packed = _PLACE.pack(*place)
+        self._memory[_PLACE_OFFSET : _PLACE_OFFSET + len(packed)] = packed
 
     def who(self) -> Watched:
         """Who the watched process is."""
         rank, world_size, folder = _PLACE.unpack_from(self._memory, _PLACE_OFFSET)
         return Watched(rank, world_size, _text(folder))
+
+
+def _checksum(body: bytes) -> bytes:
+    """Never that of a page that was not written: zeros do not have the checksum zero."""
+    return zlib.crc32(body).to_bytes(4, "little")
 
 
 def _text(raw: bytes) -> str:

@@ -14,6 +14,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 SHELL_SCRIPTS := .ci/run constraints/refresh.sh $(wildcard slurm/*.sh slurm/lab/*.sh)
 
 NODES := 3
+# Two files of tests at a time; a file stays in one process, with the ranks that it has started.
+PYTEST_PARALLEL := --numprocesses 2 --dist loadfile
 
 # What `make demo` trains, and where the recipe reads and writes.
 DEMO_CONFIG := configs/t2v_tiny.yaml
@@ -51,7 +53,7 @@ demo: setup ## make shards from real media, train on 2 ranks, sample clips, writ
 	@$(BIN)/kinodit report $(DEMO_RUN)
 
 test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
-	$(BIN)/pytest
+	$(BIN)/pytest $(PYTEST_PARALLEL)
 
 proof: setup certificates ## run the long proofs to their end and keep their figures (hours)
 	$(BIN)/pytest -m learning --size full

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf, flag_override
@@ -28,6 +28,7 @@ from kinodit.models.mmdit import MMDiTConfig
 from kinodit.models.presets import PRESETS
 from kinodit.trainer.checkpoint import CheckpointConfig
 from kinodit.trainer.ema import EmaConfig
+from kinodit.trainer.engine.config import ENGINES, EngineConfig, NativeConfig
 from kinodit.trainer.evaluate import EvalConfig
 from kinodit.trainer.generate import SampleConfig
 from kinodit.trainer.optim import OptimConfig, ScheduleConfig
@@ -68,24 +69,6 @@ class ModalitiesConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """How steps are executed; none of it changes the loss curve.
-
-    name:          which engine shards, reduces and updates
-    compile:       torch.compile each block
-    micro_batches: forward passes that a rank's packs are merged into; 0: one for each pack
-    """
-
-    name: Literal["native"] = "native"
-    compile: bool = False
-    micro_batches: int = 0
-
-    def __post_init__(self) -> None:
-        if self.micro_batches < 0:
-            raise ConfigError(f"engine.micro_batches={self.micro_batches}: must not be negative")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Everything that determines a run. Sections are documented where they are defined."""
 
@@ -100,7 +83,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     remat: RematConfig = field(default_factory=RematConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=NativeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -121,6 +104,7 @@ CHOICES: dict[str, Mapping[str, type]] = {
     "objective.shift": SHIFTS,
     "modalities.video.codec": VIDEO_CODECS,
     "modalities.text.encoder": TEXT_ENCODERS,
+    "engine": ENGINES,
 }
 
 CONFIG_FILE = "config.yaml"

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from kinodit.models.errors import ConfigError
+from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.parallel.shard import local_part
 
 
@@ -29,25 +29,29 @@ class EmaConfig:
 
 
 class Ema:
-    """One average of a model's parameters, in the parameters' dtype and placement."""
+    """One average of an engine's parameters, by its names, in their dtype and placement."""
 
-    def __init__(self, config: EmaConfig, model: nn.Module) -> None:
-        """Start from the present parameters of `model`."""
+    def __init__(self, config: EmaConfig, engine: Engine) -> None:
+        """Start from the present parameters of `engine`."""
         self.config = config
-        self._parameters = dict(model.named_parameters())
-        self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._engine = engine
+        self.average = {name: p.detach().clone() for name, p in engine.masters().items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the parameters, after the update of step `step`."""
         weight = 1.0 - self.config.decay_at(step)
+        masters = self._engine.masters()
         averages = [local_part(tensor) for tensor in self.average.values()]
-        parameters = [local_part(parameter) for parameter in self._parameters.values()]
+        parameters = [local_part(masters[name]) for name in self.average]
         torch._foreach_lerp_(averages, parameters, weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside the context the model computes with the average instead of its parameters."""
+        """Inside the context the model computes with the average instead of its parameters.
+
+        Collective.
+        """
         self._swap()
         try:
             yield
@@ -56,8 +60,9 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._engine.masters().items():
             ours, theirs = local_part(self.average[name]), local_part(parameter)
             kept = theirs.clone()
             theirs.copy_(ours)
             ours.copy_(kept)
+        self._engine.refresh()

@@ -29,6 +29,7 @@ from kinodit.trainer.config import (
 )
 from kinodit.trainer.drift import acceptance, facts
 from kinodit.trainer.encoders import cost_model, fitted_codec
+from kinodit.trainer.engine.refusals import check_wish
 from kinodit.trainer.entry import count_start, farewell, is_over, lock_folder, open_run
 from kinodit.trainer.events import append_event
 from kinodit.trainer.gallery import Gallery
@@ -52,6 +53,7 @@ from kinodit.trainer.resilience.signals import (
 from kinodit.trainer.setup import (
     Parts,
     build_parts,
+    engine_wish,
     master_dtype,
 )
 from kinodit.trainer.sinks import Sinks, require_extras
@@ -77,6 +79,7 @@ def train(
         UserError: whatever in the recipe, the data or the run's folder the user has to change.
     """
     require_extras(config.log)
+    check_wish(engine_wish(config, topology.world_size, device))
     armed = faults.arm_from_environment(topology.rank)
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
     with ExitStack() as stack:
@@ -294,15 +297,17 @@ def _restore(
     Raises:
         CheckpointError: none can be read, or the run is not what was saved.
     """
+    tensors = checkpoint.collect(parts.engine, parts.emas)
     restored = checkpoint.restore(
         config.run.folder,
-        checkpoint.collect(parts.engine, parts.emas),
+        tensors,
         parts.mesh,
         strict=config.checkpoint.strict,
         accept=acceptance(origin, plan, config.checkpoint.accept_drift, notes.append),
     )
     assert restored is not None, "a checkpoint was found before"
     notes += restored.broken
+    checkpoint.put_back(parts.engine, parts.emas, tensors)
     parts.engine.set_num_steps(restored.state.num_updates)
     return restored.state
 
@@ -323,7 +328,7 @@ def _step(config: RunConfig, parts: Parts) -> Step:
 
 def _headline(parts: Parts, spec: PlanSpec) -> str:
     """One line that says what is being trained on what."""
-    count = sum(p.numel() for p in parts.engine.model.parameters())
+    count = parts.engine.num_parameters
     sizes = ", ".join(
         f"{d.name}: {d.num_eligible} of {d.num_samples} samples" for d in spec.datasets
     )

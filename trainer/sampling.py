@@ -12,6 +12,7 @@ from kinodit.data.encode import SampleEncoder
 from kinodit.models.encoders.base import build_text_encoder
 from kinodit.trainer import checkpoint
 from kinodit.trainer.config import CONFIG_FILE, RunConfig, load_config
+from kinodit.trainer.engine.config import NativeConfig
 from kinodit.trainer.gallery import Entry, Gallery
 from kinodit.trainer.generate import SampleConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
@@ -63,11 +64,12 @@ def sample_run(
     """Draw `prompts` with a run's checkpoint into `folder`; entries on rank 0. Collective."""
     path = find_checkpoint(run_dir, step)
     # How training was laid out does not matter here: parameters are resharded over these ranks.
-    config = dataclasses.replace(config, parallel=ParallelConfig())
+    config = dataclasses.replace(config, parallel=ParallelConfig(), engine=NativeConfig())
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
     text = build_text_encoder(config.modalities.text.encoder, device)
     codec = build_codec(config.modalities.video.codec, run_dir, device)
     parts = build_parts(config, mesh, SampleEncoder(text, codec, config.run.seed, 0.0), codec)
     tensors = checkpoint.collect(parts.engine, parts.emas)
     checkpoint.load(path, tensors, mesh)
+    checkpoint.put_back(parts.engine, parts.emas, tensors)
     return Gallery(config, parts, master_dtype(config))(folder, prompts, settings)

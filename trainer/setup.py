@@ -17,11 +17,10 @@ from kinodit.trainer.batches import fit_model, pack_spec
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.ema import Ema
 from kinodit.trainer.engine.base import Engine
-from kinodit.trainer.engine.native import NativeEngine
+from kinodit.trainer.engine.build import build_engine
+from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.generate import ClipShape, Generator
-from kinodit.trainer.optim import build_optimizer
-from kinodit.trainer.parallel.apply import parallelize
-from kinodit.trainer.parallel.deferred import initial_values, materialize
+from kinodit.trainer.parallel.deferred import initial_values
 from kinodit.trainer.parallel.mesh import Mesh
 
 CODEC_FILE = "codec.json"
@@ -74,13 +73,23 @@ def build_parts(config: RunConfig, mesh: Mesh, encoder: SampleEncoder, codec: Vi
     objective = build_objective(config.objective, shapes)
     with torch.device("meta"):
         model = MMDiT(model_config)
-    parallelize(model, mesh, config.parallel, config.precision, config.remat, config.engine.compile)
-    values = initial_values(config.run.seed)
-    materialize(model, values, mesh.device, cpu_offload=config.parallel.cpu_offload)
-    optimizer = build_optimizer(config.optim, model)
-    engine = NativeEngine(model, optimizer, mesh, config.precision)
-    emas = {name: Ema(ema, model) for name, ema in config.ema.items()}
+    wish = engine_wish(config, mesh.world_size, mesh.device)
+    engine = build_engine(model, initial_values(config.run.seed), mesh, wish)
+    emas = {name: Ema(ema, engine) for name, ema in config.ema.items()}
     return Parts(codec, encoder, spec, model_config, objective, engine, emas, mesh)
+
+
+def engine_wish(config: RunConfig, world_size: int, device: torch.device) -> Wish:
+    """What the recipe asks of its engine on so many processes."""
+    return Wish(
+        config.engine,
+        config.optim,
+        config.parallel,
+        config.precision,
+        config.remat,
+        world_size,
+        device.type,
+    )
 
 
 def clip_shape(config: RunConfig) -> ClipShape:

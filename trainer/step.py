@@ -133,7 +133,7 @@ class Step:
                 return torch.stack(terms).sum()
 
             self._engine.forward_backward(noised.batch, loss, last=index == len(batches) - 1)
-        faults.reach("step:gradients", step, self._gradients)
+        faults.reach("step:gradients", step, self._engine.gradient_parts)
         grad_norm = self._engine.clip(self._max_grad_norm)
         faults.reach("step:before-update", step)
         updated = gate is None or gate(losses, grad_norm)
@@ -147,14 +147,9 @@ class Step:
         errors, tokens = bins.unbind(-1)
         return StepResult(losses, errors, tokens, grad_norm, counts, updated)
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """This rank's parts of the gradients."""
-        parameters = self._engine.model.named_parameters()
-        return {name: local_part(p.grad) for name, p in parameters if p.grad is not None}
-
     def _parameters(self) -> dict[str, Tensor]:
         """This rank's parts of the parameters."""
-        return {name: local_part(p) for name, p in self._engine.model.named_parameters()}
+        return {name: local_part(p) for name, p in self._engine.masters().items()}
 
     def _terms(
         self, per_token: Mapping[str, Tensor], batch: TokenBatch, counts: StepCounts

@@ -125,7 +125,7 @@ def time_steps(spec: Spec, rank: int, world_size: int, device: torch.device) -> 
     step = Step(
         engine,
         build_objective(RectifiedFlowConfig(), shapes),
-        [Ema(EmaConfig(), model)],
+        [Ema(EmaConfig(), engine)],
         mesh,
         outputs,
         {},

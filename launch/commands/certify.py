@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a table row by row; 1 if any layout differs."""
     from kinodit.trainer.certify.certificate import FILE, Certificate
+    from kinodit.trainer.certify.engines import ENGINES
     from kinodit.trainer.certify.layouts import layout_name, lowest, num_ranks
     from kinodit.trainer.certify.run import Case, certify
-    from kinodit.trainer.certify.trace import ENGINES
     from kinodit.trainer.certify.twin import twin
     from kinodit.trainer.config import load_config
 

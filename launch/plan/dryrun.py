@@ -132,7 +132,7 @@ def _one_rank(
         model.to_empty(device="cpu")
         optimizer = build_optimizer(config.optim, model)
         engine = NativeEngine(model, optimizer, mesh, config.precision)
-        emas = [Ema(ema, model) for ema in config.ema.values()]
+        emas = [Ema(ema, engine) for ema in config.ema.values()]
         checks = [
             Check(f"rank {rank}: shards that differ", 0, _wrong_shapes(settings, chosen, model)),
             Check(

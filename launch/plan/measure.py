@@ -109,7 +109,7 @@ def measure(
     materialize(model, initial_values(0), mesh.device)
     optimizer = build_optimizer(OptimConfig(), model)
     engine = NativeEngine(model, optimizer, mesh, precision)
-    ema = Ema(EmaConfig(), model)
+    ema = Ema(EmaConfig(), engine)
     batch = pretended_pack(workload)
     if mesh.place.num_shares > 1:
         batch = cut(batch, mesh.place).of(batch)

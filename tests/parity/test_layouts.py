@@ -97,7 +97,7 @@ def run(
     )
     optimizer = build_optimizer(OptimConfig(lr=3e-3), model)
     engine = NativeEngine(model, optimizer, mesh, precision)
-    ema = Ema(EmaConfig(0.9), model)
+    ema = Ema(EmaConfig(0.9), engine)
     objective = build_objective(RectifiedFlowConfig(prediction="velocity"))
     step = Step(engine, objective, [ema], mesh, ["video"], {"video": 0.7}, 3, 1.0)
     dtype = torch.promote_types(precision.compute_dtype, torch.float32)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kinodit.trainer.certify.band import NUM_PERTURBED, compare_in_band
 from kinodit.trainer.certify.cause import likely_cause
+from kinodit.trainer.certify.engines import ENGINES
 from kinodit.trainer.certify.layouts import layout_name, num_ranks, with_degrees
 from kinodit.trainer.certify.probe import first_difference
 from kinodit.trainer.certify.ranks import RankError, Ranks
@@ -143,7 +144,14 @@ class Certifier:
         group = self._groups[size]
         try:
             traces: list[Trace] = group.run(
-                trace, self._twin, layout, dtype, perturbation, probed, self._device, engine
+                trace,
+                self._twin,
+                layout,
+                dtype,
+                perturbation,
+                probed,
+                self._device,
+                ENGINES[engine],
             )
         except (RankError, TimeoutError):
             # The group is closed; the next case of this size gets a new one.

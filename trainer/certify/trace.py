@@ -29,17 +29,17 @@ from kinodit.trainer.certify.probe import Probe, Sums
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.ema import Ema, EmaConfig
 from kinodit.trainer.engine.base import Engine
-from kinodit.trainer.engine.native import NativeEngine
-from kinodit.trainer.optim import build_optimizer
-from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
-from kinodit.trainer.parallel.deferred import Values, initial_values, materialize
+from kinodit.trainer.engine.build import build_engine
+from kinodit.trainer.engine.config import EngineConfig, NativeConfig
+from kinodit.trainer.engine.refusals import Wish
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.deferred import Values, initial_values
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.step import Step
 
 Array = NDArray[np.float64]
-ENGINES = {"native": NativeEngine}
-"""Engines that can be certified, by the name that a recipe gives them."""
+NATIVE = NativeConfig()
 FLOAT64 = PrecisionConfig("float64", "float64", "float64")
 ROUNDING_UNIT = 2.0**-8
 """Of bfloat16: half the distance between neighbouring numbers at 1."""
@@ -89,26 +89,31 @@ def trace(
     perturbation: int = 0,
     probed: bool = False,
     device: str = "cpu",
-    engine_name: str = "native",
+    engine_config: EngineConfig = NATIVE,
 ) -> Trace:
     """Train the twin on synthetic packs under `parallel`. Every rank calls it.
 
     dtype:        "float64" or "bfloat16"
     perturbation: above 0, every number of the input is moved by one rounding unit of bfloat16, up
                   or down as this number decides
-    engine_name:  a key of ENGINES
+    engine_config: which engine, and its settings
     """
     config = twin.config
     precision = FLOAT64 if dtype == "float64" else low_precision(config.precision)
     mesh = build_mesh(parallel, world_size, rank, torch.device(device))
     with torch.device("meta"):
         model = MMDiT(config.model)
-    remat = RematConfig() if probed else config.remat
-    parallelize(model, mesh, parallel, precision, remat, compile_blocks=False)
-    values = _stirred(initial_values(config.run.seed))
-    materialize(model, values, mesh.device, cpu_offload=parallel.cpu_offload)
-    engine = ENGINES[engine_name](model, build_optimizer(config.optim, model), mesh, precision)
-    averages = Ema(next(iter(config.ema.values()), EmaConfig(0.9)), model)
+    wish = Wish(
+        engine_config,
+        config.optim,
+        parallel,
+        precision,
+        RematConfig() if probed else config.remat,
+        world_size,
+        device,
+    )
+    engine = build_engine(model, _stirred(initial_values(config.run.seed)), mesh, wish)
+    averages = Ema(next(iter(config.ema.values()), EmaConfig(0.9)), engine)
     found = Trace()
     if probed:
         refined = [name for name, stream in config.model.streams.items() if stream.refiner_blocks]
@@ -138,8 +143,9 @@ def trace(
             result = step(number, batches, config.optim.lr)
         found.losses.append(float(mesh.sum(result.losses.sum())))
         found.norms.append(float(result.grad_norm))
-    found.parameters = {name: whole(p) for name, p in model.named_parameters()}
-    found.averages = {name: whole(p) for name, p in averages.average.items()}
+    parameters, average = engine.canonical(engine.masters()), engine.canonical(averages.average)
+    found.parameters = {name: whole(p) for name, p in parameters.items()}
+    found.averages = {name: whole(p) for name, p in average.items()}
     return found
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "find_checkpoints",
     "load",
     "load_state",
+    "put_back",
     "read_manifest",
     "recover",
     "restore",
@@ -48,8 +49,22 @@ __all__ = [
 
 
 def collect(engine: Engine, emas: Mapping[str, Ema]) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by canonical name, as it lives."""
+    """Every tensor of a checkpoint by canonical name. Collective."""
     tensors = engine.state()
     for label, ema in emas.items():
-        tensors |= {f"ema/{label}/{name}": value for name, value in ema.average.items()}
+        average = engine.canonical(ema.average)
+        tensors |= {f"ema/{label}/{name}": value for name, value in average.items()}
     return tensors
+
+
+def put_back(engine: Engine, emas: Mapping[str, Ema], tensors: Mapping[str, Tensor]) -> None:
+    """Go on from what was written into the tensors of `collect`. Collective."""
+    engine.load({name: value for name, value in tensors.items() if not name.startswith("ema/")})
+    for label, ema in emas.items():
+        prefix = f"ema/{label}/"
+        average = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        engine.assign(ema.average, average)

@@ -27,6 +27,11 @@ class Engine(Protocol):
     device: torch.device
     model: nn.Module
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model."""
+        ...
+
     def forward_backward(
         self, batch: TokenBatch, loss: Callable[[Predictions], Tensor], *, last: bool
     ) -> Tensor:
@@ -59,10 +64,51 @@ class Engine(Protocol):
         """
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and optimizer moments by canonical name, sharded as they live.
+    def gradient_parts(self) -> dict[str, Tensor]:
+        """This rank's parts of the reduced gradients, which `clip` and `step` will use."""
+        ...
 
-        Keys: `model/NAME`, `optim/MOMENT/NAME`. Loading writes into these tensors in place.
+    def masters(self) -> dict[str, Tensor]:
+        """The parameters that updates go into, as they live: for arithmetic element by element.
+
+        Names and shapes are the engine's own; `canonical` tells what they are.
+        """
+        ...
+
+    def refresh(self) -> None:
+        """Let the model compute with what is in `masters` now, after somebody wrote there.
+
+        Collective.
+        """
+        ...
+
+    def canonical(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors laid out as `masters` are, by canonical name and in canonical shape.
+
+        DTensors where there are several ranks, sharded as the native engine's. They share the
+        memory of `values` or are copies. Collective.
+        """
+        ...
+
+    def assign(self, values: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
+        """The way back: write what `canonical` returned, changed since, into `values`. Collective.
+
+        The model does not compute with it before `refresh`, if `values` are `masters`.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer moments by canonical name, as `canonical` lays them out.
+
+        Keys: `model/NAME`, `optim/MOMENT/NAME`. Whoever writes into them has to call `load`.
+        Collective.
+        """
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`, tensors that `state()` returned and that were written into.
+
+        Collective.
         """
         ...
 

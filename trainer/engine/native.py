@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,13 +12,24 @@ from torch.distributed.tensor import DTensor
 
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.engine.base import Forward, Predictions
-from kinodit.trainer.optim import Optimizer
-from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.engine.refusals import Wish
+from kinodit.trainer.optim import Optimizer, build_optimizer
+from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.deferred import Values, materialize
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.parallel.sequence import CutLayout
 from kinodit.trainer.parallel.shard import global_norm, local_part, reshard, set_gradient_sync
 from kinodit.trainer.parallel.sharing import SharedForward
 from kinodit.trainer.parallel.tensor import sum_whole_gradients
+
+
+def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> NativeEngine:
+    """See `build_engine`."""
+    parallelize(
+        model, mesh, wish.parallel, wish.precision, wish.remat, compile_blocks=wish.engine.compile
+    )
+    materialize(model, values, mesh.device, cpu_offload=wish.parallel.cpu_offload)
+    return NativeEngine(model, build_optimizer(wish.optim, model), mesh, wish.precision)
 
 
 class NativeEngine:
@@ -40,6 +51,11 @@ class NativeEngine:
         self._autocast = mesh.device_mesh is None and (
             precision.compute_dtype != precision.params_dtype
         )
+
+    @property
+    def num_parameters(self) -> int:
+        """See `Engine`."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def forward_backward(
         self, batch: TokenBatch, loss: Callable[[Predictions], Tensor], *, last: bool
@@ -91,11 +107,34 @@ class NativeEngine:
                 gradient = torch.zeros_like(parameter)
             yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
+    def gradient_parts(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        parameters = self.model.named_parameters()
+        return {name: local_part(p.grad) for name, p in parameters if p.grad is not None}
+
+    def masters(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return dict(self.model.named_parameters())
+
+    def refresh(self) -> None:
+        """See `Engine`: the model computes with these very tensors."""
+
+    def canonical(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Engine`: they are what is asked for."""
+        return dict(values)
+
+    def assign(self, values: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
+        """See `Engine`: what was written is there already."""
+        assert all(canonical[name] is value for name, value in values.items()), "not these tensors"
+
     def state(self) -> dict[str, Tensor]:
         """See `Engine`."""
         tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
         tensors |= {f"optim/{name}": tensor for name, tensor in self._optimizer.state().items()}
         return tensors
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """See `Engine`: what was written is there already."""
 
     def set_num_steps(self, num_steps: int) -> None:
         """See `Engine`."""

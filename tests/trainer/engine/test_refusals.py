@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kinodit.models.errors import ConfigError, MissingExtraError
+from kinodit.trainer.config import load_config
+from kinodit.trainer.engine.config import DeepSpeedConfig, MegatronConfig, NativeConfig
+from kinodit.trainer.engine.refusals import Wish, check_wish, refusal
+from kinodit.trainer.optim import OptimConfig
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.remat import RematConfig
+
+PLAIN = Wish(
+    NativeConfig(), OptimConfig(), ParallelConfig(), PrecisionConfig(), RematConfig(), world_size=4
+)
+BF16 = PrecisionConfig(compute="bfloat16")
+
+
+def zero(**settings: Any) -> Wish:
+    return replace(PLAIN, engine=DeepSpeedConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        (replace(zero(stage=0), precision=BF16), "off by a tenth"),
+        (zero(stage=0), "the native engine does"),
+        (replace(zero(), parallel=ParallelConfig(dp_replicate=2)), "dp_replicate=1"),
+        (replace(zero(), parallel=ParallelConfig(cpu_offload=True)), "engine.offload_optimizer"),
+        (zero(compile=True), "engine.compile=false"),
+        (zero(stage=2, hpz=2), "engine.stage=3"),
+        (zero(stage=1, offload_params="cpu"), "engine.stage=3"),
+        (zero(stage=3, hpz=3), "does not divide the 4 ranks"),
+        (zero(stage=3, offload_optimizer="nvme"), "engine.nvme_path"),
+    ],
+)
+def test_refused_with_the_reason_and_what_to_change(wish: Wish, reason: str) -> None:
+    assert reason in refusal(wish)
+    with pytest.raises(ConfigError, match="engine"):
+        check_wish(wish)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        PLAIN,
+        *(zero(stage=stage) for stage in (1, 2, 3)),
+        zero(stage=3, hpz=2, offload_params="cpu"),
+        replace(zero(stage=3), parallel=ParallelConfig(cp=2, tp=2), precision=BF16),
+    ],
+)
+def test_what_works_is_not_refused(wish: Wish) -> None:
+    assert refusal(wish) == ""
+
+
+@pytest.mark.parametrize("engine", [DeepSpeedConfig(), MegatronConfig()])
+def test_a_missing_library_says_how_to_get_it(
+    engine: DeepSpeedConfig | MegatronConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=rf"pip install 'kinodit\[{engine.name}\]'"):
+        check_wish(replace(PLAIN, engine=engine))
+    check_wish(PLAIN)
+
+
+def test_the_name_selects_the_settings_of_an_engine(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("engine: {name: deepspeed, stage: 3, micro_batches: 1}\n")
+    assert load_config(path).engine == DeepSpeedConfig(stage=3, micro_batches=1)
+    assert load_config(path, ["engine.extra={steps_per_print: 7}"]).engine == DeepSpeedConfig(
+        stage=3, micro_batches=1, extra={"steps_per_print": 7}
+    )
+    with pytest.raises(ConfigError, match="deepspeed, megatron, native"):
+        load_config(path, ["engine.name=fairscale"])
+    path.write_text("engine: {stage: 3}\n")
+    with pytest.raises(ConfigError, match="stage"):
+        load_config(path)

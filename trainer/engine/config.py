@@ -1,0 +1,79 @@
+"""The choice of an engine, and each one's settings; no library is imported for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kinodit.models.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How steps are executed; none of it changes the loss curve.
+
+    name:          which engine shards, reduces and updates: a key of ENGINES
+    compile:       torch.compile each block
+    micro_batches: forward passes that a rank's packs are merged into; 0: one for each pack
+    """
+
+    name: str = "native"
+    compile: bool = False
+    micro_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 0:
+            raise ConfigError(f"engine.micro_batches={self.micro_batches}: must not be negative")
+
+
+@dataclass(frozen=True)
+class NativeConfig(EngineConfig):
+    """Plain torch: FSDP2, tensor parallelism by DTensors."""
+
+    name: Literal["native"] = "native"
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig(EngineConfig):
+    """DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054) over the dp_shard and cp ranks.
+
+    stage:             what is partitioned: 1 optimizer state, 2 gradients as well, 3 parameters as
+                       well
+    hpz:               ranks within which stage 3 keeps a second copy of the parameters, so that the
+                       backward gathers them nearby (ZeRO++, arXiv 2306.10209, section 3.2); 1: none
+    offload_optimizer: where optimizer state lives and updates run
+    offload_params:    where the partitions of parameters live (stage 3)
+    nvme_path:         folder on a local NVMe disk, for what is offloaded there
+    extra:             further keys of DeepSpeed's own JSON config; none that follow from the recipe
+    """
+
+    name: Literal["deepspeed"] = "deepspeed"
+    stage: int = 2
+    hpz: int = 1
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stage not in (0, 1, 2, 3):
+            raise ConfigError(f"engine.stage={self.stage}: ZeRO has the stages 1, 2 and 3")
+        if self.hpz < 1:
+            raise ConfigError(f"engine.hpz={self.hpz}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class MegatronConfig(EngineConfig):
+    """megatron-core's process groups and linears, FSDP2 over the data-parallel ranks."""
+
+    name: Literal["megatron"] = "megatron"
+
+
+ENGINES: Mapping[str, type[EngineConfig]] = {
+    "native": NativeConfig,
+    "deepspeed": DeepSpeedConfig,
+    "megatron": MegatronConfig,
+}
+"""Engines by the name that a recipe gives them."""

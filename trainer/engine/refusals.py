@@ -1,0 +1,117 @@
+"""Which combinations an engine cannot do, known before anything is allocated."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from kinodit.models.errors import ConfigError, MissingExtraError
+from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig, MegatronConfig
+from kinodit.trainer.optim import OptimConfig
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.remat import RematConfig
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a recipe asks of its engine. world_size: processes; device: "cpu" or "cuda"."""
+
+    engine: EngineConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    remat: RematConfig
+    world_size: int = 1
+    device: str = "cpu"
+
+
+def refusal(wish: Wish) -> str:
+    """Why the wish cannot be met, and what to change; "" if it can. Pure."""
+    if isinstance(wish.engine, DeepSpeedConfig):
+        return _of_deepspeed(wish.engine, wish)
+    if isinstance(wish.engine, MegatronConfig):
+        return _of_megatron(wish.engine, wish)
+    return ""
+
+
+def check_wish(wish: Wish) -> None:
+    """Refuse what cannot work, and a library that is not installed.
+
+    Raises:
+        ConfigError: with the reason.
+        MissingExtraError: with how to get it.
+    """
+    reason = refusal(wish)
+    if reason:
+        raise ConfigError(reason)
+    for name, (module, library) in LIBRARIES.items():
+        if wish.engine.name == name and importlib.util.find_spec(module) is None:
+            raise MissingExtraError(library, name, f"engine.name={name}")
+
+
+LIBRARIES = {
+    "deepspeed": ("deepspeed", "DeepSpeed"),
+    "megatron": ("megatron", "megatron-core"),
+}
+"""Engine -> (module, library) that it needs; the extra is called like the engine."""
+
+
+def _of_deepspeed(engine: DeepSpeedConfig, wish: Wish) -> str:
+    parallel, precision = wish.parallel, wish.precision
+    if engine.stage == 0:
+        why = "that is plain data parallelism, which the native engine does"
+        if precision.compute == "bfloat16":
+            why = (
+                "in bfloat16 DeepSpeed then updates by another rule, and the loss is off by a "
+                "tenth within ten steps"
+            )
+        return (
+            f"engine.stage=0: {why}; set engine.stage to 1, 2 or 3, or engine.name=native with "
+            "parallel.dp_replicate"
+        )
+    if parallel.dp_replicate > 1:
+        return (
+            f"engine.name=deepspeed with parallel.dp_replicate={parallel.dp_replicate}: ZeRO "
+            "partitions over all data-parallel ranks; set parallel.dp_replicate=1 (engine.hpz "
+            "keeps gathers of stage 3 inside a node)"
+        )
+    if parallel.cpu_offload:
+        return (
+            "parallel.cpu_offload=true moves FSDP2's parameters; with engine.name=deepspeed set "
+            "engine.offload_optimizer or engine.offload_params instead"
+        )
+    if engine.compile:
+        return (
+            "engine.compile=true with engine.name=deepspeed: ZeRO's hooks inside blocks break the "
+            "compiled graph; set engine.compile=false, or engine.name=native"
+        )
+    return _of_partitions(engine, wish)
+
+
+def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
+    if engine.stage < 3:
+        for key, value in (("hpz", engine.hpz > 1), ("offload_params", _offloads_params(engine))):
+            if value:
+                return (
+                    f"engine.{key}={getattr(engine, key)} with engine.stage={engine.stage}: only "
+                    "stage 3 partitions parameters; set engine.stage=3"
+                )
+    _, shard = wish.parallel.resolve(wish.world_size)
+    num_ranks = shard * wish.parallel.cp
+    if num_ranks % engine.hpz:
+        return (
+            f"engine.hpz={engine.hpz} does not divide the {num_ranks} ranks that parameters are "
+            "partitioned over (parallel.dp_shard x cp)"
+        )
+    if "nvme" in (engine.offload_optimizer, engine.offload_params) and not engine.nvme_path:
+        return "offloading to nvme needs engine.nvme_path, a folder on a local disk"
+    return ""
+
+
+def _offloads_params(engine: DeepSpeedConfig) -> bool:
+    return engine.offload_params != "none"
+
+
+def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
+    return ""

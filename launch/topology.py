@@ -159,3 +159,24 @@ def process_group(topology: Topology, timeout_s: float) -> Iterator[torch.device
         yield device
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def pretended_group(rank: int, world_size: int) -> Iterator[None]:
+    """A process group of any size whose messages go nowhere; none for one process.
+
+    Raises:
+        UserError: this process is in a process group already.
+    """
+    if dist.is_initialized():
+        raise UserError("a dry run needs a process of its own: this one is in a process group")
+    if world_size == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kinodit.launch.topology import pretended_group
 from kinodit.models.attention import fits_flash
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.exchange import Spot
@@ -58,7 +58,7 @@ def forward(
 
     `parallel.dp_shard` must be given. This process must be in no process group.
     """
-    with fake_group(rank, num_ranks(parallel)):
+    with pretended_group(rank, num_ranks(parallel)):
         mesh = build_mesh(parallel, num_ranks(parallel), rank, torch.device("cpu"))
         with torch.device("meta"):
             model = MMDiT(config)
@@ -94,21 +94,6 @@ def _run(model: MMDiT, own: TokenBatch, dtype: torch.dtype, *, is_split: bool) -
     for name, output in outputs.items():
         assert output.device.type == "cuda" and output.dtype == dtype, name
     return Pretended({name: tuple(x.shape) for name, x in outputs.items()}, ops.counts)
-
-
-@contextmanager
-def fake_group(rank: int, world_size: int) -> Iterator[None]:
-    """A process group of any size whose messages go nowhere; none for one process."""
-    if world_size == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def pretend(x: Tensor) -> Tensor:

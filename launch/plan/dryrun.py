@@ -8,13 +8,11 @@ have shapes and no memory, and every storage that comes or goes is counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -23,7 +21,7 @@ from kinodit.launch.plan.activations import activations
 from kinodit.launch.plan.estimate import Estimate, Estimator, Settings
 from kinodit.launch.plan.measure import pretended_pack, storage_bytes, watched_pass
 from kinodit.launch.plan.search import name_of
-from kinodit.models.errors import UserError
+from kinodit.launch.topology import pretended_group
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.config import RunConfig
@@ -90,28 +88,12 @@ def dry_run(settings: Settings, chosen: Estimate, config: RunConfig) -> DryRun:
     ranks = tuple(dict.fromkeys((0, world_size - 1)))
     checks: list[Check] = []
     for rank in ranks:
-        with _fake_group(rank, world_size):
+        with pretended_group(rank, world_size):
             checks += _one_rank(settings, chosen, config, rank, world_size)
     remark = "collectives were pretended, kernels a CPU's, whose activations were planned likewise"
     remark = _unfollowed(settings, chosen) or remark
     name = name_of(chosen.parallel, chosen.remat)
     return DryRun(name, world_size, ranks, tuple(checks), remark, time.monotonic() - start_s)
-
-
-@contextmanager
-def _fake_group(rank: int, world_size: int) -> Iterator[None]:
-    if dist.is_initialized():
-        raise UserError("a dry run needs a process of its own: this one is in a process group")
-    if world_size == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _one_rank(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,30 +10,15 @@ from kinodit.trainer import checkpoint
 from kinodit.trainer.resilience.errors import CorruptedError
 from tests.support.evidence import write_evidence
 from tests.support.lives import Lives, Start
-from tests.support.recipes import tiny_recipe, write_dataset
 
 pytestmark = [pytest.mark.chaos, pytest.mark.gloo]
 
 EVERY = 3
-
-
-@pytest.fixture(scope="module")
-def lives() -> Iterator[Lives]:
-    group = Lives()
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("corruption")
-    return tiny_recipe(
-        root,
-        write_dataset(root),
-        run={"steps": 12, "out_dir": str(root)},
-        parallel={"dp_replicate": 3},
-        resilience={"checksum_every_steps": EVERY},
-    )
+SECTIONS: dict[str, dict[str, object]] = {
+    "run": {"steps": 12},
+    "parallel": {"dp_replicate": 3},
+    "resilience": {"checksum_every_steps": EVERY},
+}
 
 
 @pytest.mark.parametrize("rank", [0, 2])

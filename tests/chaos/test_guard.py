@@ -23,11 +23,11 @@ from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.run import train
 from kinodit.trainer.topology import Topology
 from tests.support.ranks import Ranks
-from tests.support.recipes import tiny_recipe, write_dataset
 
 pytestmark = [pytest.mark.chaos, pytest.mark.gloo]
 
 STEPS = 10
+SECTIONS: dict[str, dict[str, object]] = {"run": {"steps": STEPS}}
 GUARD = ("checkpoint.keep_last=0", "resilience.guard.window_steps=4")
 
 
@@ -74,12 +74,6 @@ def rows(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def curve(run: Path) -> list[tuple[int, Any, Any]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run)]
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("guard")
-    return tiny_recipe(root, write_dataset(root), run={"steps": STEPS, "out_dir": str(root)})
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from kinodit.trainer.resilience.errors import HUNG
 from kinodit.trainer.resilience.watchdog import read_reports
 from tests.support.lives import Lives, Start
 from tests.support.ranks import ROOT
-from tests.support.recipes import tiny_recipe, write_dataset
 from tests.support.sampling import sampled
 
 pytestmark = [pytest.mark.chaos, pytest.mark.gloo]
@@ -25,6 +23,11 @@ pytestmark = [pytest.mark.chaos, pytest.mark.gloo]
 STEPS = 8
 HANG_S = 5.0
 LATE_S = 2.0
+SECTIONS: dict[str, dict[str, object]] = {
+    "run": {"steps": STEPS},
+    "resilience": {"hang_s": HANG_S},
+    "checkpoint": {"every_steps": 2},
+}
 HANGS = [
     f"{action}:point={point},rank={rank},step=4,once=ONCE"
     for action in ("stop", "sleep", "hang")
@@ -32,25 +35,6 @@ HANGS = [
     for rank in (0, 1)
 ]
 """A stop signal, a sleep while the others are in a collective, and C code that holds the lock."""
-
-
-@pytest.fixture(scope="module")
-def lives() -> Iterator[Lives]:
-    group = Lives()
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("hang")
-    return tiny_recipe(
-        root,
-        write_dataset(root),
-        run={"steps": STEPS, "out_dir": str(root)},
-        resilience={"hang_s": HANG_S},
-        checkpoint={"every_steps": 2},
-    )
 
 
 def test_a_hung_rank_is_found_in_time_with_the_stacks_of_all(

@@ -12,7 +12,7 @@ import pytest
 from kinodit.trainer import faults
 from kinodit.trainer.checkpoint import find_checkpoints, step_of, verify
 from tests.chaos.saving import ENDED, FAILED, LAST_STEP, Attempt, start
-from tests.support.evidence import write_evidence
+from tests.support.evidence import add_evidence
 from tests.support.sampling import sampled
 
 pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(3600)]
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(3600)]
 STRUCK_STEP = 2
 POINTS = [point for point in faults.POINTS if point.startswith("checkpoint:")]
 OF_COPIES = {"checkpoint:before-copy", "checkpoint:after-copy"}
-RECIPE = "tests/chaos/test_kill_points.py"
+THIS = "tests/chaos/test_kill_points.py"
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,15 @@ def test_undisturbed(tmp_path: Path) -> None:
         assert step_of(last) == LAST_STEP
 
 
-def test_every_point_is_survived(size: str, tmp_path: Path) -> None:
-    chosen = sampled(CASES, 12, size, "kill points")
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("action", ["kill", "enospc"])
+def test_every_point_is_survived(
+    action: str, mode: str, rank: int, size: str, tmp_path: Path
+) -> None:
+    group = [case for case in CASES if (case.action, case.mode, case.rank) == (action, mode, rank)]
+    name = f"{action} {mode} rank {rank}"
+    chosen = sampled(group, 2, size, f"kill points {name}")
     lost = {}
     for number, case in enumerate(chosen):
         try:
@@ -86,9 +93,5 @@ def test_every_point_is_survived(size: str, tmp_path: Path) -> None:
             lost[case] = str(error).splitlines()[0]
     assert not lost
     if size == "full":
-        figures = {
-            "cases": len(chosen),
-            "points": len(POINTS),
-            "survived": len(chosen) - len(lost),
-        }
-        write_evidence("kill_points", RECIPE, figures)
+        figures = {"points": len(chosen), "survived": len(chosen) - len(lost)}
+        add_evidence("kill_points", THIS, name, figures)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from kinodit.trainer.resilience.replay import Costs, replay, trace
 from tests.support.evidence import write_evidence
 from tests.support.lives import End, Lives, Start, describe
 from tests.support.ranks import ROOT
-from tests.support.recipes import tiny_recipe, write_dataset
 from tests.support.sampling import sampled
 
 pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(5400)]
@@ -47,27 +45,12 @@ KINDS = [
 that is no end of its own and C code that holds the lock; both signals; a flipped bit; a delay;
 a kill in the middle of a save and at the end of one, and a disk that is full."""
 HANG_S = 2.0
-
-
-@pytest.fixture(scope="module")
-def lives() -> Iterator[Lives]:
-    group = Lives()
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("soak")
-    return tiny_recipe(
-        root,
-        write_dataset(root),
-        run={"out_dir": str(root)},
-        parallel={"dp_replicate": 2},
-        data={"samples_per_step": 12, "packs_per_step": 4},
-        resilience={"hang_s": HANG_S, "max_fruitless_restarts": 0, "checksum_every_steps": 5},
-        checkpoint={"every_steps": 10},
-    )
+SECTIONS: dict[str, dict[str, object]] = {
+    "parallel": {"dp_replicate": 2},
+    "data": {"samples_per_step": 12, "packs_per_step": 4},
+    "resilience": {"hang_s": HANG_S, "max_fruitless_restarts": 0, "checksum_every_steps": 5},
+    "checkpoint": {"every_steps": 10},
+}
 
 
 def curve(run: Path) -> list[tuple[int, float, float]]:

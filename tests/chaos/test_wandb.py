@@ -11,25 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.lives import Lives, Start
-from tests.support.recipes import tiny_recipe, write_dataset
 from tests.support.wandb_offline import offline_runs, read_offline_run
 
 pytestmark = [pytest.mark.chaos, pytest.mark.gloo]
 
+SECTIONS: dict[str, dict[str, object]] = {"run": {"steps": 10}}
 CANARY = "canary4f7d1c0e9b2a8d6e5f3c1b0a9d8e7f6c5b4a3d2e"
-
-
-@pytest.fixture(scope="module")
-def lives() -> Iterator[Lives]:
-    group = Lives()
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("wandb")
-    return tiny_recipe(root, write_dataset(root), run={"steps": 10, "out_dir": str(root)})
 
 
 @pytest.fixture

@@ -34,15 +34,29 @@ def recipe_hash(recipe: str) -> str:
 
 def write_evidence(name: str, recipe: str, figures: dict[str, Any]) -> Path:
     """Write docs/evidence/NAME.json with the recipe's hash and the commit that it ran at."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     document = {
         "recipe": recipe,
         "recipe_sha256": recipe_hash(recipe),
-        "commit": commit,
+        "commit": _commit(),
         "figures": figures,
     }
     path = EVIDENCE / f"{name}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
+
+
+def add_evidence(name: str, recipe: str, part: str, figures: dict[str, Any]) -> Path:
+    """Write figures of one part beside those that other parts wrote at this commit."""
+    path = EVIDENCE / f"{name}.json"
+    parts: dict[str, Any] = {}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if (before["commit"], before["recipe_sha256"]) == (_commit(), recipe_hash(recipe)):
+            parts = before["figures"]
+    return write_evidence(name, recipe, dict(sorted({**parts, part: figures}.items())))
+
+
+def _commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-_SIGN = struct.Struct("<ddqq32s64s")
+_SIGN = struct.Struct("<qddqq32s64s")
 _PLACE = struct.Struct("<qq1024s")
 _SLOT_BYTES = _SIGN.size + 4
 _PLACE_OFFSET = 512
@@ -61,34 +61,35 @@ class Page:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-        self._turn = 0
+        self._num_signs = 0
         self.write(Sign(time.monotonic(), START_LIMIT_S, 0, 0, "start", ""))
 
     def write(self, sign: Sign) -> None:
         """Give a sign of life."""
         fields = (sign.time_s, sign.limit_s, sign.step, sign.num_messages)
         names = (sign.activity.encode()[:32], sign.collective.encode()[:64])
-        body = _SIGN.pack(*fields, *names)
-        start = self._turn * _SLOT_BYTES
+        # Counted, since clocks have steps, and two signs may be of one instant.
+        body = _SIGN.pack(self._num_signs, *fields, *names)
+        start = self._num_signs % 2 * _SLOT_BYTES
         self._memory[start : start + _SLOT_BYTES] = body + _checksum(body)
-        self._turn = 1 - self._turn
+        self._num_signs += 1
 
     def read(self) -> Sign:
         """The last sign of life."""
         while True:
             signs = [sign for turn in (0, 1) if (sign := self._slot(turn)) is not None]
             if signs:
-                return max(signs, key=lambda sign: (sign.time_s, sign.num_messages))
+                return max(signs, key=lambda numbered: numbered[0])[1]
 
-    def _slot(self, turn: int) -> Sign | None:
-        """The sign in one of the two places; None while it is being written, or before."""
+    def _slot(self, turn: int) -> tuple[int, Sign] | None:
+        """The sign in one of the two places, and its number; None before it is whole."""
         start = turn * _SLOT_BYTES
         raw = self._memory[start : start + _SLOT_BYTES]
         body = raw[: _SIGN.size]
         if raw[_SIGN.size :] != _checksum(body):
             return None
-        time_s, limit_s, step, count, activity, collective = _SIGN.unpack(body)
-        return Sign(time_s, limit_s, step, count, _text(activity), _text(collective))
+        number, time_s, limit_s, step, count, activity, collective = _SIGN.unpack(body)
+        return number, Sign(time_s, limit_s, step, count, _text(activity), _text(collective))
 
     def introduce(self, who: Watched) -> None:
         """Say who this process is."""
@@ -135,13 +136,8 @@ class Pulse:
 
     def step(self, step: int) -> None:
         """A step begins."""
-        now_s = time.monotonic()
-        took_s = now_s - self._step_began_s
-        # nan before the first step, and inf before the second.
-        if took_s == took_s:
-            known_s = 0.0 if math.isinf(self._longest_step_s) else self._longest_step_s
-            self._longest_step_s = max(known_s, took_s)
-        self._step, self._step_began_s = step, now_s
+        self._end_step()
+        self._step, self._step_began_s = step, time.monotonic()
         self.beat("step", slow=False)
 
     def beat(self, activity: str, *, slow: bool) -> None:
@@ -149,10 +145,18 @@ class Pulse:
         self._activity = activity
         if slow:
             # What is between steps is no step: its time says nothing about the next one's.
-            self._step_began_s = math.nan
+            self._end_step()
         usual_s = max(self._hang_s, STEPS_PER_LIMIT * self._longest_step_s)
         self._limit_s = self._slow_s if slow else min(usual_s, self._slow_s)
         self._give()
+
+    def _end_step(self) -> None:
+        """A step is over, if one was going on; the longest one counts."""
+        if not math.isnan(self._step_began_s):
+            # Infinite until a step is over.
+            known_s = 0.0 if math.isinf(self._longest_step_s) else self._longest_step_s
+            self._longest_step_s = max(known_s, time.monotonic() - self._step_began_s)
+        self._step_began_s = math.nan
 
     def message(self, label: str, kind: str) -> None:
         """A message to other ranks begins."""

@@ -28,9 +28,12 @@ from kinodit.trainer.resilience import pulse
 from kinodit.trainer.resilience.errors import HUNG
 
 POLL_S = 0.2
-GATHER_S = 1.0
+GATHER_S = 0.8
 """How long other watchdogs have to hold their ranks."""
-DUMP_S = 0.4
+DOUBT_S = 4.0
+"""Silence after which a watchdog looks for hangs that others have found, until a sign comes."""
+DUMP_S = 0.8
+"""How long a rank has to write its stacks; a hang is over GATHER_S + this after it was found."""
 NUM_SUMMARISERS = 8
 """Only the lowest of so many ranks reads all reports: thousands would ask the same of the disk."""
 _PR_SET_PDEATHSIG = 1
@@ -111,9 +114,14 @@ class Watchdog:
                 return self._hung(sign, silent_s)
 
     def _hangs_elsewhere(self, silent_s: float, sign: pulse.Sign) -> bool:
-        """Whether another watchdog has found a hang. Asked only when in doubt: disks are shared."""
+        """Whether another watchdog, whose rank may have had less time, has found a hang.
+
+        Asked only when in doubt: disks are shared.
+        """
+        if silent_s < min(DOUBT_S, sign.limit_s / 2):
+            return False
         folder = self._page.who().folder
-        return silent_s > sign.limit_s / 2 and bool(folder) and Path(folder).is_dir()
+        return bool(folder) and Path(folder).is_dir()
 
     def _ended(self, code: int) -> int:
         """What the child ended with; a signal as the shell would say it."""
@@ -200,11 +208,11 @@ class Watchdog:
 
     def _await_stacks(self) -> None:
         """Until the child has written them, or for `DUMP_S`."""
-        end_s, size = time.monotonic() + DUMP_S, -1
+        end_s, sizes = time.monotonic() + DUMP_S, [0]
         while time.monotonic() < end_s:
             time.sleep(0.05)
-            before, size = size, os.fstat(self._stacks).st_size
-            if size == before and size > 0:
+            sizes.append(os.fstat(self._stacks).st_size)
+            if sizes[-1] > 0 and len(set(sizes[-3:])) == 1:
                 return
 
     def _stack_text(self) -> str:

@@ -1,4 +1,4 @@
-"""Signs of life are read whole, however often they are given."""
+"""Signs of life are read whole, however often they are given, and are good for long enough."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import os
 import signal
 import time
 
-from kinodit.trainer.resilience.pulse import Page, Sign
+import pytest
+
+from kinodit.trainer.resilience.pulse import START_LIMIT_S, Page, Pulse, Sign, Watched
+
+HANG_S, SLOW_S = 10.0, 1000.0
 
 
 def give_signs(page: Page) -> None:
@@ -56,3 +60,76 @@ def test_the_last_whole_sign_stands_where_a_writer_was_stopped() -> None:
     first = next(i for i, (x, y) in enumerate(zip(before, after, strict=True)) if x != y)
     page._memory[:] = after[: first + 1] + before[first + 1 :]
     assert page.read().step == 3
+
+
+def test_the_later_of_two_signs_of_one_instant_stands() -> None:
+    page = Page()
+    for turn in range(5):
+        page.write(Sign(1e9, 1.0, 7, 3, f"activity {turn}", ""))
+        assert page.read().activity == f"activity {turn}"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """[seconds], for tests to set."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def page(clock: list[float]) -> Page:
+    return Page()
+
+
+def watched(page: Page, hang_s: float = HANG_S) -> Pulse:
+    pulse = Pulse(page)
+    pulse.watch(Watched(1, 2, "/run/stacks"), hang_s, SLOW_S)
+    return pulse
+
+
+def test_a_step_has_its_limit_only_after_the_first(page: Page, clock: list[float]) -> None:
+    assert page.read().limit_s == START_LIMIT_S
+    pulse = watched(page)
+    assert page.who() == Watched(1, 2, "/run/stacks")
+    pulse.step(0)
+    assert page.read().limit_s == SLOW_S
+    clock[0] += 1.0
+    pulse.step(1)
+    assert page.read().limit_s == HANG_S
+    pulse.beat("eval", slow=True)
+    assert page.read().limit_s == SLOW_S
+    pulse.beat("compute", slow=False)
+    assert page.read().limit_s == HANG_S
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_five_times_the_longest_step(saves: bool, page: Page, clock: list[float]) -> None:
+    pulse = watched(page)
+    for step, seconds in enumerate([1.0, 7.0, 2.0]):
+        pulse.step(step)
+        clock[0] += seconds
+        if saves:
+            # What follows a step is no part of it, and does not hide how long it was.
+            pulse.beat("save", slow=True)
+            clock[0] += 500.0
+    pulse.step(3)
+    assert page.read().limit_s == 5 * 7.0
+
+
+def test_signs_tell_the_step_and_the_last_message(page: Page, clock: list[float]) -> None:
+    pulse = watched(page)
+    pulse.step(7)
+    clock[0] += 3.0
+    pulse.message("fsdp", "all_gather")
+    sign = page.read()
+    assert (sign.time_s, sign.step, sign.num_messages) == (clock[0], 7, 1)
+    assert sign.collective == "all_gather (fsdp)"
+
+
+def test_zero_is_off(page: Page, clock: list[float]) -> None:
+    pulse = watched(page, hang_s=0.0)
+    pulse.step(0)
+    clock[0] += 1.0
+    pulse.step(1)
+    assert page.read().limit_s == float("inf")

@@ -72,7 +72,7 @@ def test_a_hung_rank_is_found_in_time_with_the_stacks_of_all(
 
 def test_slow_steps_are_no_hang(recipe: Path, lives: Lives) -> None:
     # Longer than hang_s, but not than five times the longest step so far.
-    took_s = {0: 0.6, 2: 1.5, 3: 1.5, 5: 1.5}
+    took_s = {1: 0.6, 2: 1.5, 3: 1.5, 5: 1.5}
     slow = ";".join(f"sleep:seconds={s},rank=1,step={step}" for step, s in took_s.items())
     overrides = ("run.name=slow", "resilience.hang_s=1")
     end = lives.run(Start(recipe, overrides, slow))

@@ -69,7 +69,7 @@ def until_finished(lives: Lives, run: Path, start: Start, max_starts: int) -> li
 
 
 def test_thirty_faults_leave_the_curve_alone(recipe: Path, lives: Lives, size: str) -> None:
-    num_faults, steps, every = (30, 12_000, 50) if size == "full" else (6, 60, 5)
+    num_faults, steps, every = (30, 6_000, 10) if size == "full" else (6, 60, 5)
     kinds = sampled(KINDS, num_faults, size, "soak")
     root = recipe.parent
     base = (f"run.steps={steps}", f"checkpoint.every_steps={every}")

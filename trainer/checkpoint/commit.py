@@ -17,7 +17,6 @@ told and does no harm.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from torch.distributed import ProcessGroup
 
 from kinodit.trainer import faults
 from kinodit.trainer.checkpoint import folder as disk
-from kinodit.trainer.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest
+from kinodit.trainer.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, record_of
 from kinodit.trainer.checkpoint.shards import write_shards
 from kinodit.trainer.checkpoint.verify import Hashing, one_line
 from kinodit.trainer.state import CheckpointError, TrainState
@@ -159,9 +158,7 @@ class Save:
             state = self.state.to_json()
             disk.write_synced(self.temporary / STATE_FILE, state)
             files = {name: record for files in every for name, record in files.items()}
-            files[STATE_FILE] = FileRecord(
-                len(state.encode()), hashlib.sha256(state.encode()).hexdigest()
-            )
+            files[STATE_FILE] = record_of(state.encode())
             disk.write_synced(
                 self.temporary / MANIFEST_FILE,
                 Manifest(self.state.step, files, self.facts).to_text(),

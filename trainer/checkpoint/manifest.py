@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from kinodit.trainer.state import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+BLOCK_BYTES = 4 << 20
+"""Files are hashed in blocks of this size, so that many threads can check one file."""
 
 
 class BrokenCheckpoint(CheckpointError):
@@ -21,10 +23,47 @@ class BrokenCheckpoint(CheckpointError):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """size in bytes; sha256 of the bytes as they were written, in hex."""
+    """What was written: size in bytes, and in hex the sha256 of its blocks' sha256 in a row."""
 
     size: int
     sha256: str
+
+
+class BlockDigest:
+    """The digest of a `FileRecord`, of bytes that come piece by piece."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._blocks: list[bytes] = []
+        self._block = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        """Append `data`, bytes."""
+        while data.nbytes:
+            piece = data[: BLOCK_BYTES - self.size % BLOCK_BYTES]
+            self._block.update(piece)
+            self.size += piece.nbytes
+            data = data[piece.nbytes :]
+            if self.size % BLOCK_BYTES == 0:
+                self._blocks.append(self._block.digest())
+                self._block = hashlib.sha256()
+
+    def record(self) -> FileRecord:
+        """Of all that was appended."""
+        last = [self._block.digest()] if self.size % BLOCK_BYTES else []
+        return FileRecord(self.size, join_digests([*self._blocks, *last]))
+
+
+def join_digests(blocks: Sequence[bytes]) -> str:
+    """The digest of a file whose blocks have these, in order."""
+    return hashlib.sha256(b"".join(blocks)).hexdigest()
+
+
+def record_of(data: bytes) -> FileRecord:
+    """The record of a file that holds `data`."""
+    digest = BlockDigest()
+    digest.update(memoryview(data))
+    return digest.record()
 
 
 @dataclass(frozen=True)
@@ -50,6 +89,7 @@ class Manifest:
         """Canonical JSON with a digest of itself: no byte of it can change unnoticed."""
         body = {
             "format": FORMAT,
+            "block_bytes": BLOCK_BYTES,
             "step": self.step,
             "files": {name: vars(record) for name, record in sorted(self.files.items())},
             "facts": self.facts,
@@ -68,6 +108,8 @@ class Manifest:
             found = body["format"]
             if found != FORMAT:
                 raise BrokenCheckpoint(f"{where}: manifest format {found}; this reads {FORMAT}")
+            if body["block_bytes"] != BLOCK_BYTES:
+                raise BrokenCheckpoint(f"{where}: hashed in blocks of {body['block_bytes']} bytes")
             expected = body.pop("sha256")
             actual = _digest(body)
             if actual != expected or _render(body | {"sha256": expected}) != text:

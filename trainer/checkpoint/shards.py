@@ -6,7 +6,6 @@ to be written, not of what a failing disk made of it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import warnings
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from kinodit.trainer.checkpoint import folder as disk
-from kinodit.trainer.checkpoint.manifest import FileRecord
+from kinodit.trainer.checkpoint.manifest import BlockDigest, FileRecord
 from kinodit.trainer.checkpoint.restricted import read_index
 from kinodit.trainer.state import CheckpointError
 
@@ -121,7 +120,7 @@ class _HashingFiles(FileSystem):
             except RuntimeError:
                 self.failure = stream.failure
                 raise
-            self.records[Path(path).name] = FileRecord(stream.size, stream.digest.hexdigest())
+            self.records[Path(path).name] = stream.digest.record()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """See `FileSystemBase`: the index is written under a name of its own first."""
@@ -135,8 +134,7 @@ class _HashingStream:
     def __init__(self, raw: io.BufferedWriter, reach: Callable[[str], None]) -> None:
         self._raw = raw
         self._reach = reach
-        self.size = 0
-        self.digest = hashlib.sha256()
+        self.digest = BlockDigest()
         self.failure: OSError | None = None
         self.flush = self.close = raw.flush  # whoever opened it closes it
         self.fileno = raw.fileno
@@ -146,19 +144,18 @@ class _HashingStream:
         view = memoryview(data).cast("B")
         try:
             self._raw.write(view)
-            if not self.size:
+            if not self.digest.size:
                 self._raw.flush()
                 self._reach("checkpoint:inside-shard")
         except OSError as error:
             self.failure = error
             raise
         self.digest.update(view)
-        self.size += len(view)
         return len(view)
 
     def tell(self) -> int:
         """Bytes written so far."""
-        return self.size
+        return self.digest.size
 
 
 def _reason(error: BaseException) -> str:

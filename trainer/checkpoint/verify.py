@@ -1,25 +1,28 @@
 """Checking a checkpoint's files against its manifest, shared out over the ranks.
 
 Hashing runs in threads beside whatever else this rank does (reading the same files, above all),
-since sha256 and reads release the interpreter.
+since sha256 and reads release the interpreter. Blocks are hashed one by one, so that all cores
+work on one file: with one thread, the largest file would be read sooner than it is hashed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from kinodit.trainer.checkpoint.manifest import (
+    BLOCK_BYTES,
     BrokenCheckpoint,
     FileRecord,
     Manifest,
+    join_digests,
     read_manifest,
 )
 
-CHUNK_BYTES = 1 << 20
 MAX_THREADS = 8
 
 
@@ -46,17 +49,54 @@ class Hashing:
         """Start on every `count`-th file, from the `index`-th on, the largest first."""
         by_size = sorted(files.items(), key=lambda item: (-item[1].size, item[0]))
         ours = by_size[index::count]
-        num_threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)), len(ours)))
+        num_blocks = sum(_num_blocks(record) for _, record in ours)
+        num_threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)), num_blocks))
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="verify")
-        self._jobs: list[Future[str]] = [
-            self._pool.submit(_check_file, path, name, record) for name, record in ours
+        self._buffers = threading.local()
+        self._path = path
+        self._files: list[tuple[str, FileRecord, list[Future[bytes]]]] = [
+            (
+                name,
+                record,
+                [
+                    self._pool.submit(self._hash_block, path / name, block)
+                    for block in range(_num_blocks(record))
+                ],
+            )
+            for name, record in ours
         ]
 
     def problems(self) -> list[str]:
         """Wait; a sentence for each file that is not what was written."""
-        found = [job.result() for job in self._jobs]
+        found = [self._problem(*file) for file in self._files]
         self._pool.shutdown()
         return [problem for problem in found if problem]
+
+    def _problem(self, name: str, record: FileRecord, blocks: Sequence[Future[bytes]]) -> str:
+        """What is wrong with a file; "" if nothing is."""
+        try:
+            found = join_digests([block.result() for block in blocks])
+        except OSError as error:
+            return f"{self._path.name}/{name}: cannot be read ({error.strerror})"
+        if found == record.sha256:
+            return ""
+        return f"{self._path.name}/{name}: expected sha256 {record.sha256[:12]}, found {found[:12]}"
+
+    def _hash_block(self, file: Path, block: int) -> bytes:
+        """The sha256 of a block, by a thread that keeps its buffer."""
+        if not hasattr(self._buffers, "view"):
+            self._buffers.view = memoryview(bytearray(BLOCK_BYTES))
+        view: memoryview = self._buffers.view
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(block * BLOCK_BYTES)
+            filled = 0
+            while filled < BLOCK_BYTES and (size := stream.readinto(view[filled:])):
+                filled += size
+        return hashlib.sha256(view[:filled]).digest()
+
+
+def _num_blocks(record: FileRecord) -> int:
+    return -(-record.size // BLOCK_BYTES)
 
 
 def verify(path: Path) -> list[str]:
@@ -66,23 +106,6 @@ def verify(path: Path) -> list[str]:
     except BrokenCheckpoint as error:
         return [str(error)]
     return check_sizes(path, manifest) or Hashing(path, manifest.files).problems()
-
-
-def _check_file(path: Path, name: str, record: FileRecord) -> str:
-    """What is wrong with a file; "" if nothing is."""
-    digest = hashlib.sha256()
-    buffer = bytearray(CHUNK_BYTES)
-    view = memoryview(buffer)
-    try:
-        with (path / name).open("rb", buffering=0) as stream:
-            while size := stream.readinto(buffer):
-                digest.update(view[:size])
-    except OSError as error:
-        return f"{path.name}/{name}: cannot be read ({error.strerror})"
-    found = digest.hexdigest()
-    if found == record.sha256:
-        return ""
-    return f"{path.name}/{name}: expected sha256 {record.sha256[:12]}, found {found[:12]}"
 
 
 def one_line(problems: Sequence[str]) -> str:

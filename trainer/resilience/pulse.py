@@ -123,11 +123,13 @@ class Pulse:
         self._limit_s = START_LIMIT_S
         self._step_began_s = math.nan
         self._longest_step_s = math.inf
+        self._num_steps = 0
 
     def watch(self, who: Watched, hang_s: float, slow_s: float) -> None:
         """From here on a step may be silent for `hang_s`, anything else for `slow_s` seconds.
 
-        The first step of a process compiles, connects and allocates: it counts as anything else.
+        The first step of a process compiles, connects and allocates: it counts as anything else,
+        and so does the second, before which nobody knows how long a step takes.
         """
         self._hang_s, self._slow_s = hang_s or math.inf, slow_s if hang_s else math.inf
         self._limit_s = self._slow_s
@@ -151,11 +153,14 @@ class Pulse:
         self._give()
 
     def _end_step(self) -> None:
-        """A step is over, if one was going on; the longest one counts."""
+        """A step is over, if one was going on; the longest one counts, but for the first."""
         if not math.isnan(self._step_began_s):
-            # Infinite until a step is over.
-            known_s = 0.0 if math.isinf(self._longest_step_s) else self._longest_step_s
-            self._longest_step_s = max(known_s, time.monotonic() - self._step_began_s)
+            took_s = time.monotonic() - self._step_began_s
+            self._num_steps += 1
+            if self._num_steps == 2:
+                self._longest_step_s = took_s
+            elif self._num_steps > 2:
+                self._longest_step_s = max(self._longest_step_s, took_s)
         self._step_began_s = math.nan
 
     def message(self, label: str, kind: str) -> None:

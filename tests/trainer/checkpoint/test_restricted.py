@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
@@ -16,7 +15,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from kinodit.trainer import checkpoint
 from kinodit.trainer.checkpoint import BrokenCheckpoint
-from kinodit.trainer.checkpoint.manifest import FileRecord, Manifest, read_manifest
+from kinodit.trainer.checkpoint.manifest import Manifest, read_manifest, record_of
 from kinodit.trainer.checkpoint.restricted import read_index
 from tests.support.checkpoints import MESH, empty, save
 
@@ -37,7 +36,7 @@ def forge(path: Path, index: bytes, **more: bytes) -> None:
     files = dict(manifest.files)
     for name, data in {".metadata": index, **more}.items():
         (path / name).write_bytes(data)
-        files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        files[name] = record_of(data)
     text = Manifest(manifest.step, files, manifest.facts).to_text()
     (path / "manifest.json").write_text(text)
 

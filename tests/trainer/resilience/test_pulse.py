@@ -31,9 +31,11 @@ def test_a_sign_is_never_read_in_part() -> None:
             os._exit(1)
     try:
         time.sleep(0.1)
-        end_s, last = time.monotonic() + 1.5, 0
-        seen = set()
-        while time.monotonic() < end_s:
+        begin_s, last = time.monotonic(), 0
+        seen: set[int] = set()
+        # However seldom two processes of a busy machine run at once.
+        while (now_s := time.monotonic()) < begin_s + 1.5 or len(seen) <= 100:
+            assert now_s < begin_s + 60
             sign = page.read()
             if sign.activity == "start":
                 continue
@@ -42,7 +44,6 @@ def test_a_sign_is_never_read_in_part() -> None:
             assert sign.step >= last
             last = sign.step
             seen.add(last)
-        assert len(seen) > 100
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -88,14 +89,18 @@ def watched(page: Page, hang_s: float = HANG_S) -> Pulse:
     return pulse
 
 
-def test_a_step_has_its_limit_only_after_the_first(page: Page, clock: list[float]) -> None:
+def test_a_step_has_its_limit_once_it_is_known_how_long_one_takes(
+    page: Page, clock: list[float]
+) -> None:
     assert page.read().limit_s == START_LIMIT_S
     pulse = watched(page)
     assert page.who() == Watched(1, 2, "/run/stacks")
-    pulse.step(0)
-    assert page.read().limit_s == SLOW_S
-    clock[0] += 1.0
-    pulse.step(1)
+    # The first one compiles: it says nothing about the others.
+    for step, seconds in enumerate([100.0, 1.0]):
+        pulse.step(step)
+        assert page.read().limit_s == SLOW_S
+        clock[0] += seconds
+    pulse.step(2)
     assert page.read().limit_s == HANG_S
     pulse.beat("eval", slow=True)
     assert page.read().limit_s == SLOW_S
@@ -106,14 +111,14 @@ def test_a_step_has_its_limit_only_after_the_first(page: Page, clock: list[float
 @pytest.mark.parametrize("saves", [False, True])
 def test_five_times_the_longest_step(saves: bool, page: Page, clock: list[float]) -> None:
     pulse = watched(page)
-    for step, seconds in enumerate([1.0, 7.0, 2.0]):
+    for step, seconds in enumerate([100.0, 1.0, 7.0, 2.0]):
         pulse.step(step)
         clock[0] += seconds
         if saves:
             # What follows a step is no part of it, and does not hide how long it was.
             pulse.beat("save", slow=True)
             clock[0] += 500.0
-    pulse.step(3)
+    pulse.step(4)
     assert page.read().limit_s == 5 * 7.0
 
 
@@ -129,7 +134,7 @@ def test_signs_tell_the_step_and_the_last_message(page: Page, clock: list[float]
 
 def test_zero_is_off(page: Page, clock: list[float]) -> None:
     pulse = watched(page, hang_s=0.0)
-    pulse.step(0)
-    clock[0] += 1.0
-    pulse.step(1)
-    assert page.read().limit_s == float("inf")
+    for step in range(3):
+        pulse.step(step)
+        assert page.read().limit_s == float("inf")
+        clock[0] += 1.0

@@ -31,7 +31,7 @@ from kinodit.trainer.ema import EmaConfig
 from kinodit.trainer.engine.config import ENGINES, EngineConfig, NativeConfig
 from kinodit.trainer.evaluate import EvalConfig
 from kinodit.trainer.generate import SampleConfig
-from kinodit.trainer.optim import OptimConfig, ScheduleConfig
+from kinodit.trainer.optim import OPTIMIZERS, OptimConfig, ScheduleConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
@@ -102,6 +102,7 @@ CHOICES: dict[str, Mapping[str, type]] = {
     "objective": OBJECTIVES,
     "objective.timesteps": TIMESTEPS,
     "objective.shift": SHIFTS,
+    "optim": OPTIMIZERS,
     "modalities.video.codec": VIDEO_CODECS,
     "modalities.text.encoder": TEXT_ENCODERS,
     "engine": ENGINES,

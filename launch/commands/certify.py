@@ -136,7 +136,9 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def _print_twin(small: Twin) -> None:
-    changes = ", ".join(f"{key[6:]} {old} -> {new}" for key, old, new in small.shrunk)
+    changes = ", ".join(
+        f"{key.removeprefix('model.')} {old} -> {new}" for key, old, new in small.shrunk
+    )
     print(f"twin: {changes or 'the model is small enough as it is'}")
     print("data: 8 synthetic samples of odd lengths in 4 unequal packs a step, 3 steps")
 

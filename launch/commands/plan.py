@@ -112,7 +112,7 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
         )
     return Settings(
         workload=workload,
-        weights=Weights(workload.model),
+        weights=Weights(workload.model, config.optim),
         formats=Formats(
             precision.params_dtype.itemsize,
             precision.compute_dtype.itemsize,

@@ -132,10 +132,9 @@ def _one_rank(
             checks.append(
                 Check(f"rank {rank}: gradients", planned.gradients, storage_bytes(gradients))
             )
-        states = optimizer.state().values()
-        steps = [state["step"] for state in optimizer.adamw.state.values()]
+        optimizer.state()  # it is created by then
         checks.append(
-            Check(f"rank {rank}: optimizer", planned.optimizer, storage_bytes([*states, *steps]))
+            Check(f"rank {rank}: optimizer", planned.optimizer, storage_bytes(optimizer.tensors()))
         )
     return checks
 

@@ -121,8 +121,9 @@ def measure(
         engine.forward_backward(batch, _loss, last=False)
         accumulated = storage_bytes(_unreduced(model))
         engine.forward_backward(batch, _loss, last=True)
-    moments = [x for state in optimizer.adamw.state.values() for x in state.values()]
-    state = State(parameters, reduced, storage_bytes(moments), storage_bytes(ema.average.values()))
+    state = State(
+        parameters, reduced, storage_bytes(optimizer.tensors()), storage_bytes(ema.average.values())
+    )
     index = rank // parallel.tp % (world_size // parallel.dp_replicate // parallel.tp)
     totals = {label: counted.total(label) for label in counted.labels - {CONTROL}}
     return Measured(

@@ -17,12 +17,12 @@ from torch import nn
 from kinodit.models.block import JointBlock, SingleBlock
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.mmdit import MMDiT
+from kinodit.trainer.optim import OptimConfig, optimizer_bytes
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.table import Split, assign_splits, check_heads, mmdit_table
 
-NUM_MOMENTS = 2
-STEP_BYTES = 4
-"""AdamW counts its updates in a float32 scalar for each parameter."""
+Part = tuple[str, tuple[int, ...], int]
+"""Name, whole shape, and how many of its numbers a rank has."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ class Units:
 
 
 class Weights:
-    """The parameters of a model that is never given memory."""
+    """The parameters of a model that is never given memory; the optimizer is AdamW if not said."""
 
-    def __init__(self, config: MMDiTConfig) -> None:
-        self.config = config
+    def __init__(self, config: MMDiTConfig, optim: OptimConfig | None = None) -> None:
+        self.config, self._optim = config, optim or OptimConfig()
         with torch.device("meta"):
             self._model = MMDiT(config)
         self.weights = list(_weights(self._model))
         self._local: dict[int, list[tuple[int, ...]]] = {}
         self._splits: dict[int, dict[str, Split]] = {}
         self._units: dict[tuple[int, int], Units] = {}
-        self._cuts: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._cuts: dict[tuple[int, int, int], tuple[int, list[Part]]] = {}
 
     def local_shapes(self, tp: int) -> list[tuple[int, ...]]:
         """The shape of each parameter on a tp rank, in the order of `weights`.
@@ -139,22 +139,26 @@ class Weights:
     def state(self, parallel: ParallelConfig, item: int, num_averages: int, rank: int = 0) -> State:
         """Bytes on the `rank`-th of the dp_shard x cp ranks, with numbers of `item` bytes."""
         assert parallel.dp_shard > 0, "the degrees must be resolved"
-        padded, own = self._cut(parallel.tp, parallel.dp_shard * parallel.cp, rank)
+        padded, parts = self._cut(parallel.tp, parallel.dp_shard * parallel.cp, rank)
+        own = sum(size for _, _, size in parts)
         return State(
             parameters=padded * item,
             gradients=padded * item,
-            optimizer=NUM_MOMENTS * own * item + STEP_BYTES * len(self.weights),
+            optimizer=optimizer_bytes(self._optim, parts, item),
             averages=num_averages * own * item,
         )
 
-    def _cut(self, tp: int, num_ranks: int, rank: int) -> tuple[int, int]:
-        """(numbers of equal, padded shards; numbers that are really this rank's)."""
+    def _cut(self, tp: int, num_ranks: int, rank: int) -> tuple[int, list[Part]]:
+        """(numbers of equal, padded shards; what is really this rank's of each parameter)."""
         key = (tp, num_ranks, rank)
         if key not in self._cuts:
             shapes = [(shape, math.prod(shape[1:])) for shape in self.local_shapes(tp)]
             self._cuts[key] = (
                 sum(_rows(shape, num_ranks) * row for shape, row in shapes),
-                sum(_own_rows(shape, num_ranks, rank) * row for shape, row in shapes),
+                [
+                    (weight.name, weight.shape, _own_rows(shape, num_ranks, rank) * row)
+                    for weight, (shape, row) in zip(self.weights, shapes, strict=True)
+                ],
             )
         return self._cuts[key]
 

@@ -36,7 +36,7 @@ SOURCES = (
     "trainer/engine/*.py",
     "trainer/step.py",
     "trainer/ema.py",
-    "trainer/optim.py",
+    "trainer/optim/*.py",
 )
 TABLES = {"presets.py", "flops.py"}
 """Files among them that decide no gradient: the twin's config says what a preset says."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from kinodit.data.synthetic import SyntheticStream
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.rope import RopeConfig
 from kinodit.trainer.config import RunConfig, differences, flatten
+from kinodit.trainer.optim import AdamW8bitConfig, OptimConfig
 
 HEAD_DIM = 16
 """A multiple of 8, as CUDA's flash kernels need, that three axes of positions can share."""
@@ -44,11 +45,21 @@ def twin(config: RunConfig) -> Twin:
 
     Streams and their relative widths, kinds of blocks, norms, modulation, biases, the ratio of
     query to key/value heads, conditions, positions and their axes stay. Fewer and narrower heads,
-    fewer blocks, fewer channels: none of them is what a layout gets wrong.
+    fewer blocks, fewer channels: none of them is what a layout gets wrong. Nor are moments of 8
+    bits, which there are none of in float64 and in so small a model: their AdamW has whole ones.
     """
     small = _small_model(config.model)
+    optim = _exact_optimizer(config.optim)
     shrunk = differences(flatten_model(config.model), flatten_model(small))
-    return Twin(replace(config, model=small), tuple(shrunk))
+    shrunk += differences({"optim.name": config.optim.name}, {"optim.name": optim.name})
+    return Twin(replace(config, model=small, optim=optim), tuple(shrunk))
+
+
+def _exact_optimizer(optim: OptimConfig) -> OptimConfig:
+    if not isinstance(optim, AdamW8bitConfig):
+        return optim
+    shared = {entry.name: getattr(optim, entry.name) for entry in fields(OptimConfig)}
+    return OptimConfig(**{**shared, "name": "adamw"})
 
 
 def flatten_model(model: MMDiTConfig) -> dict[str, Any]:

@@ -50,7 +50,14 @@ def materialize(
 
 
 def part_of(value: Tensor, like: DTensor) -> Tensor:
-    """The part of a whole `value` that this rank holds of `like`.
+    """The part of a whole `value` that this rank holds of `like`."""
+    coordinate = like.device_mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside the mesh of its parameter"
+    return cut_part(value, like, coordinate)
+
+
+def cut_part(value: Tensor, like: DTensor, coordinate: Sequence[int]) -> Tensor:
+    """The part of a whole `value`, a view, that the rank at `coordinate` holds of `like`.
 
     Matrices are split first, over tp; FSDP2 then cuts each part into equal rows, the last ranks'
     share being shorter, or nothing.
@@ -61,7 +68,7 @@ def part_of(value: Tensor, like: DTensor) -> Tensor:
         placement = like.placements[axis]
         if placement.is_replicate():
             continue
-        dim, rank = cast(Shard, placement).dim, mesh.get_local_rank(axis)
+        dim, rank = cast(Shard, placement).dim, coordinate[axis]
         size = -(-value.shape[dim] // mesh.size(axis))
         first = min(rank * size, value.shape[dim])
         value = value.narrow(dim, first, min(size, value.shape[dim] - first))

@@ -92,7 +92,7 @@ def check_finite(tensors: Mapping[str, Tensor], state: TrainState, mesh: Mesh) -
         RollBack: some rank holds a value that is not.
     """
     parts = [local_part(tensor) for tensor in tensors.values()]
-    held = [part for part in parts if part.numel()]
+    held = [part for part in parts if part.numel() and part.is_floating_point()]
     largest = torch._foreach_norm(held, float("inf")) if held else []
     # One number for the host: each would be a wait for the device.
     bad = sum((~torch.isfinite(value)).to(mesh.device, torch.int64) for value in largest)

@@ -11,6 +11,7 @@ from kinodit.launch import cli
 from kinodit.launch.plan.workload import Given, read_workload
 from kinodit.models.errors import ConfigError
 from kinodit.trainer.config import load_config
+from kinodit.trainer.optim import optimizer_bytes
 from tests.support.ranks import ROOT
 
 TINY, LARGE = ROOT / "configs/t2v_tiny.yaml", ROOT / "configs/t2v_2b.yaml"
@@ -111,7 +112,10 @@ def test_a_dry_run_tells_what_differs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A plan that forgets one of Adam's moments is found out."""
-    monkeypatch.setattr("kinodit.launch.plan.state.NUM_MOMENTS", 1)
+    monkeypatch.setattr(
+        "kinodit.launch.plan.state.optimizer_bytes",
+        lambda config, parts, item: optimizer_bytes(config, parts, item) // 2,
+    )
     arguments = [str(TINY), "--gpus", "2", "--gpu-memory", "80", "--dry-run"]
     assert cli.main(["plan", *arguments]) == 1
     differing = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]

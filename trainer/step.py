@@ -144,7 +144,7 @@ class Step:
         else:
             self._engine.skip()
         faults.reach("step:end", step, self._parameters)
-        errors, tokens = bins.unbind(-1)
+        errors, tokens = (bins / self._mesh.place.copies).unbind(-1)
         return StepResult(losses, errors, tokens, grad_norm, counts, updated)
 
     def _parameters(self) -> dict[str, Tensor]:

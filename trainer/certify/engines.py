@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kinodit.trainer.engine.config import EngineConfig, MegatronConfig, NativeConfig
+from kinodit.trainer.engine.config import EngineConfig, NativeConfig
 
-ENGINES: Mapping[str, EngineConfig] = {
-    "native": NativeConfig(),
-    "megatron": MegatronConfig(),
-    "megatron-no-sp": MegatronConfig(sequence_parallel=False),
-}
+ENGINES: Mapping[str, EngineConfig] = {"native": NativeConfig()}

@@ -29,13 +29,14 @@ from kinodit.trainer.config import (
 )
 from kinodit.trainer.drift import acceptance, facts
 from kinodit.trainer.encoders import cost_model, fitted_codec
+from kinodit.trainer.engine.build import build_mesh
 from kinodit.trainer.engine.refusals import check_wish
 from kinodit.trainer.entry import count_start, farewell, is_over, lock_folder, open_run
 from kinodit.trainer.events import append_event
 from kinodit.trainer.gallery import Gallery
 from kinodit.trainer.loop import Loop
 from kinodit.trainer.metrics import peak_flops
-from kinodit.trainer.parallel.mesh import Mesh, build_mesh, placement_warning
+from kinodit.trainer.parallel.mesh import Mesh, placement_warning
 from kinodit.trainer.parallel.traffic import listening
 from kinodit.trainer.progress import Progress
 from kinodit.trainer.resilience import pulse
@@ -69,11 +70,13 @@ def train(
     device: torch.device,
     stream: TextIO,
     signals: Signals | None = None,
+    groups: object | None = None,
 ) -> TrainState:
     """Train to the recipe's last step, from the last checkpoint in the run's folder if any.
 
     Progress goes to `stream` on rank 0. `signals` may end it earlier. Collective: every rank
-    calls it, with its own topology and device, inside the run's process group.
+    calls it, with its own topology and device, inside the run's process group. `groups`: the
+    megatron-core `ProcessGroupCollection` of a program that has one, for engine.name=megatron.
 
     Raises:
         UserError: whatever in the recipe, the data or the run's folder the user has to change.
@@ -81,7 +84,9 @@ def train(
     require_extras(config.log)
     check_wish(engine_wish(config, topology.world_size, device))
     armed = faults.arm_from_environment(topology.rank)
-    mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
+    mesh = build_mesh(
+        config.parallel, config.engine, topology.world_size, topology.rank, device, groups
+    )
     with ExitStack() as stack:
         mesh.from_main(lambda: lock_folder(config, topology, stack))
         stack.enter_context(listening(pulse.message))

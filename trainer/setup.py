@@ -89,6 +89,7 @@ def engine_wish(config: RunConfig, world_size: int, device: torch.device) -> Wis
         config.remat,
         world_size,
         device.type,
+        torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
     )
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kinodit.trainer.engine.config import EngineConfig, NativeConfig
+from kinodit.trainer.engine.config import EngineConfig, MegatronConfig, NativeConfig
 
-ENGINES: Mapping[str, EngineConfig] = {"native": NativeConfig()}
+ENGINES: Mapping[str, EngineConfig] = {
+    "native": NativeConfig(),
+    "megatron": MegatronConfig(),
+    "megatron-no-sp": MegatronConfig(sequence_parallel=False),
+}

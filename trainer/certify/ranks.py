@@ -25,8 +25,13 @@ from typing import Any
 TIMEOUT_S = 120
 MAX_CASES = 8
 """Cases that a process lives for."""
-PRELOADED = ["torch", "torch.distributed", "kinodit.trainer.certify.trace"]
-"""Imported once, before ranks are forked: it takes longer than most cases."""
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "kinodit.trainer.certify.trace",
+    "kinodit.trainer.engine.megatron",
+]
+"""Imported once, if it is installed, before ranks are forked: it takes longer than most cases."""
 
 
 def _serve(

@@ -29,12 +29,12 @@ from kinodit.trainer.certify.probe import Probe, Sums
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.ema import Ema, EmaConfig
 from kinodit.trainer.engine.base import Engine
-from kinodit.trainer.engine.build import build_engine
+from kinodit.trainer.engine.build import build_engine, build_mesh
 from kinodit.trainer.engine.config import EngineConfig, NativeConfig
 from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.deferred import Values, initial_values
-from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.step import Step
 
@@ -100,7 +100,7 @@ def trace(
     """
     config = twin.config
     precision = FLOAT64 if dtype == "float64" else low_precision(config.precision)
-    mesh = build_mesh(parallel, world_size, rank, torch.device(device))
+    mesh = build_mesh(parallel, engine_config, world_size, rank, torch.device(device))
     with torch.device("meta"):
         model = MMDiT(config.model)
     wish = Wish(

@@ -66,9 +66,16 @@ class DeepSpeedConfig(EngineConfig):
 
 @dataclass(frozen=True)
 class MegatronConfig(EngineConfig):
-    """megatron-core's process groups and linears, FSDP2 over the data-parallel ranks."""
+    """megatron-core's process groups and linears, FSDP2 over the data-parallel ranks.
+
+    sequence_parallel: whether tp ranks have tokens of their own between matrices
+    linears:           whose kernels compute products; TransformerEngine's need CUDA, and take
+                       precision.float8=tensorwise
+    """
 
     name: Literal["megatron"] = "megatron"
+    sequence_parallel: bool = True
+    linears: Literal["core", "transformer_engine"] = "core"
 
 
 ENGINES: Mapping[str, type[EngineConfig]] = {

@@ -16,6 +16,7 @@ from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.optim import Optimizer, build_optimizer
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.deferred import Values, materialize
+from kinodit.trainer.parallel.float8 import use_float8
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.parallel.sequence import CutLayout
 from kinodit.trainer.parallel.shard import global_norm, local_part, reshard, set_gradient_sync
@@ -25,6 +26,7 @@ from kinodit.trainer.parallel.tensor import sum_whole_gradients
 
 def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> NativeEngine:
     """See `build_engine`."""
+    use_float8(model, wish.precision, wish.parallel.tp)
     parallelize(
         model, mesh, wish.parallel, wish.precision, wish.remat, compile_blocks=wish.engine.compile
     )
@@ -46,7 +48,7 @@ class NativeEngine:
         self.device = mesh.device
         self._optimizer = optimizer
         self._mesh = mesh
-        self._whole = SharedForward(self._forward, mesh) if mesh.place.num_shares > 1 else None
+        self._whole = SharedForward(self._forward, mesh) if mesh.place.is_cut else None
         self._dtype = precision.compute_dtype
         self._autocast = mesh.device_mesh is None and (
             precision.compute_dtype != precision.params_dtype

@@ -9,13 +9,17 @@ from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig, MegatronConfig
 from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.float8 import float8_refusal
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a recipe asks of its engine. world_size: processes; device: "cpu" or "cuda"."""
+    """What a recipe asks of its engine.
+
+    world_size: processes; device: "cpu" or "cuda", and then its compute capability
+    """
 
     engine: EngineConfig
     optim: OptimConfig
@@ -24,10 +28,14 @@ class Wish:
     remat: RematConfig
     world_size: int = 1
     device: str = "cpu"
+    capability: tuple[int, int] = (0, 0)
 
 
 def refusal(wish: Wish) -> str:
     """Why the wish cannot be met, and what to change; "" if it can. Pure."""
+    unmet = float8_refusal(wish.precision, wish.device, wish.capability, _products_of(wish.engine))
+    if unmet:
+        return unmet
     if isinstance(wish.engine, DeepSpeedConfig):
         return _of_deepspeed(wish.engine, wish)
     if isinstance(wish.engine, MegatronConfig):
@@ -45,9 +53,23 @@ def check_wish(wish: Wish) -> None:
     reason = refusal(wish)
     if reason:
         raise ConfigError(reason)
-    for name, (module, library) in LIBRARIES.items():
-        if wish.engine.name == name and importlib.util.find_spec(module) is None:
-            raise MissingExtraError(library, name, f"engine.name={name}")
+    check_library(wish.engine.name)
+
+
+def check_library(name: str) -> None:
+    """Refuse an engine whose library is not installed.
+
+    Raises:
+        MissingExtraError: with how to get it.
+    """
+    module, library = LIBRARIES.get(name, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        raise MissingExtraError(library, name, f"engine.name={name}")
+
+
+def _products_of(engine: EngineConfig) -> str:
+    """Whose kernels multiply: the engine, or the library that it leaves them to."""
+    return engine.linears if isinstance(engine, MegatronConfig) else engine.name
 
 
 LIBRARIES = {
@@ -114,4 +136,21 @@ def _offloads_params(engine: DeepSpeedConfig) -> bool:
 
 
 def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
+    if engine.compile:
+        return (
+            "engine.compile=true with engine.name=megatron: its linears are kernels of their own "
+            "that a compiled graph breaks at; set engine.compile=false, or engine.name=native"
+        )
+    if engine.linears == "core":
+        return ""
+    asked = "engine.linears=transformer_engine"
+    if wish.device != "cuda":
+        return f"{asked} needs a CUDA device, found {wish.device}: set engine.linears=core"
+    if wish.precision.params == "float64":
+        return f"{asked} has no kernels for precision.params=float64: set engine.linears=core"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return (
+            f"{asked} needs TransformerEngine, which is not installed: pip install "
+            "'transformer_engine[pytorch]' in an image with CUDA, or set engine.linears=core"
+        )
     return ""

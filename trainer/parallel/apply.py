@@ -18,7 +18,7 @@ from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig, apply_remat
 from kinodit.trainer.parallel.shard import shard
 from kinodit.trainer.parallel.table import check_heads, table_of
-from kinodit.trainer.parallel.tensor import TokenExchange, split_model
+from kinodit.trainer.parallel.tensor import CopiedTokens, TokenExchange, split_model
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -30,11 +30,14 @@ class PrecisionConfig:
     params:  of parameters, gradients and optimizer state
     compute: of forward and backward
     reduce:  of sums of gradients over ranks
+    float8:  products of blocks' matrices in float8, with one scale for a tensor or for each row;
+             needs hardware that has it
     """
 
     params: Literal["float32", "float64"] = "float32"
     compute: Literal["bfloat16", "float32", "float64"] = "float32"
     reduce: Literal["float32", "float64", "bfloat16"] = "float32"
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
 
     @property
     def params_dtype(self) -> torch.dtype:
@@ -81,13 +84,15 @@ def split_matrices(model: nn.Module, layout: Layout) -> None:
 def share_tokens(model: nn.Module, layout: Layout) -> None:
     """Context parallelism, and the tokens between tensor-parallel matrices."""
     mesh = layout.mesh
-    if mesh.place.num_shares > 1:
+    if mesh.place.is_cut:
         assert isinstance(model, MMDiT)
         check_heads(model.config, layout.parallel.tp, layout.parallel.ulysses)
         if mesh.ring is not None:
             check_ring(model.config.dim_of_head, layout.precision.compute_dtype, mesh.device)
         model.attend = ContextAttention(mesh.place, mesh.heads, mesh.ring)
-        model.exchange = TokenExchange(mesh.tp_mesh.get_group() if mesh.tp_mesh else None)
+        exchange = TokenExchange(mesh.tp_mesh.get_group() if mesh.tp_mesh else None)
+        copied = mesh.place.copies > 1
+        model.exchange = CopiedTokens(exchange) if copied else exchange
 
 
 def check_ring(head_dim: int, compute_dtype: torch.dtype, device: torch.device) -> None:

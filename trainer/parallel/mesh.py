@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -158,13 +158,7 @@ class Mesh:
     @property
     def counts(self) -> bool:
         """Whether this rank counts its pack: one of those that share it does."""
-        return self.place.share == 0
-
-    def tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """[len(values)] on this rank's device, without waiting for what the device does."""
-        on_cuda = self.device.type == "cuda"
-        host = torch.tensor(values, dtype=dtype, pin_memory=on_cuda)
-        return host.to(self.device, non_blocking=True)
+        return self.place.share == self.place.copy == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over all ranks, in place."""
@@ -237,8 +231,38 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int, device: torch
             device.type, (replicate * shard, num_shares), mesh_dim_names=("dp", "pack")
         )
         pack = sharing.get_group("pack")
+    return place_rank(config, rank, device, every, Groups(heads, ring, pack))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Process groups of ranks that share a pack, see `Mesh`; None where there is one rank."""
+
+    heads: ProcessGroup | None
+    ring: ProcessGroup | None
+    pack: ProcessGroup | None
+
+
+def place_rank(
+    config: ParallelConfig,
+    rank: int,
+    device: torch.device,
+    every: DeviceMesh,
+    groups: Groups,
+    *,
+    cuts_tokens: bool = True,
+) -> Mesh:
+    """The view of one of several ranks. every: (dp_replicate, dp_shard_cp, tp) of all.
+
+    cuts_tokens: whether tp ranks have tokens of their own (sequence parallelism)
+    """
+    world_size = every.size()
+    num_shares = config.cp * config.tp
     dp_index, share = divmod(rank, num_shares)
     index, tp_index = divmod(share, config.tp)
+    own = Place(index, config.ulysses, config.ring, tp_index, config.tp)
+    if not cuts_tokens:
+        own = Place(index, config.ulysses, config.ring, copies=config.tp, copy=tp_index)
     return Mesh(
         device,
         every["dp_replicate", "dp_shard_cp"],
@@ -247,8 +271,8 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int, device: torch
         world_size,
         dp_index=dp_index,
         dp_size=world_size // num_shares,
-        place=Place(index, config.ulysses, config.ring, tp_index, config.tp),
-        heads=heads,
-        ring=ring,
-        pack=pack,
+        place=own,
+        heads=groups.heads,
+        ring=groups.ring,
+        pack=groups.pack,
     )

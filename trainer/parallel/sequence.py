@@ -32,6 +32,9 @@ class Place:
 
     tp ranks are neighbours; so are, one level up, ranks that exchange heads (ulysses); rings go
     through ranks that have the same place in their ulysses group.
+
+    Without sequence parallelism tp ranks are dealt nothing of their own: they are `copies` of a
+    rank, this one the `copy`-th, that have the same tokens (and `tp` is 1).
     """
 
     index: int
@@ -39,6 +42,8 @@ class Place:
     ring: int
     tp_index: int = 0
     tp: int = 1
+    copies: int = 1
+    copy: int = 0
 
     @property
     def cp(self) -> int:
@@ -49,6 +54,11 @@ class Place:
     def num_shares(self) -> int:
         """Ranks that share a pack."""
         return self.cp * self.tp
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether batches go to ranks together with how they were dealt out."""
+        return self.num_shares * self.copies > 1
 
     @property
     def share(self) -> int:
@@ -123,8 +133,21 @@ class Cut:
 
 
 def share(noised: NoisedBatch, place: Place) -> NoisedBatch:
-    """This rank's part of a batch with its noise, which is on the host."""
-    return noised if place.num_shares == 1 else cut(noised.batch, place).of_noised(noised)
+    """This rank's part of a batch with its noise, which is on the host.
+
+    Of tokens that several ranks have, each counts its part: losses and gradients stay sums over
+    ranks.
+    """
+    if not place.is_cut:
+        return noised
+    mine = cut(noised.batch, place).of_noised(noised)
+    if place.copies == 1:
+        return mine
+    modalities = {
+        name: replace(tokens, weight=tokens.weight / place.copies)
+        for name, tokens in mine.batch.modalities.items()
+    }
+    return replace(mine, batch=replace(mine.batch, modalities=modalities))
 
 
 def cut(batch: TokenBatch, place: Place) -> Cut:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from kinodit.models.context import ALL
 from kinodit.models.exchange import Parts, Spot
 from kinodit.models.tokens import AttentionLayout, ModalityTokens, TokenBatch
-from kinodit.trainer.parallel.collectives import gather_dim, gather_rows, scatter_rows
+from kinodit.trainer.parallel.collectives import gather_dim, gather_rows, scatter_rows, sum_rows
 from kinodit.trainer.parallel.sequence import CutLayout
 from kinodit.trainer.parallel.table import Row, Split, assign_splits
 from kinodit.trainer.parallel.traffic import note, others_share
@@ -175,6 +175,40 @@ class TokenExchange:
         counts = [[part.shape[0]] * num_ranks for part in columns]
         made = gather_rows(columns, counts, self.group, MODULATION)
         return {name: part.t() for name, part in zip(rows, made, strict=True)}
+
+
+@dataclass(frozen=True)
+class CopiedTokens:
+    """Implements `Exchange` without sequence parallelism: tp ranks have the same tokens.
+
+    Each rank's loss is its fraction of the whole one, and gradients are sums over ranks, so that
+    an all-reduce is its own backward, and nothing else has to cross. There are as many messages as
+    in Shoeybi et al., arXiv 1909.08053, figure 4.
+    """
+
+    among: TokenExchange
+
+    def seen(self, name: str, batch: TokenBatch) -> Spot:
+        """See `Exchange`."""
+        return self.among.seen(name, batch)
+
+    def whole(self, name: str, batch: TokenBatch) -> tuple[ModalityTokens, Tensor]:
+        """See `Exchange`."""
+        return self.among.whole(name, batch)
+
+    def gather(self, parts: Parts, layout: AttentionLayout) -> dict[str, Tensor]:
+        """See `Exchange`."""
+        return dict(parts)
+
+    def scatter(self, parts: Parts, layout: AttentionLayout) -> dict[str, Tensor]:
+        """See `Exchange`."""
+        assert self.among.group is not None
+        made = sum_rows(list(parts.values()), self.among.group, TOKENS)
+        return dict(zip(parts, made, strict=True))
+
+    def join(self, rows: Parts) -> dict[str, Tensor]:
+        """See `Exchange`."""
+        return self.among.join(rows)
 
 
 def _cut_layout(layout: AttentionLayout) -> CutLayout:

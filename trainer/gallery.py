@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from kinodit.trainer.generate import Clip, SampleConfig, using_ema
 from kinodit.trainer.setup import Parts, clip_shape, sampling_shift
 
 Entry = dict[str, object]
+_log = logging.getLogger("kinodit")
 
 
 def save_gallery(folder: Path, clips: Sequence[Clip], config: SampleConfig) -> list[Entry]:
@@ -73,6 +77,14 @@ class Gallery:
         return save_gallery(folder, everything, settings)
 
     def at_step(self, step: int) -> list[Entry]:
-        """The recipe's prompts, written to RUN/samples/step-N. Collective."""
+        """The recipe's prompts, written to RUN/samples/step-N; none on a full disk. Collective."""
         folder = self.config.run.folder / "samples" / f"step-{step:08d}"
-        return self(folder, self.config.sample.prompts, self.config.sample)
+        try:
+            return self(folder, self.config.sample.prompts, self.config.sample)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # It costs these clips, not the run; the other ranks have done their part.
+            shutil.rmtree(folder, ignore_errors=True)
+            _log.warning("disk full: no samples of step %d", step)
+            return []

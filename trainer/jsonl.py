@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_log = logging.getLogger("kinodit")
+
 
 class JsonLines:
     """Appends rows to `path`; a reader sees each at once.
+
+    What a full disk refuses waits in memory, and is written with the first row that it takes: no
+    row is lost, none is written in part, and a run does not end for a line of its log.
 
     Numbers that JSON lacks are written as the strings "NaN", "Infinity" and "-Infinity", which
     Python's `float` and JavaScript's `Number` read back. A file that exists is first rewritten
@@ -25,16 +33,38 @@ class JsonLines:
                     if row is not None and (keep is None or keep(row)):
                         file.write(_line(row))
             temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[bytes] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row."""
-        self._file.write(_line(row))
-        self._file.flush()
+        """Write one row, after those that wait."""
+        refused = bool(self._waiting)
+        self._waiting.append(_line(row).encode())
+        if self._write(b"".join(self._waiting)):
+            self._waiting.clear()
+        elif not refused:
+            _log.warning("disk full: what %s should say waits in memory", self._path)
 
     def close(self) -> None:
         """Close the file."""
+        if self._waiting and not self._write(b"".join(self._waiting)):
+            _log.warning("disk full: %d lines of %s are lost", len(self._waiting), self._path)
         self._file.close()
+
+    def _write(self, data: bytes) -> bool:
+        """All of it, or nothing."""
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return False
+        if written != len(data):
+            self._file.truncate(size)
+            return False
+        return True
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:

@@ -69,8 +69,12 @@ def loss_tokens(tokens_weight: Tensor, role: Tensor) -> Tensor:
     return (role == int(Role.NOISED)) & (tokens_weight > 0)
 
 
-def count_step(batches: Sequence[TokenBatch], modalities: Sequence[str], mesh: Mesh) -> StepCounts:
-    """Count this rank's `batches` (on the host) and sum over ranks. Collective."""
+def count_step(batches: Sequence[TokenBatch], modalities: Sequence[str], mesh: Mesh) -> Tensor:
+    """[M + 2] int64 on the device: tokens with a loss by modality, tokens, samples, of all ranks.
+
+    Of this rank's `batches` (on the host). Collective; the host does not wait for it, or for what
+    the device is doing, and need not know the sums before the backward.
+    """
     ours = [
         sum(
             int(loss_tokens(b.modalities[name].weight, b.modalities[name].role).sum())
@@ -79,9 +83,7 @@ def count_step(batches: Sequence[TokenBatch], modalities: Sequence[str], mesh: M
         for name in modalities
     ]
     ours += [sum(b.num_tokens for b in batches), sum(b.num_segments for b in batches)]
-    table = torch.tensor(ours, device=mesh.device) * int(mesh.counts)
-    *tokens, num_tokens, num_samples = mesh.sum(table).tolist()
-    return StepCounts(dict(zip(modalities, tokens, strict=True)), num_tokens, num_samples)
+    return mesh.sum(mesh.tensor([n * int(mesh.counts) for n in ours], torch.int64))
 
 
 class Step:
@@ -104,7 +106,8 @@ class Step:
         self._emas = emas
         self._mesh = mesh
         self.modalities = sorted(modalities)
-        self._loss_weights = loss_weights
+        weights = [loss_weights.get(name, 1.0) for name in self.modalities]
+        self._loss_weights = mesh.tensor(weights, torch.float64)
         self._seed = seed
         self._max_grad_norm = max_grad_norm
 
@@ -115,7 +118,8 @@ class Step:
 
         `gate` is asked between the backward and the update.
         """
-        counts = count_step(batches, self.modalities, self._mesh)
+        counted = count_step(batches, self.modalities, self._mesh)
+        scales = self._loss_weights / counted[: len(self.modalities)].clamp(min=1)
         device = self._engine.device
         shape = (len(self.modalities), NUM_NOISE_BINS, 2)
         bins = torch.zeros(shape, device=device, dtype=torch.float64)
@@ -128,7 +132,7 @@ class Step:
             def loss(predictions: Predictions, noised: NoisedBatch = noised) -> Tensor:
                 per_token = self._objective.errors(predictions, noised)
                 self._bin(per_token, noised.batch, bins)
-                terms = self._terms(per_token, noised.batch, counts)
+                terms = self._terms(per_token, noised.batch, scales)
                 losses.add_(torch.stack([term.detach().to(losses.dtype) for term in terms]))
                 return torch.stack(terms).sum()
 
@@ -137,6 +141,11 @@ class Step:
         grad_norm = self._engine.clip(self._max_grad_norm)
         faults.reach("step:before-update", step)
         updated = gate is None or gate(losses, grad_norm)
+        # The gate has waited for the device: what was counted is there.
+        *tokens, num_tokens, num_samples = counted.tolist()
+        counts = StepCounts(
+            dict(zip(self.modalities, tokens, strict=True)), num_tokens, num_samples
+        )
         if updated:
             self._engine.step(lr)
             for ema in self._emas:
@@ -144,23 +153,22 @@ class Step:
         else:
             self._engine.skip()
         faults.reach("step:end", step, self._parameters)
-        errors, tokens = (bins / self._mesh.place.copies).unbind(-1)
-        return StepResult(losses, errors, tokens, grad_norm, counts, updated)
+        bin_errors, bin_counts = (bins / self._mesh.place.copies).unbind(-1)
+        return StepResult(losses, bin_errors, bin_counts, grad_norm, counts, updated)
 
     def _parameters(self) -> dict[str, Tensor]:
         """This rank's parts of the parameters."""
         return {name: local_part(p) for name, p in self._engine.masters().items()}
 
     def _terms(
-        self, per_token: Mapping[str, Tensor], batch: TokenBatch, counts: StepCounts
+        self, per_token: Mapping[str, Tensor], batch: TokenBatch, scales: Tensor
     ) -> list[Tensor]:
-        """The loss of each modality, its part that comes from `batch`."""
+        """The loss of each modality, its part that comes from `batch`; scales: [M] lambda / N."""
         terms = []
-        for name in self.modalities:
+        for row, name in enumerate(self.modalities):
             error = per_token[name]
             weight = batch.modalities[name].weight.to(error.dtype)
-            scale = self._loss_weights.get(name, 1.0) / max(1, counts.loss_tokens[name])
-            terms.append((error * weight).sum() * scale)
+            terms.append((error * weight).sum() * scales[row].to(error.dtype))
         return terms
 
     def _bin(self, per_token: Mapping[str, Tensor], batch: TokenBatch, bins: Tensor) -> None:

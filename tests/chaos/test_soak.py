@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 from kinodit.trainer.resilience.errors import HUNG
 from kinodit.trainer.resilience.goodput import Goodput, read_goodput
-from kinodit.trainer.resilience.replay import Costs, replay, trace
+from kinodit.trainer.resilience.replay import Costs, Interruption, replay, save_interval_s, trace
 from tests.support.evidence import write_evidence
 from tests.support.lives import End, Lives, Start, describe
 from tests.support.ranks import ROOT
@@ -24,6 +24,8 @@ from tests.support.sampling import sampled
 pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(5400)]
 
 THIS = "tests/chaos/test_soak.py"
+DAYS = 54.0
+MEAN_S = DAYS * 86_400 / (419 + 47)
 KINDS = [
     "kill:point=step:begin",
     "kill:point=step:micro-batch",
@@ -55,7 +57,8 @@ SECTIONS: dict[str, dict[str, object]] = {
 
 def curve(run: Path) -> list[tuple[int, float, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+    trained = [row for row in rows if row["kind"] == "train"]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in trained]
 
 
 def until_finished(lives: Lives, run: Path, start: Start, max_starts: int) -> list[End]:
@@ -68,12 +71,38 @@ def until_finished(lives: Lives, run: Path, start: Start, max_starts: int) -> li
     return ends
 
 
-def test_thirty_faults_leave_the_curve_alone(recipe: Path, lives: Lives, size: str) -> None:
-    num_faults, steps, every = (30, 6_000, 10) if size == "full" else (6, 60, 5)
+@pytest.fixture
+def soaked(recipe: Path, size: str) -> tuple[Path, tuple[str, ...]]:
+    """What is trained, and how it is changed for that: the demo's recipe in the full size."""
+    if size == "ci":
+        return recipe, ("run.steps=60", "checkpoint.every_steps=5")
+    root = recipe.parent
+    demo = ["data", "demo", str(root / "data"), "--num-images", "0", "--num-sounds", "0"]
+    demo += ["--num-clips", "800", "--no-real-clips", "--actions", "move"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([sys.executable, "-m", "kinodit", *demo], env=environment, check=True)
+    return ROOT / "configs" / "t2v_tiny.yaml", (
+        "run.steps=4000",
+        f"run.out_dir={root}",
+        f"data.datasets.theatre.path={root / 'data'}",
+        "parallel.dp_replicate=2",
+        "checkpoint.every_steps=10",
+        "sample.every_steps=0",
+        "log.every_steps=1",
+        f"resilience.hang_s={HANG_S}",
+        "resilience.max_fruitless_restarts=0",
+        "resilience.checksum_every_steps=5",
+    )
+
+
+def test_thirty_faults_leave_the_curve_alone(
+    soaked: tuple[Path, tuple[str, ...]], recipe: Path, lives: Lives, size: str
+) -> None:
+    trained, base = soaked
+    num_faults, steps, every = (30, 4_000, 10) if size == "full" else (6, 60, 5)
     kinds = sampled(KINDS, num_faults, size, "soak")
     root = recipe.parent
-    base = (f"run.steps={steps}", f"checkpoint.every_steps={every}")
-    assert lives.run(Start(recipe, (*base, "run.name=quiet"), wall_s=3000.0)).codes == [0, 0]
+    assert lives.run(Start(trained, (*base, "run.name=quiet"), wall_s=3000.0)).codes == [0, 0]
     gap = steps // (num_faults + 1) // every * every
     faults = []
     for index in range(num_faults):
@@ -83,7 +112,7 @@ def test_thirty_faults_leave_the_curve_alone(recipe: Path, lives: Lives, size: s
         rank = 0 if "after-rename" in kind else index // len(kinds) % 2
         faults.append(f"{kind},rank={rank},step={step},once={root}/fault{index}")
     run = root / "soak"
-    start = Start(recipe, (*base, "run.name=soak"), ";".join(faults), wall_s=3000.0)
+    start = Start(trained, (*base, "run.name=soak"), ";".join(faults), wall_s=3000.0)
     ends = until_finished(lives, run, start, 3 * num_faults)
     struck = [index for index in range(num_faults) if (root / f"fault{index}").exists()]
     assert struck == list(range(num_faults))
@@ -141,35 +170,46 @@ def test_no_restart_after_a_kill_hangs(recipe: Path, lives: Lives, size: str) ->
 def test_a_trace_of_54_days_leaves_97_percent(recipe: Path, size: str) -> None:
     """The interruptions of Llama 3's 54 days (arXiv 2407.21783, section 3.3.4).
 
-    At costs that are measured here; what ten times them, or a cluster whose restart takes three
-    minutes, would leave is kept beside it.
+    Saved as often as `save_interval_s` says. At costs that are measured here; with a minute until
+    every restart, in which the lab has a dead node replaced; and as a large model's state and a
+    slow cluster would have it. Beside each how long a restart may take before 97 % are missed.
     """
     costs, measured = measured_costs(recipe)
-    interruptions = trace(54.0, unexpected=419, planned=47, hangs=0.1, seed=0)
+    interruptions = trace(DAYS, unexpected=419, planned=47, hangs=0.1, seed=0)
     cases = {
         "measured": costs,
-        "ten times measured": Costs(
-            costs.step_s,
-            10 * costs.save_s,
-            10 * costs.write_s,
-            costs.detect_s,
-            10 * costs.down_s,
-            10 * costs.startup_s,
-        ),
-        "restart of three minutes": Costs(
-            step_s=10.0, save_s=0.5, write_s=60.0, detect_s=121.4, down_s=60.0, startup_s=120.0
+        "a minute until each restart": replace(costs, down_s=60.0),
+        # Stalls are of a copy on the device's own stream; 60 s to write, 3 min to start.
+        "three minutes to start": replace(
+            costs, step_s=10.0, save_s=0.05, write_s=60.0, down_s=60.0, startup_s=120.0
         ),
     }
     shares: dict[str, dict[str, Any]] = {}
     for name, cost in cases.items():
-        # Every two minutes, in whole steps.
-        every_steps = max(1, round(120.0 / cost.step_s))
-        found = replay(interruptions, 54.0, cost, every_steps)
-        shares[name] = {"costs": asdict(cost), "every_steps": every_steps, "goodput": found.share}
+        every_steps = max(1, round(save_interval_s(cost, MEAN_S) / cost.step_s))
+        share = replay(interruptions, DAYS, cost, every_steps).share
+        limit_s = longest_restart_s(interruptions, cost, every_steps)
+        shares[name] = {
+            "costs": asdict(cost),
+            "every_steps": every_steps,
+            "goodput": share,
+            "longest_restart_s": limit_s,
+        }
     if size == "full":
         figures = {"command": f"pytest -m chaos --size full {THIS}", **measured, "replay": shares}
         write_evidence("replay", THIS, figures)
-    assert shares["measured"]["goodput"] >= 0.97, shares
+    assert min(case["goodput"] for case in shares.values()) >= 0.97, shares
+
+
+def longest_restart_s(interruptions: list[Interruption], costs: Costs, every_steps: int) -> float:
+    """How long from the end of the ranks to the next step 97 % allow, to the second."""
+    low_s, high_s = 0, 2000
+    while high_s - low_s > 1:
+        middle_s = (low_s + high_s) // 2
+        tried = replace(costs, down_s=0.0, startup_s=float(middle_s))
+        enough = replay(interruptions, DAYS, tried, every_steps).share >= 0.97
+        low_s, high_s = (middle_s, high_s) if enough else (low_s, middle_s)
+    return float(low_s)
 
 
 def measured_costs(recipe: Path) -> tuple[Costs, dict[str, float]]:

@@ -105,13 +105,13 @@ def gradients_over_dp_only() -> AbstractContextManager[Any]:
     return patch.object(trace_module, "build_mesh", build_mesh)
 
 
-def _counted(change: Callable[[int, Mesh], int]) -> AbstractContextManager[Any]:
+def _counted(change: Callable[[Tensor, Mesh], Tensor]) -> AbstractContextManager[Any]:
     real = step_module.count_step
 
     def count_step(batches: Sequence[TokenBatch], names: Sequence[str], mesh: Mesh) -> Any:
-        counts = real(batches, names, mesh)
-        changed = {name: change(count, mesh) for name, count in counts.loss_tokens.items()}
-        return dataclasses.replace(counts, loss_tokens=changed)
+        counts: Tensor = real(batches, names, mesh)
+        tokens, rest = counts.split([len(names), 2])
+        return torch.cat([change(tokens, mesh), rest])
 
     return patch.object(step_module, "count_step", count_step)
 

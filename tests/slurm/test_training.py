@@ -33,12 +33,14 @@ class Runs:
     def folder(self, name: str) -> Path:
         return self.root / "runs" / name
 
-    def submit(self, name: str, *changes: str, options: tuple[str, ...] = ()) -> str:
+    def submit(
+        self, name: str, *changes: str, options: tuple[str, ...] = (), faults: str = ""
+    ) -> str:
         """The committed script, as its head says to submit it: 2 nodes x 1 GPU."""
         return self.lab.run(
             "sbatch", "--parsable", "--nodes=2", "--partition=main", "--gpus-per-node=1",
             f"--output={self.root}/%j.out", *options, "slurm/train_t2v.sh",
-            self.recipe, f"run.name={name}", *changes,
+            self.recipe, f"run.name={name}", *changes, KINODIT_FAULTS=faults,
         ).strip()  # fmt: skip
 
     def said(self, job: str) -> str:
@@ -108,6 +110,25 @@ def test_signal_to_the_batch_shell_as_before_the_limit(runs: Runs, undisturbed: 
     runs.finish(job)
     assert "requeued: goes on from step" in runs.said(job)
     assert runs.curve("warned") == undisturbed
+
+
+def test_time_limits_are_met_with_a_save(runs: Runs, undisturbed: Curve) -> None:
+    """One minute, which is the least that Slurm knows, for a run that takes longer.
+
+    Warned by Slurm, and without a word of it: then a signal that means nothing is asked for, and
+    the run goes by the time that it was told it has.
+    """
+    slowly = "sleep:point=step:begin,seconds=0.8,times=1000"
+    warnings = {"limited": "B:USR1@20", "unwarned": "B:CONT@1"}
+    jobs = {
+        name: runs.submit(name, options=("--time=1", f"--signal={warning}"), faults=slowly)
+        for name, warning in warnings.items()
+    }
+    for name, job in jobs.items():
+        runs.finish(job)
+        assert int(runs.lab.job(job)["Restarts"]) >= 1
+        assert "requeued: goes on from step" in runs.said(job)
+        assert runs.curve(name) == undisturbed
 
 
 def test_a_cancelled_run_stays_cancelled_and_can_go_on(runs: Runs, undisturbed: Curve) -> None:

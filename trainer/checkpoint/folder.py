@@ -36,8 +36,8 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint folder, from its name."""
-    return int(path.name.removeprefix("step-"))
+    """The step of a checkpoint folder, or of one on its way out, from its name."""
+    return int(path.name.removeprefix("step-").split(".")[0])
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
@@ -101,7 +101,8 @@ def prunable(run_dir: Path, keep_last: int) -> list[Path]:
     """Checkpoints that may be removed, oldest first; never one of the last `keep_last` whole ones.
 
     The newest whole one is kept even at `keep_last` 0 or when `latest` names another. A checkpoint
-    with a file missing counts for nothing: it cannot push a good one out.
+    with a file missing counts for nothing: it cannot push a good one out. What an earlier removal
+    left half done comes first.
     """
     found = find_checkpoints(run_dir)
     whole = [path for path in found if is_whole(path)]
@@ -109,7 +110,16 @@ def prunable(run_dir: Path, keep_last: int) -> list[Path]:
         return []
     kept = set(whole[-max(keep_last, 1) :])
     hinted = read_latest(run_dir)
-    return [path for path in found if path not in kept and path.name != hinted]
+    oldest = min(map(step_of, kept))
+    return [
+        *(path for path in _removals(run_dir) if step_of(path) < oldest),
+        *(path for path in found if path not in kept and path.name != hinted),
+    ]
+
+
+def _removals(run_dir: Path) -> list[Path]:
+    """Checkpoints that lost their names on the way out, or to one that was saved again."""
+    return sorted(p for p in (run_dir / FOLDER).glob("step-*") if _OLD.fullmatch(p.name))
 
 
 def discard(path: Path, between: Callable[[], None] = lambda: None) -> None:
@@ -117,8 +127,10 @@ def discard(path: Path, between: Callable[[], None] = lambda: None) -> None:
 
     `between` is called when it has lost its name and still has its files.
     """
-    old = path.with_name(f"{path.name}.old-{uuid.uuid4().hex[:8]}")
-    path.rename(old)
+    old = path
+    if not _OLD.fullmatch(path.name):
+        old = path.with_name(f"{path.name}.old-{uuid.uuid4().hex[:8]}")
+        path.rename(old)
     between()
     # Without its manifest it is nobody's checkpoint, however far the removal comes.
     (old / MANIFEST_FILE).unlink(missing_ok=True)

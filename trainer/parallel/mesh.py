@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -159,6 +159,12 @@ class Mesh:
     def counts(self) -> bool:
         """Whether this rank counts its pack: one of those that share it does."""
         return self.place.share == self.place.copy == 0
+
+    def tensor(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """[len(values)] on this rank's device, without waiting for what the device does."""
+        on_cuda = self.device.type == "cuda"
+        host = torch.tensor(values, dtype=dtype, pin_memory=on_cuda)
+        return host.to(self.device, non_blocking=True)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over all ranks, in place."""

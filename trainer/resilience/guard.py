@@ -79,7 +79,7 @@ class Guard:
             [
                 torch.nan_to_num(measured, nan=0.0, posinf=0.0, neginf=0.0),
                 (~torch.isfinite(measured)).to(torch.float64),
-                torch.tensor(wishes, dtype=torch.float64, device=device),
+                self._mesh.tensor(wishes, torch.float64),
             ]
         )
         start = time.perf_counter()

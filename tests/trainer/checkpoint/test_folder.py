@@ -109,6 +109,23 @@ def test_the_last_good_one_and_the_hinted_one_are_never_removed(tmp_path: Path) 
     assert disk.prunable(tmp_path, 0) == []
 
 
+def test_a_removal_that_failed_half_way_is_made_good_by_the_next(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+
+    def refused() -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        disk.discard(disk.path_of(tmp_path, 1), refused)
+    (leftover,) = disk.prunable(tmp_path, 1)
+    assert leftover.name.startswith("step-00000001.old-")
+    # Of a step that is not older than what is kept it may be the only copy.
+    (leftover.parent / "step-00000002.old-x").mkdir()
+    assert disk.prunable(tmp_path, 1) == [leftover]
+    disk.discard(leftover)
+    assert not leftover.exists() and steps(tmp_path) == [2]
+
+
 def test_steps_that_are_taken_again_replace_their_checkpoint(tmp_path: Path) -> None:
     first = save(tmp_path, 1)
     written = (first / "manifest.json").stat().st_ino

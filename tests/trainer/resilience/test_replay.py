@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from kinodit.trainer.resilience.replay import DAY_S, Costs, Interruption, replay, trace
+from kinodit.trainer.resilience.replay import (
+    DAY_S,
+    Costs,
+    Interruption,
+    replay,
+    save_interval_s,
+    trace,
+)
 
 FREE = Costs(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 COSTS = Costs(step_s=1.0, save_s=1.0, write_s=5.0, detect_s=30.0, down_s=10.0, startup_s=20.0)
@@ -53,3 +62,14 @@ def test_the_trace_has_what_was_asked_for() -> None:
     assert found == sorted(found, key=lambda i: i.time_s)
     assert found == trace(54.0, 419, 47, 0.1, seed=0)
     assert found[0].time_s >= 0 and found[-1].time_s < 54 * DAY
+
+
+def test_saving_as_often_as_said_loses_less_than_more_or_less_often() -> None:
+    costs = Costs(step_s=1.0, save_s=20.0, write_s=25.0, detect_s=30.0, down_s=10.0, startup_s=20.0)
+    mean_s = 6 * 3600.0
+    interruptions = trace(100.0, unexpected=400, planned=0, hangs=0.0, seed=1)
+    best_s = save_interval_s(costs, mean_s)
+    assert best_s == pytest.approx(929.5, abs=0.1)
+    shares = [replay(interruptions, 100.0, costs, round(k * best_s)).share for k in (0.4, 1, 2.5)]
+    assert shares[1] == max(shares)
+    assert save_interval_s(replace(costs, write_s=2000.0), mean_s) == 2000.0

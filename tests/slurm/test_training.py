@@ -118,7 +118,8 @@ def test_time_limits_are_met_with_a_save(runs: Runs, undisturbed: Curve) -> None
     Warned by Slurm, and without a word of it: then a signal that means nothing is asked for, and
     the run goes by the time that it was told it has.
     """
-    slowly = "sleep:point=step:begin,seconds=0.8,times=1000"
+    # Every start takes twenty steps at once, and the next ones slowly.
+    slowly = "sleep:point=step:begin,after=20,seconds=1.5,times=1000"
     warnings = {"limited": "B:USR1@20", "unwarned": "B:CONT@1"}
     jobs = {
         name: runs.submit(name, options=("--time=1", f"--signal={warning}"), faults=slowly)

@@ -5,9 +5,11 @@ All of it is done by rank 0 alone.
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
+from kinodit.models.errors import ConfigError
 from kinodit.trainer import checkpoint
 from kinodit.trainer.config import CONFIG_FILE, RunConfig, check_resumable, config_to_yaml
 from kinodit.trainer.events import append_event
@@ -20,10 +22,20 @@ from kinodit.trainer.topology import Topology
 
 
 def lock_folder(config: RunConfig, topology: Topology, stack: ExitStack) -> None:
-    """Make the run's folder and hold its lock until `stack` is closed."""
-    config.run.folder.mkdir(parents=True, exist_ok=True)
+    """Make the run's folder and hold its lock until `stack` is closed.
+
+    Raises:
+        ConfigError: the folder is another user's, who could put links where files are written.
+    """
+    folder = config.run.folder
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"{folder} belongs to user {folder.stat().st_uid}, and this is user {os.getuid()}: "
+            "choose another run.out_dir or run.name, or have the folder handed over (chown)"
+        )
     job = topology.job
-    stack.enter_context(RunLock(config.run.folder, job.id, job.num_restarts))
+    stack.enter_context(RunLock(folder, job.id, job.num_restarts))
 
 
 def open_run(run_dir: Path, config: RunConfig) -> tuple[Path | None, list[str]]:

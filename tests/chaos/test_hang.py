@@ -109,4 +109,6 @@ def test_the_command_watches_itself_and_passes_signals_on(recipe: Path) -> None:
         parent.kill()
     assert parent.returncode == 0, said
     assert (run / "requeue.local").exists()
+    modes = {path: path.stat().st_mode & 0o027 for path in [run, *run.rglob("*")]}
+    assert len(modes) > 5 and not any(modes.values()), modes
     assert not Path(f"/proc/{child}").exists()

@@ -158,40 +158,45 @@ def _in_order(
 def _ring(
     tape: Tape, q: Shadow, k: Shadow, v: Shadow, hops: int, sizes: Sizes, head_dim: int
 ) -> Shadow:
-    """`trainer/parallel/ring.py`: keys and values of one hop here, of the next on their way.
+    """`trainer/parallel/ring.py`: the own keys and values, those of one turn and of the next.
 
-    Each hop is an attention of its own: where those are kept, so are the partial results of all.
+    Each turn is an attention of its own: where those are kept, so are the partial results of all.
     """
     rows = q.nbytes // (head_dim * sizes.item)
     wide, both = sizes.widened(q.nbytes), k.nbytes + v.nbytes
+    statistics = rows * sizes.wide
     repeated = 2 * q.nbytes if k.nbytes < q.nbytes else 0
-    total, lse = tape.new(wide), tape.new(rows * sizes.wide)
-    here, following = tape.new(both), tape.new(both)
-    followed = min(hops, 2)
+    total, lse = tape.new(wide), tape.new(statistics)
+    own = tape.new(both)
+    here, following = own, tape.new(both)
+    followed = min(hops, 3)
     for hop in range(followed):
         # The last one followed stands for those after it, too.
         times = 1 if hop + 1 < followed else hops - hop
         keys = tape.new(repeated)
-        part = tape.product(q.nbytes, rows * sizes.wide, times=times)
+        part = tape.product(q.nbytes, statistics, times=times)
         del keys
+        merged = tape.new(2 * statistics)
         widened = tape.new(wide if sizes.is_narrow else 0)
+        made = tape.new(statistics)
         tape.meter.made += (times - 1) * (repeated + widened.nbytes)
-        del part, widened
-    del here, following
+        del part, merged, widened, made
+        here, following = following, tape.new(both if hop + 2 < followed else 0)
+    del here, following, own
     out = tape.new(q.nbytes) if sizes.is_narrow else total
     del total
     q_size, k_size, v_size = q.nbytes, k.nbytes, v.nbytes
     both_wide = sizes.widened(both)
 
     def back(grads: Grads, saved: list[Storage]) -> list[Storage | None]:
-        grad_q = tape.new(wide)
-        own, kept = tape.new(both_wide), tape.new(both_wide)
-        arriving = tape.new(both_wide)
-        here, following = tape.new(both), tape.new(both)
+        grad_q, total = tape.new(wide), tape.new(both_wide)
+        own = tape.new(both)
+        # In the middle: keys here and on their way, gradients made here, sent and on their way.
+        turns = min(hops, 3)
+        passing = [tape.new(both) for _ in range(turns - 1)]
+        returning = [tape.new(both_wide) for _ in range(3 if turns > 2 else 1)]
         working = tape.new(repeated + q_size + (2 * q_size if repeated else both))
-        del here, following, working, arriving, kept
-        total = tape.new(both_wide)
-        del own
+        del own, passing, returning, working
         if sizes.is_narrow:
             total, grad_q = tape.new(both), tape.new(q_size)
         assert total.nbytes == k_size + v_size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kinodit.models.attention import attend
-from kinodit.models.tokens import TokenBatch
+from kinodit.models.tokens import TokenBatch, Visibility, see_all
 from kinodit.trainer.parallel.context import ContextAttention
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.sequence import Place, cut
@@ -28,14 +28,31 @@ GRIDS = {
 }
 
 
+def skip_causal(query: int, key: int) -> bool:
+    """Odd groups are noised, each after its clean one: they see themselves, and cleans before."""
+    if key % 2:
+        return key == query
+    return key // 2 < query // 2 or key == query
+
+
+MASKS: dict[str, Visibility] = {
+    "full": see_all,
+    "block_causal": lambda query, key: key <= query,
+    "skip_causal": skip_causal,
+    # Of most groups, ranks send nothing to each other.
+    "first": lambda query, key: key == 0,
+}
+"""Name -> who sees whom; of all but the first, every frame is a group."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """grids: a key of GRIDS; block_causal: a frame sees itself and those before it"""
+    """grids: a key of GRIDS; mask: a key of MASKS"""
 
     grids: str
     cp: int
     ring: int
-    block_causal: bool = False
+    mask: str = "full"
     num_heads: int = 4
     num_kv_heads: int = 4
     dtype: torch.dtype = torch.float64
@@ -46,10 +63,9 @@ def batch_of(case: Case) -> TokenBatch:
     samples: list[Sample] = []
     for grids in GRIDS[case.grids]:
         channels = dict.fromkeys(grids, 2)
-        samples.append(random_sample(generator, grids, channels, {}, per_frame=case.block_causal))
-    if case.block_causal:
-        return pack(samples, lambda query, key: key <= query)
-    return pack(samples)
+        per_frame = case.mask != "full"
+        samples.append(random_sample(generator, grids, channels, {}, per_frame=per_frame))
+    return pack(samples, MASKS[case.mask])
 
 
 def tensors(case: Case, num_tokens: int) -> list[Tensor]:
@@ -103,12 +119,12 @@ SHAPES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(("cp", "ring"), SHAPES)
-@pytest.mark.parametrize("block_causal", [False, True], ids=["full", "block_causal"])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("grids", GRIDS)
 def test_equals_one_place(
-    ranks: dict[int, Ranks], grids: str, block_causal: bool, cp: int, ring: int
+    ranks: dict[int, Ranks], grids: str, mask: str, cp: int, ring: int
 ) -> None:
-    for errors in ranks[cp].run(rank_errors, Case(grids, cp, ring, block_causal)):
+    for errors in ranks[cp].run(rank_errors, Case(grids, cp, ring, mask)):
         assert max(errors) < 1e-13
 
 
@@ -124,17 +140,17 @@ def test_fewer_key_heads(ranks: dict[int, Ranks], cp: int, ring: int, num_kv_hea
 @pytest.mark.gloo
 @pytest.mark.parametrize(("cp", "ring"), [(2, 1), (2, 2), (4, 2)])
 def test_bfloat16_stays_within_its_rounding(ranks: dict[int, Ranks], cp: int, ring: int) -> None:
-    case = Case("odd", cp, ring, block_causal=True, dtype=torch.bfloat16)
+    case = Case("odd", cp, ring, mask="block_causal", dtype=torch.bfloat16)
     for errors in ranks[cp].run(rank_errors, case):
         assert max(errors) < 2e-2
 
 
 @pytest.mark.parametrize(("cp", "tp"), [(2, 1), (3, 1), (8, 1), (1, 2), (2, 2), (3, 4)])
-@pytest.mark.parametrize("block_causal", [False, True])
+@pytest.mark.parametrize("mask", ["full", "block_causal"])
 def test_every_token_is_dealt_once_and_every_rank_has_its_share(
-    cp: int, tp: int, block_causal: bool
+    cp: int, tp: int, mask: str
 ) -> None:
-    batch = batch_of(Case("odd", 1, 1, block_causal))
+    batch = batch_of(Case("odd", 1, 1, mask))
     cuts = [
         cut(batch, Place(index, cp, 1, tp_index, tp))
         for index in range(cp)

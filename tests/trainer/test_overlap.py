@@ -37,7 +37,13 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     class Watched:
         def __init__(
-            self, x: Tensor, receive_shape: Sequence[int], group: ProcessGroup, label: str
+            self,
+            x: Tensor,
+            to: int,
+            receive_shape: Sequence[int],
+            source: int,
+            group: ProcessGroup,
+            label: str,
         ) -> None:
             found.append("send")
             self._out = x.new_zeros(receive_shape)
@@ -56,7 +62,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append("compute")
         return flash.backward(*parts)
 
-    monkeypatch.setattr(ring, "Shift", Watched)
+    monkeypatch.setattr(ring, "Transfer", Watched)
     monkeypatch.setitem(ring.FLASH, "cpu", ring.Flash(forward, backward))
     return found
 
@@ -72,13 +78,13 @@ def test_a_ring_sends_before_it_computes(events: list[str], pretended_group: Non
     assert events == [*["send", "compute", "wait"] * 3, "compute"]
     events.clear()
     out.sum().backward()
-    # Keys go on first; gradients of the hop before leave while those of this one are computed.
+    # Keys leave first; gradients of a turn are on their way while those of the next are computed.
     assert events == [
         *("send", "compute", "wait"),
-        *("send", "compute", "wait"),
-        *("send", "send", "compute", "wait", "wait"),
-        *("send", "compute", "wait"),
-        *("send", "wait"),
+        *("send", "compute", "send", "wait"),
+        *("send", "compute", "wait", "send", "wait"),
+        *("compute", "wait", "send"),
+        "wait",
     ]
 
 

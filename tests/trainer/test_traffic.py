@@ -12,7 +12,9 @@ from kinodit.models.config import StreamConfig
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.apply import PrecisionConfig, model_blocks
+from kinodit.trainer.parallel.balance import part_sent
 from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.sequence import Place, pieces_of
 from kinodit.trainer.parallel.traffic import Traffic, note, others_share
 from kinodit.trainer.parallel.volume import Formats, Volume, Work, least, weights_of
 from tests.support.counted import Counted, counted_step
@@ -117,6 +119,7 @@ def least_of(
     _, num_shards = parallel.resolve(world_size)
     model = MMDiT(config)
     blocks = model_blocks(model)
+    place = Place(0, parallel.ulysses, parallel.ring, 0, parallel.tp)
     work = Work(
         config,
         weights_of(model, blocks, parallel.tp),
@@ -124,6 +127,7 @@ def least_of(
         len(batch.level_t),
         [2 if remat == "full" else 1] * len(blocks),
         passes,
+        part_sent(pieces_of(batch.layout, place), batch.layout.visible),
     )
     return least(work, replace(parallel, dp_shard=num_shards), formats)
 
@@ -150,6 +154,36 @@ def test_a_step_sends_the_least_there_can_be(
     assert all(is_complete(counted) for counted in ours)
     assert means(ours) == least_of(config, EVEN, name, passes=2)
     assert {counted.label("control")[0] for counted in ours} == {2}
+
+
+def islands(batch: TokenBatch) -> TokenBatch:
+    """Every token of a segment sees itself and the first one."""
+    whole = batch.layout
+    segments = [
+        owner
+        for owner, length in zip(whole.segments, whole.lengths, strict=True)
+        for _ in range(length)
+    ]
+    first = {owner: segments.index(owner) for owner in segments}
+    visible = tuple(tuple(sorted({first[owner], place})) for place, owner in enumerate(segments))
+    layout = replace(whole, lengths=(1,) * len(segments), segments=tuple(segments), visible=visible)
+    return replace(batch, layout=layout)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", ["ring2", "ulysses2 x ring2", "ring2 x tp2"])
+def test_a_ring_sends_the_keys_that_a_query_there_sees(name: str, ranks: dict[int, Ranks]) -> None:
+    batch = islands(EVEN)
+    world_size, parallel, remat = LAYOUTS[name]
+    ours = ranks[world_size].run(counted_step, MODEL, parallel, [batch], remat)
+    assert all(is_complete(counted) for counted in ours)
+    messages, num_bytes = zip(*(counted.label("ring") for counted in ours), strict=True)
+    least, most = (least_of(MODEL, pack, name)["ring"] for pack in (batch, EVEN))
+    assert sum(num_bytes) / world_size == least.num_bytes
+    # Two of 32 tokens are first ones, which the one rank of the ring that lacks them may need.
+    assert 0 < least.num_bytes < most.num_bytes * 3 / 32
+    # Ranks that need nothing are not sent anything.
+    assert max(messages) <= most.messages
 
 
 @pytest.mark.gloo

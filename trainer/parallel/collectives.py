@@ -216,31 +216,37 @@ def gather_dim(x: Tensor, dim: int, group: ProcessGroup, label: str) -> Tensor:
     return whole.transpose(0, dim)
 
 
-class Shift:
-    """A transfer to the next rank of a ring and from the one before, under way in the background.
+class Transfer:
+    """Rows to one rank of a group and from another, under way in the background.
 
-    Ranks with an even index send first, those with an odd one receive first, in every transfer:
-    blocking backends cannot lock up. `wait` returns what came.
+    Every rank of the group makes the same transfers in the same order. Where there are no rows,
+    nothing is sent or received. `wait` returns what came.
     """
 
     def __init__(
-        self, x: Tensor, receive_shape: Sequence[int], group: ProcessGroup, label: str
+        self,
+        x: Tensor,
+        to: int,
+        receive_shape: Sequence[int],
+        source: int,
+        group: ProcessGroup,
+        label: str,
     ) -> None:
-        index, size = dist.get_rank(group), dist.get_world_size(group)
         self._sent = x.contiguous()
         self._out = x.new_empty(receive_shape)
-        ahead = dist.get_global_rank(group, (index + 1) % size)
-        behind = dist.get_global_rank(group, (index - 1) % size)
         ops = []
         if self._sent.numel():
+            ahead = dist.get_global_rank(group, to)
             ops.append(dist.P2POp(dist.isend, self._sent, ahead, group))
         if self._out.numel():
+            behind = dist.get_global_rank(group, source)
             note(label, "transfer", self._out.nbytes)
             ops.append(dist.P2POp(dist.irecv, self._out, behind, group))
-        self._pending = dist.batch_isend_irecv(ops[::-1] if index % 2 else ops) if ops else []
+        # Both ways at once, so that no rank waits to send until another has received.
+        self._pending = dist.batch_isend_irecv(ops) if ops else []
 
     def wait(self) -> Tensor:
-        """Block until both directions are done; what the rank before sent."""
+        """Block until both directions are done; what came."""
         for work in self._pending:
             work.wait()
         return self._out

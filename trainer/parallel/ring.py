@@ -1,26 +1,29 @@
-"""Attention while keys and values travel round a ring of ranks, with its own backward.
+"""Attention to the keys and values of all ranks of a ring, in turn, with its own backward.
 
-Every rank keeps its queries. In hop i it meets the keys and values of the rank i places before it,
-while those of the next hop are on their way. Partial outputs are merged by their log-sum-exp; the
-backward runs each partial attention again with the output and log-sum-exp of the whole, which makes
-its gradients exact (Liu et al., arXiv 2310.01889, section 3).
+Every rank keeps its queries. In turn i it meets the keys and values of the rank i places before it,
+while those of the next turn are on their way. They come from their owner, not from the neighbour,
+so that none pass through a rank that has no query for them. Partial outputs are merged by their
+log-sum-exp; the backward runs each partial attention again with the output and log-sum-exp of the
+whole, which makes its gradients exact (Liu et al., arXiv 2310.01889, section 3).
 
-Shape legend: m queries here (segment-major), m_r keys of rank r, H query heads, K key/value heads,
-D head dim, G groups of the layout, R ranks of the ring.
+Shape legend: m queries here (segment-major), m_r keys that rank r sends here, H query heads, K
+key/value heads, D head dim, G groups of the layout, R ranks of the ring.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kinodit.trainer.parallel.collectives import Shift
+from kinodit.trainer.parallel.balance import Pieces, Rows, keys_sent
+from kinodit.trainer.parallel.collectives import Transfer
 from kinodit.trainer.parallel.sequence import CutLayout
 
 RING = "ring"
@@ -85,6 +88,10 @@ FLASH: dict[str, Flash] = {
 """Device type -> its flash attention. On CUDA for what `fits_flash` only."""
 
 
+Runs = tuple[tuple[int, int], ...]
+"""(first row, number of rows) of each."""
+
+
 class Pair(NamedTuple):
     """Neighbouring queries here, and the keys of one rank that all of them attend to.
 
@@ -94,7 +101,7 @@ class Pair(NamedTuple):
 
     first: int
     num_rows: int
-    keys: tuple[tuple[int, int], ...]
+    keys: Runs
 
     def rows(self, x: Tensor) -> Tensor:
         """The queries' rows of `x`, sharing its memory."""
@@ -113,24 +120,25 @@ class Pair(NamedTuple):
 
 
 def pairs(layout: CutLayout, here: int, there: int) -> list[Pair]:
-    """What queries of hop `here` have to meet of the keys of hop `there`.
+    """What queries of hop `here` have to meet of the keys that hop `there` sends them.
 
     Neighbouring groups that see the same keys share one call.
     """
-    starts_q, starts_k = _starts(layout.pieces[here]), _starts(layout.pieces[there])
+    return _pairs(layout.pieces, layout.visible, here, there)
+
+
+# Every block of a pass asks again, for a table that has a row for each frame of a pack.
+@lru_cache(maxsize=256)
+def _pairs(pieces: Pieces, visible: Rows, here: int, there: int) -> list[Pair]:
+    sizes = keys_sent(pieces, visible, here, there)
+    starts_q, starts_k = _starts(pieces[here]), _starts(sizes)
     found: list[Pair] = []
-    for group, row in enumerate(layout.visible):
-        count = layout.pieces[here][group]
-        runs: list[tuple[int, int]] = []
-        for key in row:
-            first, size = starts_k[key], layout.pieces[there][key]
-            if size and runs and sum(runs[-1]) == first:
-                runs[-1] = (runs[-1][0], runs[-1][1] + size)
-            elif size:
-                runs.append((first, size))
+    for group, row in enumerate(visible):
+        count = pieces[here][group]
+        runs = _joined((starts_k[key], sizes[key]) for key in row)
         if not count or not runs:
             continue
-        pair = Pair(starts_q[group], count, tuple(runs))
+        pair = Pair(starts_q[group], count, runs)
         last = found[-1] if found else None
         if last and last.keys == pair.keys and last.first + last.num_rows == pair.first:
             found[-1] = last._replace(num_rows=last.num_rows + count)
@@ -139,7 +147,25 @@ def pairs(layout: CutLayout, here: int, there: int) -> list[Pair]:
     return found
 
 
-def _starts(lengths: tuple[int, ...]) -> list[int]:
+@lru_cache(maxsize=256)
+def _runs(pieces: Pieces, visible: Rows, here: int, there: int) -> Runs:
+    """Rows of what hop `there` sends to hop `here`, among the keys that it has."""
+    sizes = keys_sent(pieces, visible, here, there)
+    return _joined(zip(_starts(pieces[there]), sizes, strict=False))
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> Runs:
+    """(first row, number of rows), with neighbouring runs as one and without empty ones."""
+    found: list[tuple[int, int]] = []
+    for first, count in runs:
+        if count and found and sum(found[-1]) == first:
+            found[-1] = (found[-1][0], found[-1][1] + count)
+        elif count:
+            found.append((first, count))
+    return tuple(found)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(lengths)]
 
 
@@ -170,47 +196,82 @@ class _Ring(torch.autograd.Function):
         flash = FLASH[q.device.type]
         wide = torch.promote_types(q.dtype, torch.float32)
         grad_q = q.new_zeros(q.shape, dtype=wide)
-        own = kept = k.new_zeros(2, *k.shape, dtype=wide)
+        own = k.new_zeros(2, *k.shape, dtype=wide)
+        returning = _Returning(own, layout, hop, group)
         for there, kv in _passing(torch.stack((k, v)), layout, hop, group):
-            coming = None
-            if there != hop:
-                # Gradients travel one hop behind the keys that they belong to, while this rank
-                # computes its part of them.
-                shape = (2, sum(layout.pieces[there]), *k.shape[1:])
-                if (hop - 1) % len(layout.pieces) != there:
-                    coming = Shift(kept, shape, group, RING)
-                kept = kv.new_zeros(shape, dtype=wide)
+            made = own if there == hop else kv.new_zeros(kv.shape, dtype=wide)
             for pair in pairs(layout, hop, there):
                 q_i, k_i, v_i = _call_shapes(pair.rows(q), *map(pair.pick, kv.unbind()))
                 grad_i, out_i = (pair.rows(x).transpose(0, 1).unsqueeze(0) for x in (grad, out))
                 lse_i = pair.rows(lse_mH).t().unsqueeze(0)
                 parts = flash.backward(grad_i, q_i, k_i, v_i, out_i, lse_i)
                 pair.rows(grad_q).add_(parts[0].squeeze(0).transpose(0, 1))
-                for total, part in zip(kept.unbind(), parts[1:], strict=True):
+                for total, part in zip(made.unbind(), parts[1:], strict=True):
                     by_query_head = part.squeeze(0).transpose(0, 1).unflatten(1, (k.shape[1], -1))
                     pair.add(total, by_query_head.sum(2, dtype=wide))
-            if coming is not None:
-                kept.add_(coming.wait())
-        if kept is not own:
-            own = own + Shift(kept, own.shape, group, RING).wait()
+            returning.send(there, made)
+        returning.add()
         grad_k, grad_v = own.to(k.dtype).unbind()
         return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
 
 
 def _passing(
-    kv: Tensor, layout: CutLayout, hop: int, group: ProcessGroup
+    own: Tensor, layout: CutLayout, hop: int, group: ProcessGroup
 ) -> Iterator[tuple[int, Tensor]]:
-    """(whose they are, keys and values [2, m_r, K, D]) in turn, the own ones first."""
-    num_hops = len(layout.pieces)
+    """(whose they are, keys and values [2, m_r, K, D]) in turn, the `own` [2, m, K, D] first."""
+    num_hops, kv = len(layout.pieces), own
     for turn in range(num_hops):
-        there = (hop - turn) % num_hops
         following = None
         if turn + 1 < num_hops:
-            num_rows = sum(layout.pieces[(there - 1) % num_hops])
-            following = Shift(kv, (2, num_rows, *kv.shape[2:]), group, RING)
-        yield there, kv
+            to, source = (hop + turn + 1) % num_hops, (hop - turn - 1) % num_hops
+            sent = _pick(own, _runs(layout.pieces, layout.visible, to, hop))
+            num_rows = sum(keys_sent(layout.pieces, layout.visible, hop, source))
+            shape = (2, num_rows, *own.shape[2:])
+            following = Transfer(sent, to, shape, source, group, RING)
+            del sent
+        yield (hop - turn) % num_hops, kv
         if following is not None:
             kv = following.wait()
+
+
+def _pick(own: Tensor, runs: Runs) -> Tensor:
+    """Runs of rows of [2, m, K, D]; of all of them `own` itself."""
+    if runs == ((0, own.shape[1]),):
+        return own
+    return torch.cat([own.narrow(1, *run) for run in runs] or [own.narrow(1, 0, 0)], dim=1)
+
+
+class _Returning:
+    """Gradients on their way to the owners of the keys, one turn behind the computation.
+
+    own: [2, m, K, D], the gradients of this rank's keys and values, to which what comes is added
+    """
+
+    def __init__(self, own: Tensor, layout: CutLayout, hop: int, group: ProcessGroup) -> None:
+        self._own, self._layout, self._hop, self._group = own, layout, hop, group
+        self._coming: tuple[Runs, Transfer] | None = None
+
+    def send(self, there: int, made: Tensor) -> None:
+        """Send what was `made` for the keys of `there`, once the turn before has come."""
+        if there == self._hop:
+            return
+        self.add()
+        # Whoever has this rank's keys in this turn is as far ahead as their owner is behind.
+        pieces, visible = self._layout.pieces, self._layout.visible
+        source = (2 * self._hop - there) % len(pieces)
+        runs = _runs(pieces, visible, source, self._hop)
+        shape = (2, sum(count for _, count in runs), *made.shape[2:])
+        self._coming = runs, Transfer(made, there, shape, source, self._group, RING)
+
+    def add(self) -> None:
+        """Wait for what is on its way, and add it."""
+        if self._coming is None:
+            return
+        runs, transfer = self._coming
+        parts = transfer.wait().split([count for _, count in runs], dim=1)
+        for run, part in zip(runs, parts, strict=True):
+            self._own.narrow(1, *run).add_(part)
+        self._coming = None
 
 
 def _call_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -175,7 +175,7 @@ def cut(batch: TokenBatch, place: Place) -> Cut:
         segments=whole.segments,
         visible=whole.visible,
         num_held=tuple(sum(len(x) for parts in one for x in parts) for one in held),
-        pieces=_pieces(whole, place),
+        pieces=pieces_of(whole, place),
         counts={
             name: tuple(len(x) for x in parts) for name, parts in zip(names, mine, strict=True)
         },
@@ -206,7 +206,7 @@ def _spot(tokens: ModalityTokens, rows: Tensor) -> Spot:
     return Spot(tokens.position.index_select(0, rows), tokens.level.index_select(0, rows))
 
 
-def _pieces(layout: AttentionLayout, place: Place) -> tuple[tuple[int, ...], ...]:
+def pieces_of(layout: AttentionLayout, place: Place) -> tuple[tuple[int, ...], ...]:
     """[ring][group]: tokens of each group that the ranks of one ulysses group are dealt."""
     num_groups = len(layout.lengths)
     lengths = torch.tensor(layout.lengths, dtype=torch.int64)

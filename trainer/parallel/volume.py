@@ -8,7 +8,7 @@ the same time comes together. `trainer/parallel/traffic.py` counts what was real
     all-gather, reduce-scatter of S bytes over n ranks   (n - 1) / n * S
     all-reduce                                           2 * (n - 1) / n * S
     all-to-all of S bytes held by each rank              (n - 1) / n * S
-    one way round a ring, S bytes held by each rank      (n - 1) * S
+    from each to each of a ring, S bytes held by each    (n - 1) * S
 
 Shape legend: n ranks of an axis, d width of a stream, L tokens of a stream in the pack, H query
 heads, K key/value heads, D head dim.
@@ -79,6 +79,8 @@ class Work:
     tokens: stream -> L, all tokens of a pack; levels: rows of its table of noise levels
     runs:   forwards of each block in a pass: 2 where the backward computes it again, since what
             was received is not kept
+    seen:   of the keys that the ranks of a ring have of each other, the part that queries of the
+            other rank see (`trainer/parallel/balance.py`)
     """
 
     model: MMDiTConfig
@@ -87,6 +89,7 @@ class Work:
     levels: int
     runs: Sequence[int]
     passes: int = 1
+    seen: float = 1.0
 
 
 def least(work: Work, parallel: ParallelConfig, formats: Formats) -> dict[str, Volume]:
@@ -189,15 +192,15 @@ def exchanged_heads(work: Work, parallel: ParallelConfig, item: int) -> Volume:
 
 
 def passed_keys(work: Work, parallel: ParallelConfig, item: int, wide: int) -> Volume:
-    """Keys and values round the ring; in the backward again, and their gradients behind them.
+    """Keys and values to each other rank; in the backward again, and their gradients back.
 
-    For masks under which every rank sees some key of every other. `wide`: bytes of a number of
-    such gradients, which are summed in at least float32 (Liu et al., arXiv 2310.01889, section 3).
+    Only those that it has a query for. `wide`: bytes of a number of such gradients, which are
+    summed in at least float32 (Liu et al., arXiv 2310.01889, section 3).
     """
     model, hops = work.model, parallel.ring - 1
     kv_heads = model.kv_heads // parallel.tp
     kv_heads = kv_heads // parallel.ulysses if kv_heads % parallel.ulysses == 0 else 1
-    held = sum(work.tokens.values()) / parallel.ring
+    held = sum(work.tokens.values()) / parallel.ring * work.seen
     numbers = held * 2 * kv_heads * model.dim_of_head
     times = sum(work.runs) + len(work.runs)
     keys = Volume(numbers * item, 1) * (hops * times)

@@ -20,7 +20,6 @@ twice as long as such a load does, so that the share depends on how many cores a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from goals import Row, write_rows
 
 from kinodit.trainer import checkpoint
 from kinodit.trainer.checkpoint.shards import read_shards
@@ -154,14 +154,11 @@ def main() -> None:
     }
     cached = best["cached verified load"] / best["cached load"] - 1
     print(f"{'verify_over_load':<16} {cached:9.3f}  from the page cache, {os.cpu_count()} cores")
-    rows = [
-        {"name": name, "value": value, "goal": GOALS[name], "ok": value <= GOALS[name]}
-        for name, value in values.items()
-    ]
+    rows = [Row.at_most(name, value, GOALS[name]) for name, value in values.items()]
     for row in rows:
-        print(f"{row['name']:<16} {row['value']:9.3f}  goal {row['goal']:g}  {row['ok']}")
+        print(f"{row.name:<16} {row.value:9.3f}  goal {row.goal:g}  {row.ok}")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pretended import Row, pretended_group, show
+from goals import Row, show
+from pretended import pretended_group
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -202,9 +203,10 @@ def rows_of(name: str, depth: int | None = None) -> list[Row]:
         sent, need = mean(labels), sum((expected[label] for label in labels), Volume())
         ratio = round(sent.num_bytes / need.num_bytes, 12)
         size = f"{sent.num_bytes / 2**30:.3f} GiB"
-        yield Row(f"{row}/bytes", ratio, 1.0 + slack, size, exact=not slack)
+        compare = Row.at_most if slack else Row.exactly
+        yield compare(f"{row}/bytes", ratio, 1.0 + slack, size)
         ratio = sent.messages / need.messages
-        yield Row(f"{row}/messages", ratio, 1.0, f"{sent.messages} messages")
+        yield Row.exactly(f"{row}/messages", ratio, 1.0, f"{sent.messages} messages")
 
     labels = AXES.get(axis, tuple(expected))
     # A rank's part of a gathered buffer is as long as the longest: a token more than the mean.
@@ -217,7 +219,7 @@ def rows_of(name: str, depth: int | None = None) -> list[Row]:
             size = f"{sent.num_bytes / 2**20:.3f} MiB, {sent.messages} messages"
             share = sent.num_bytes / everything
             row = label.replace(" ", "_")
-            made.append(Row(f"{name}/share/{row}", share, MAX_SHARE, size, exact=False))
+            made.append(Row.at_most(f"{name}/share/{row}", share, MAX_SHARE, size))
     if name == "tp":
         for label in (MODULATION, STORED, WHOLE):
             made += compared(label.replace(" ", "_"), [label])

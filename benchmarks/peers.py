@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from contenders import (
@@ -18,21 +20,70 @@ from contenders import (
     grid,
     ours,
     randomize,
-    video_batch,
     video_config,
 )
 from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
+    ModelMixin,
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinodit.data.packing import patchify
 from kinodit.models.importers import flux, hunyuan_video, sd3
+from kinodit.models.tokens import TokenBatch
 
 TABLE = 96  # patches along a side of SD3's position table
+FRAMES = 4
+"""Latent frames of a clip."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One sample of noise for a pair, and the same as our batch.
+
+    media:  [16, frames, rows, columns], or for FLUX, which takes patches, [N, 64]
+    text:   [TEXT_TOKENS, TEXT_WIDTH]; pooled: [1, WIDTH]; t: [1]
+    """
+
+    media: Tensor
+    text: Tensor
+    pooled: Tensor
+    t: Tensor
+    batch: TokenBatch
+
+
+def inputs_of(media: Tensor, position: Tensor, names: list[str]) -> Inputs:
+    """`media` with random text; `names` are our streams in their order, one of them text."""
+    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=media.dtype)
+    pooled, t = torch.randn(1, WIDTH, dtype=media.dtype), torch.tensor([0.5])
+    (visual,) = (name for name in names if name != "text")
+    latents = media if media.ndim == 2 else patchify(media, (1, 2, 2))
+    batch = batch_of(visual, [(latents, position, text)], names, {"pooled": pooled}, t)
+    return Inputs(media, text, pooled, t, batch)
+
+
+def clip_of(num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Noise [16, FRAMES, rows, columns] of so many tokens, and their positions."""
+    side = round((num_tokens // FRAMES) ** 0.5)
+    return torch.randn(16, FRAMES, 2 * side, 2 * side, dtype=dtype), grid(FRAMES, side, side)
+
+
+def pair_of(
+    name: str,
+    theirs: ModelMixin,
+    run: Callable[[], Tensor],
+    blocks: list[nn.Module],
+    importer: Any,
+    batch: TokenBatch,
+) -> Pair:
+    """Theirs, and ours with its weights, which `importer` of `models/importers/` brings over."""
+    config = importer.config(theirs.config)
+    weights = importer.weights(theirs.config, theirs.state_dict())
+    theirs_first = Contender(name, theirs, run, blocks, batch.num_tokens)
+    return theirs_first, ours(name, config, weights, batch)
 
 
 def sd3_model(num_layers: int, side: int) -> SD3Transformer2DModel:
@@ -58,21 +109,14 @@ def sd3_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
     """SD3, no RoPE and no QK norm on either side."""
     side = round(num_tokens**0.5)
     theirs = sd3_model(depth(num_tokens), 2 * side).to(dtype)
-    image = torch.randn(1, 16, 2 * side, 2 * side, dtype=dtype)
-    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    pooled, t = torch.randn(1, WIDTH, dtype=dtype), torch.tensor([0.5])
-    latents = patchify(image[0, :, None], (1, 2, 2))
-    position = sd3.positions(side, side, TABLE)
-    batch = batch_of("image", [(latents, position, text)], ["image", "text"], {"pooled": pooled}, t)
-    config, weights = sd3.config(theirs.config), sd3.weights(theirs.config, theirs.state_dict())
+    image = torch.randn(16, 1, 2 * side, 2 * side, dtype=dtype)
+    x = inputs_of(image, sd3.positions(side, side, TABLE), ["image", "text"])
 
     def run() -> Tensor:
-        return patchify(theirs(image, text[None], pooled, 1000 * t).sample[0, :, None], (1, 2, 2))
+        out = theirs(image[None, :, 0], x.text[None], x.pooled, 1000 * x.t).sample
+        return patchify(out[0, :, None], (1, 2, 2))
 
-    blocks = list(theirs.transformer_blocks)
-    return Contender("sd3", theirs, run, blocks, num_tokens + TEXT_TOKENS), ours(
-        "sd3", config, weights, batch
-    )
+    return pair_of("sd3", theirs, run, list(theirs.transformer_blocks), sd3, x.batch)
 
 
 def flux_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
@@ -92,25 +136,19 @@ def flux_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
     theirs.to(dtype)
     side = round(num_tokens**0.5)
     position = grid(1, side, side)
-    image = torch.randn(num_tokens, 64, dtype=dtype)
-    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    pooled, t = torch.randn(1, WIDTH, dtype=dtype), torch.tensor([0.5])
-    batch = batch_of("image", [(image, position, text)], ["text", "image"], {"pooled": pooled}, t)
-    config = flux.config(theirs.config)
-    weights = flux.weights(theirs.config, theirs.state_dict())
+    x = inputs_of(torch.randn(num_tokens, 64, dtype=dtype), position, ["text", "image"])
     origin = torch.zeros(TEXT_TOKENS, 3)
 
     def run() -> Tensor:
-        return theirs(image[None], text[None], pooled, t, position, origin).sample[0]
+        out = theirs(x.media[None], x.text[None], x.pooled, x.t, position, origin)
+        return out.sample[0]
 
     blocks = [*theirs.transformer_blocks, *theirs.single_transformer_blocks]
-    return Contender("flux", theirs, run, blocks, num_tokens + TEXT_TOKENS), ours(
-        "flux", config, weights, batch
-    )
+    return pair_of("flux", theirs, run, blocks, flux, x.batch)
 
 
 def hunyuan_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
-    """HunyuanVideo, on 4 latent frames."""
+    """HunyuanVideo, on FRAMES latent frames."""
     half = depth(num_tokens) // 2
     theirs = HunyuanVideoTransformer3DModel(
         num_attention_heads=HEADS,
@@ -125,24 +163,15 @@ def hunyuan_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
     )
     randomize(theirs)
     theirs.to(dtype)
-    side = round((num_tokens // 4) ** 0.5)
-    clip = torch.randn(1, 16, 4, 2 * side, 2 * side, dtype=dtype)
-    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    pooled, t = torch.randn(1, WIDTH, dtype=dtype), torch.tensor([0.5])
-    latents, position = patchify(clip[0], (1, 2, 2)), grid(4, side, side)
-    batch = batch_of("video", [(latents, position, text)], ["video", "text"], {"pooled": pooled}, t)
-    config = hunyuan_video.config(theirs.config)
-    weights = hunyuan_video.weights(theirs.config, theirs.state_dict())
+    x = inputs_of(*clip_of(num_tokens, dtype), ["video", "text"])
     mask = torch.ones(1, TEXT_TOKENS, dtype=torch.int64)
 
     def run() -> Tensor:
-        out = theirs(clip, 1000 * t, text[None], mask, pooled).sample[0]
+        out = theirs(x.media[None], 1000 * x.t, x.text[None], mask, x.pooled).sample[0]
         return patchify(out, (1, 2, 2))
 
     blocks = [*theirs.transformer_blocks, *theirs.single_transformer_blocks]
-    return Contender("hunyuan", theirs, run, blocks, num_tokens + TEXT_TOKENS), ours(
-        "hunyuan", config, weights, batch
-    )
+    return pair_of("hunyuan", theirs, run, blocks, hunyuan_video, x.batch)
 
 
 def wan_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
@@ -158,17 +187,13 @@ def wan_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
     )
     randomize(theirs)
     theirs.to(dtype)
-    side = round((num_tokens // 4) ** 0.5)
-    clip = torch.randn(1, 16, 4, 2 * side, 2 * side, dtype=dtype)
-    text = torch.randn(TEXT_TOKENS, TEXT_WIDTH, dtype=dtype)
-    t = torch.tensor([0.5])
-    batch = video_batch(clip[0], text, t)
+    x = inputs_of(*clip_of(num_tokens, dtype), ["text", "video"])
 
     def run() -> Tensor:
-        return theirs(clip, 1000 * t, text[None]).sample
+        return theirs(x.media[None], 1000 * x.t, x.text[None]).sample
 
     return Contender("wan", theirs, run, list(theirs.blocks), num_tokens), ours(
-        "wan", video_config(depth(num_tokens)), None, batch
+        "wan", video_config(depth(num_tokens)), None, x.batch
     )
 
 

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from pretended import Row, pretended_group, show
+from goals import Row, show
+from pretended import pretended_group
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
@@ -97,7 +98,7 @@ def rows_of(preset: str, config: MMDiTConfig, layouts: Sequence[str]) -> Iterato
         found = state_bytes(config, parallel)
         share = total / (parallel.dp_shard * parallel.cp * parallel.tp)
         row = f"state/{preset}/{name.replace(' ', '')}"
-        yield Row(row, found / share, MAX_RATIO, f"{found / 2**30:.3f} GiB", exact=False)
+        yield Row.at_most(row, found / share, MAX_RATIO, f"{found / 2**30:.3f} GiB")
 
 
 def main() -> None:

@@ -293,7 +293,7 @@ def main() -> None:
     }
     print(json.dumps(machine))
     if args.json:
-        write_rows(args.json, run.rows)
+        write_rows(args.json, (goal.row(name, value) for name, (value, goal) in run.rows.items()))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ def test_a_row_that_misses_its_goal_fails_the_run(
     benchmark_module: Import, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     communication = benchmark_module("communication")
-    pretended = benchmark_module("pretended")
-    sent_twice = pretended.Row("tp/bytes", 2.0, 1.0, "2 GiB")
+    sent_twice = benchmark_module("goals").Row.exactly("tp/bytes", 2.0, 1.0, "2 GiB")
     monkeypatch.setattr(communication, "rows_of", lambda name, depth: [sent_twice])
     monkeypatch.setattr(sys, "argv", ["communication.py", "--cases", "tp"])
     with pytest.raises(SystemExit, match="tp/bytes"):

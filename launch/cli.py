@@ -4,9 +4,10 @@ A subcommand is a module `kinodit.launch.commands.NAME` with `HELP: str`,
 `add_arguments(parser)` and `run(args) -> int`. It is imported when it is asked for, so that
 `kinodit --help` answers before torch could have been loaded.
 
-Exit codes: 0 done, 2 the user has something to change (one line on stderr, no traceback),
-80 to 84 a run was given up (`trainer/resilience/errors.py`), 130 interrupted, 141 the reader of a
-pipe went away; a command may return others of its own.
+Exit codes: 0 done, 2 the user has something to change (one line on stderr, no traceback; of many
+ranks one tells it), 80 to 84 a run was given up (`trainer/resilience/errors.py`), 130 interrupted,
+141 the reader of a pipe went away; a command may return others of its own. torchrun ends with 1
+whatever its ranks end with.
 Anything else is a defect and shows its traceback.
 """
 
@@ -18,10 +19,10 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import kinodit
+from kinodit.launch.refusal import tell
 from kinodit.models.errors import UserError
 from kinodit.trainer.resilience.errors import CorruptedError
 
@@ -55,10 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
         # Another start may get other devices; nothing else goes away by itself.
-        if not isinstance(error, CorruptedError):
-            _note_refusal(str(error))
+        tell(error, lasting=not isinstance(error, CorruptedError))
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -78,14 +77,6 @@ def _full_disk_explained() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(f"{error}: free some space, then give the same command") from error
-
-
-def _note_refusal(message: str) -> None:
-    """Leave the message for the batch script: the exit code of one rank does not get past srun."""
-    path = os.environ.get("KINODIT_REFUSAL")
-    if path:
-        with suppress(OSError):
-            Path(path).write_text(message + "\n")
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -13,12 +13,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-
-import torch
-import torch.distributed as dist
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kinodit.models.errors import UserError
 from kinodit.trainer.topology import Job, Topology
+
+if TYPE_CHECKING:
+    # Loaded where it is used: a mistake is told at once.
+    import torch
+    from torch.distributed import Store
 
 DEFAULT_PORT = 29400
 SCONTROL_TIMEOUT_S = 10.0
@@ -53,6 +57,39 @@ def read_topology() -> Topology:
     per_node = env.get("LOCAL_WORLD_SIZE" if source == "torchrun" else "SLURM_TASKS_PER_NODE", "0")
     first = int(per_node.partition("(")[0].partition(",")[0])
     return Topology(rank, world_size, local_rank, job=job, ranks_per_node=first)
+
+
+def launched_rank() -> int | None:
+    """This process's rank, if it is one of several and knows it."""
+    rank = os.environ.get("RANK", "")
+    if not rank:
+        rank = os.environ.get("SLURM_PROCID", "")
+        if int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+            return None
+    return int(rank) if rank.isdecimal() else None
+
+
+def error_file() -> Path | None:
+    """Where torchrun looks for what ended this rank."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
+
+
+def launcher_store(timeout_s: float) -> Store | None:
+    """The store that torchrun keeps for its ranks, which is there before and after their group.
+
+    Raises:
+        DistError: it does not answer.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(*meeting_point(), is_master=False, timeout=timeout)
+    start = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"kinodit/start-{start}", store)
 
 
 def read_job(env: Mapping[str, str], *, asks: bool) -> Job:
@@ -139,6 +176,9 @@ def process_group(topology: Topology, timeout_s: float) -> Iterator[torch.device
 
     One process joins none: everything in the trainer also runs without a process group.
     """
+    import torch
+    import torch.distributed as dist
+
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", topology.local_rank) if cuda else torch.device("cpu")
     if cuda:

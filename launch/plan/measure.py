@@ -118,9 +118,9 @@ def measure(
     parameters, reduced = storage_bytes(model.parameters()), storage_bytes(gradients)
     engine.step(0.1)
     with Traffic() as counted:
-        engine.forward_backward(batch, _loss, last=False)
+        engine.forward_backward(batch, squared_error, last=False)
         accumulated = storage_bytes(_unreduced(model))
-        engine.forward_backward(batch, _loss, last=True)
+        engine.forward_backward(batch, squared_error, last=True)
     state = State(
         parameters, reduced, storage_bytes(optimizer.tensors()), storage_bytes(ema.average.values())
     )
@@ -178,7 +178,7 @@ def planned_state(workload: Workload, parallel: ParallelConfig, index: int) -> S
     return Weights(workload.model).state(parallel, 4, 1, index)
 
 
-def _loss(predictions: Predictions) -> Tensor:
+def squared_error(predictions: Predictions) -> Tensor:
     terms = []
     for prediction in predictions.values():
         wide = torch.promote_types(prediction.dtype, torch.float32)
@@ -202,7 +202,7 @@ def watched_pass(
         copied = batch.with_latents(
             {name: tokens.latents.clone() for name, tokens in batch.modalities.items()}
         )
-        engine.forward_backward(copied, _loss, last=True)
+        engine.forward_backward(copied, squared_error, last=True)
         del copied
     watch.leave_out(p.grad for p in engine.model.parameters() if p.grad is not None)
     return watch.peak(), watch.peak(host=True)

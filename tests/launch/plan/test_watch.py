@@ -1,0 +1,75 @@
+"""The counter that plans are held to, held to torch's own: MemTracker, and hooks on kept tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from kinodit.launch.plan.activations import MODES
+from kinodit.launch.plan.measure import families, pretended_pack, squared_error
+from kinodit.launch.plan.watch import Watch
+from kinodit.models.mmdit import MMDiT
+from kinodit.trainer.parallel.apply import model_blocks
+from kinodit.trainer.parallel.deferred import initial_values, materialize
+from kinodit.trainer.parallel.remat import RematConfig, apply_remat
+
+MAX_DIFFERENCE = 0.01
+"""Of the most bytes at once: what a tracker keeps of a pass for itself."""
+WORKLOAD = families()["next_dit"]
+
+
+def model_under(mode: str) -> MMDiT:
+    with torch.device("meta"):
+        model = MMDiT(WORKLOAD.model)
+    apply_remat(RematConfig(mode), model_blocks(model))  # type: ignore[arg-type]
+    materialize(model, initial_values(0), torch.device("cpu"))
+    return model
+
+
+def storage_bytes(model: MMDiT) -> int:
+    storages = {
+        p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in model.parameters()
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_most_at_once_is_what_torch_s_tracker_says(mode: str) -> None:
+    """A forward and backward with its gradients, under each policy of recomputation."""
+    batch = pretended_pack(WORKLOAD)
+    model = model_under(mode)
+    watch = Watch()
+    watch.leave_out(model.parameters())
+    with watch:
+        squared_error(model(batch)).backward()
+    again = model_under(mode)
+    tracker = MemTracker()
+    tracker.track_external(again)
+    with tracker:
+        squared_error(again(batch)).backward()
+    totals = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    theirs = totals["Total"] - storage_bytes(again)
+    assert watch.peak() == pytest.approx(theirs, rel=MAX_DIFFERENCE)
+
+
+def test_what_is_kept_is_what_hooks_on_kept_tensors_see() -> None:
+    """At the end of a forward that recomputes nothing."""
+    batch = pretended_pack(WORKLOAD)
+    model = model_under("none")
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    given = [tokens.latents for tokens in batch.modalities.values()]
+    known |= {x.untyped_storage()._cdata for x in (*given, *batch.conditions.values())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with Watch() as watch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = squared_error(model(batch))
+        level = watch.level()
+    total = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in known)
+    assert loss.requires_grad
+    assert level == pytest.approx(total, rel=MAX_DIFFERENCE)

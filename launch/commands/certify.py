@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kinodit.trainer.certify.run import Row
+    from kinodit.trainer.certify.run import Case, Row
     from kinodit.trainer.certify.twin import Twin
     from kinodit.trainer.parallel.mesh import ParallelConfig
 
@@ -50,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="cuda: a device per rank, in bfloat16 alone (default: cpu)",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="every layout with compiled blocks, too, in float64: minutes for each the first time",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, too")
     parser.add_argument(
         "--certificate",
@@ -62,26 +68,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a table row by row; 1 if any layout differs."""
     from kinodit.trainer.certify.certificate import FILE, Certificate
-    from kinodit.trainer.certify.engines import ENGINES
-    from kinodit.trainer.certify.layouts import layout_name, lowest, num_ranks
-    from kinodit.trainer.certify.run import Case, certify
+    from kinodit.trainer.certify.layouts import layout_name, num_ranks
+    from kinodit.trainer.certify.run import certify
     from kinodit.trainer.certify.twin import twin
     from kinodit.trainer.config import load_config
 
     config = load_config(args.config, args.overrides)
     small = twin(config)
     layouts = chosen_layouts(args, small)
-    dtypes = ("float64", "bfloat16") if args.device == "cpu" else ("bfloat16",)
     _check_devices(args.device, max(map(num_ranks, layouts)))
-    engines = tuple(ENGINES) if args.engines == "all" else (args.engines,)
-    cases = [
-        Case(layout, dtype, engine)
-        for dtype in dtypes
-        for layout in (lowest(layouts) if _is_short(args, dtype) else layouts)
-        for engine in engines
-    ]
+    cases = cases_of(args, layouts)
     _print_twin(small)
-    width = max(len(layout_name(layout)) for layout in layouts)
+    width = max(len(_shown_name(layout_name(case.layout), case.variant)) for case in cases)
     print(
         f"{'layout':<{width}} {'dtype':<9} {'loss':>7} {'gradient':>8} {'weights':>8} {'noise':>6}"
     )
@@ -120,6 +118,31 @@ def chosen_layouts(args: argparse.Namespace, small: Twin) -> list[ParallelConfig
     return layouts
 
 
+def cases_of(args: argparse.Namespace, layouts: Sequence[ParallelConfig]) -> list[Case]:
+    """A case for each layout, format and engine; in a grid, every axis with its packs merged."""
+    from kinodit.trainer.certify.engines import ENGINES
+    from kinodit.trainer.certify.layouts import lowest, num_ranks
+    from kinodit.trainer.certify.run import Case, Variant
+
+    dtypes = ("float64", "bfloat16") if args.device == "cpu" else ("bfloat16",)
+    engines = tuple(ENGINES) if args.engines == "all" else (args.engines,)
+    found = [
+        Case(layout, dtype, engine)
+        for dtype in dtypes
+        for layout in (lowest(layouts) if _is_short(args, dtype) else layouts)
+        for engine in engines
+    ]
+    alone = [layout for layout in layouts if num_ranks(layout) == 2]
+    chosen: list[tuple[ParallelConfig, Variant]] = []
+    if args.layouts == "all":
+        chosen += [(layout, "merged") for layout in alone]
+    if args.compile:
+        chosen += [(layout, "compiled") for layout in layouts]
+    return found + [
+        Case(layout, dtypes[0], engine, variant) for layout, variant in chosen for engine in engines
+    ]
+
+
 def _is_short(args: argparse.Namespace, dtype: str) -> bool:
     """Whether degrees of 4 are left out: in the default grid, beside their proof in float64."""
     grid: bool = args.layouts == "all" and args.size == "default"
@@ -143,6 +166,10 @@ def _print_twin(small: Twin) -> None:
     print("data: 8 synthetic samples of odd lengths in 4 unequal packs a step, 3 steps")
 
 
+def _shown_name(layout: str, variant: str) -> str:
+    return f"{layout} {variant}" if variant else layout
+
+
 def _print_row(row: Row, width: int) -> None:
     known = row.verdict
     errors = ["-"] * 3
@@ -151,7 +178,8 @@ def _print_row(row: Row, width: int) -> None:
         errors = [f"{error:.0e}" for error in values]
     noise = "" if known is None or known.noise_ratio is None else f"{known.noise_ratio:.1f}x"
     print(
-        f"{row.layout:<{width}} {row.dtype:<9} {errors[0]:>7} {errors[1]:>8} {errors[2]:>8} "
+        f"{_shown_name(row.layout, row.variant):<{width}} {row.dtype:<9} "
+        f"{errors[0]:>7} {errors[1]:>8} {errors[2]:>8} "
         f"{noise:>6}  {'ok' if row.ok else 'DIFFERS'}"
     )
     for fault in row.faults:

@@ -282,6 +282,7 @@ def crowd(workload: Workload, parallel: ParallelConfig) -> Crowd:
         ring=parallel.ring,
         tp=parallel.tp,
         permuted=num_shares > 1 or workload.segments > 1,
+        segments=workload.segments,
     )
 
 

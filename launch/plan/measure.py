@@ -179,6 +179,7 @@ def planned_state(workload: Workload, parallel: ParallelConfig, index: int) -> S
 
 
 def squared_error(predictions: Predictions) -> Tensor:
+    """A loss: the mean squared distance of each stream from 1, summed over streams."""
     terms = []
     for prediction in predictions.values():
         wide = torch.promote_types(prediction.dtype, torch.float32)

@@ -23,6 +23,7 @@ class Crowd:
     held:     tokens in attention here: those of all ranks that exchange heads
     ulysses, ring, tp: degrees
     permuted: whether tokens are put into another order for attention
+    segments: samples of the pack, as if of equal lengths
     """
 
     whole: Mapping[str, int]
@@ -33,6 +34,7 @@ class Crowd:
     ring: int
     tp: int
     permuted: bool
+    segments: int = 1
 
     @property
     def num_own(self) -> int:
@@ -151,37 +153,38 @@ def _in_order(
     if crowd.ring == 1:
         out = attention(tape, q, k, v, sizes, head_dim)
     else:
-        out = _ring(tape, q, k, v, crowd.ring, sizes, head_dim)
+        out = _ring(tape, q, k, v, crowd, sizes, head_dim)
     return copy(tape, out) if crowd.permuted else out
 
 
 def _ring(
-    tape: Tape, q: Shadow, k: Shadow, v: Shadow, hops: int, sizes: Sizes, head_dim: int
+    tape: Tape, q: Shadow, k: Shadow, v: Shadow, crowd: Crowd, sizes: Sizes, head_dim: int
 ) -> Shadow:
     """`trainer/parallel/ring.py`: the own keys and values, those of one turn and of the next.
 
-    Each turn is an attention of its own: where those are kept, so are the partial results of all.
+    Each segment of each turn is an attention of its own: where those are kept, so are the partial
+    results of all.
     """
     rows = q.nbytes // (head_dim * sizes.item)
     wide, both = sizes.widened(q.nbytes), k.nbytes + v.nbytes
-    statistics = rows * sizes.wide
+    statistics, share = rows * sizes.wide, crowd.segments
     repeated = 2 * q.nbytes if k.nbytes < q.nbytes else 0
     total, lse = tape.new(wide), tape.new(statistics)
+    # A third turn stands for those after it, too.
+    turns = [1, 1, crowd.ring - 2][: min(crowd.ring, 3)]
     own = tape.new(both)
-    here, following = own, tape.new(both)
-    followed = min(hops, 3)
-    for hop in range(followed):
-        # The last one followed stands for those after it, too.
-        times = 1 if hop + 1 < followed else hops - hop
-        keys = tape.new(repeated)
-        part = tape.product(q.nbytes, statistics, times=times)
+    here = own
+    for turn, times in enumerate(turns):
+        following = tape.new(both if turn + 1 < len(turns) else 0)
+        keys = tape.new(repeated // share)
+        part = tape.product(q.nbytes // share, statistics // share, times=times * share)
         del keys
-        merged = tape.new(2 * statistics)
-        widened = tape.new(wide if sizes.is_narrow else 0)
-        made = tape.new(statistics)
-        tape.meter.made += (times - 1) * (repeated + widened.nbytes)
-        del part, merged, widened, made
-        here, following = following, tape.new(both if hop + 2 < followed else 0)
+        merged = [tape.new(statistics // share) for _ in range(2)]
+        widened = tape.new(wide // share if sizes.is_narrow else 0)
+        merged.append(tape.new(statistics // share))
+        tape.meter.made += (times * share - 1) * (repeated // share + widened.nbytes)
+        del part, merged, widened
+        here = following
     del here, following, own
     out = tape.new(q.nbytes) if sizes.is_narrow else total
     del total
@@ -189,14 +192,21 @@ def _ring(
     both_wide = sizes.widened(both)
 
     def back(grads: Grads, saved: list[Storage]) -> list[Storage | None]:
-        grad_q, total = tape.new(wide), tape.new(both_wide)
-        own = tape.new(both)
-        # In the middle: keys here and on their way, gradients made here, sent and on their way.
-        turns = min(hops, 3)
-        passing = [tape.new(both) for _ in range(turns - 1)]
-        returning = [tape.new(both_wide) for _ in range(3 if turns > 2 else 1)]
-        working = tape.new(repeated + q_size + (2 * q_size if repeated else both))
-        del own, passing, returning, working
+        grad_q, total, own = tape.new(wide), tape.new(both_wide), tape.new(both)
+        here, sent, coming = own, tape.new(0), tape.new(0)
+        for turn in range(len(turns)):
+            following = tape.new(both if turn + 1 < len(turns) else 0)
+            made = tape.new(both_wide if turn else 0)
+            keys = tape.new(repeated // share)
+            parts = [tape.new(q_size // share), tape.new((repeated or both) // share)]
+            del keys
+            summed = tape.new(sizes.widened(k_size) // share)
+            del parts, summed
+            if turn:
+                del coming
+                sent, coming = made, tape.new(both_wide)
+            here = following
+        del here, following, own, made, sent, coming
         if sizes.is_narrow:
             total, grad_q = tape.new(both), tape.new(q_size)
         assert total.nbytes == k_size + v_size

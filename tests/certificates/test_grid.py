@@ -54,11 +54,19 @@ def cases(small: Twin, size: str, name: str) -> list[Case]:
     everything = full_layouts(small.config.model, small.config.parallel, 8)
     if size == "full":
         exact = [Case(layout) for layout in everything]
+        exact += [Case(one, variant="merged") for one in everything if num_ranks(one) == 2]
         return exact + [Case(one, "bfloat16") for one in lowest(everything) if num_ranks(one) <= 4]
     upto4 = [layout for layout in everything if num_ranks(layout) <= 4]
     drawn = sampled(upto4, NUM_IN_CI, size, name)
     drawn += sampled([one for one in everything if one not in upto4], 1, size, f"{name} triples")
-    return [Case(layout) for layout in drawn] + [Case(drawn[0], "bfloat16")]
+    (merged,) = sampled(
+        [one for one in everything if num_ranks(one) == 2], 1, size, f"{name} merged"
+    )
+    return [
+        *(Case(layout) for layout in drawn),
+        Case(merged, variant="merged"),
+        Case(drawn[0], "bfloat16"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +88,12 @@ def test_layouts(name: str, size: str, kept: dict[str, list[dict[str, object]]])
         rows = [certifier(case) for case in cases(TWINS[name], size, name)]
     finally:
         certifier.close()
-    print(name, [(row.layout, row.dtype) for row in rows])
+    print(name, [(row.layout, row.dtype, row.variant) for row in rows])
     assert len(rows) > NUM_IN_CI
     wrong = [
-        (row.layout, row.dtype, row.faults, row.where, row.cause) for row in rows if not row.ok
+        (row.layout, row.dtype, row.variant, row.faults, row.where, row.cause)
+        for row in rows
+        if not row.ok
     ]
     assert not wrong
     kept[name] = [figures(row) for row in rows]
@@ -94,6 +104,7 @@ def figures(row: Row) -> dict[str, object]:
     return {
         "layout": row.layout,
         "dtype": row.dtype,
+        "variant": row.variant,
         "max_gradient_error": row.verdict.max_gradient_error,
         "parameter_error": row.verdict.parameter_error,
         "noise_ratio": row.verdict.noise_ratio,

@@ -45,7 +45,7 @@ from kinodit.trainer.certify.layouts import (
 )
 from kinodit.trainer.certify.modules import sum_of_squares
 from kinodit.trainer.certify.ranks import MAX_CASES
-from kinodit.trainer.certify.run import Row
+from kinodit.trainer.certify.run import Case, Row, Variant
 from kinodit.trainer.certify.trace import SLOTS_OF_PACKS, Trace, low_precision
 from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
@@ -171,6 +171,33 @@ def test_the_command_takes_the_size_of_the_grid(capsys: pytest.CaptureFixture[st
     assert all(layout.prefetch == 3 for layout in kept)
 
 
+def test_the_grid_merges_packs_and_compiles_where_asked() -> None:
+    recipe = str(ROOT / "configs" / "t2v_tiny.yaml")
+    small = twin(load_config(recipe))
+
+    def asked(*arguments: str) -> list[tuple[str, str, str]]:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        args = parser.parse_args([recipe, "--engines", "native", *arguments])
+        cases = command.cases_of(args, command.chosen_layouts(args, small))
+        return [(layout_name(one.layout), one.dtype, one.variant) for one in cases if one.variant]
+
+    axes = ["dp_replicate=2", "dp_shard=2", "cp=2", "cp=2,ring=2", "tp=2"]
+    assert asked() == [(layout, "float64", "merged") for layout in axes]
+    assert asked("--layouts", "tp=2") == []
+    assert asked("--layouts", "tp=2;cp=4", "--compile") == [
+        ("tp=2", "float64", "compiled"),
+        ("cp=4", "float64", "compiled"),
+    ]
+    assert asked("--layouts", "tp=2", "--compile", "--device", "cuda")[0][1] == "bfloat16"
+    merged, compiled = (
+        Case(ParallelConfig(tp=2), variant=variant).engine_config
+        for variant in ("merged", "compiled")
+    )
+    assert (merged.micro_batches, merged.compile) == (1, False)
+    assert (compiled.micro_batches, compiled.compile) == (0, True)
+
+
 def test_synthetic_packs_are_odd_and_depend_on_nothing_but_step_and_slot() -> None:
     made = twin(load_config(ROOT / "configs" / "t2v_tiny.yaml"))
 
@@ -263,9 +290,9 @@ def replace_gradient(trace: Trace, value: float) -> Trace:
     return trace
 
 
-def row(layout: str, ok: bool = True, dtype: str = "float64") -> Row:
+def row(layout: str, ok: bool = True, dtype: str = "float64", variant: Variant = "") -> Row:
     faults = () if ok else ("off",)
-    return Row(layout, dtype, 2, Verdict(0, 0, 0, 0, 0, faults), faults)
+    return Row(layout, dtype, 2, Verdict(0, 0, 0, 0, 0, faults), faults, variant=variant)
 
 
 def test_a_certificate_covers_axes_and_their_pairs(tmp_path: Path) -> None:
@@ -301,6 +328,20 @@ def test_a_row_that_is_run_again_speaks_for_itself(tmp_path: Path) -> None:
     Certificate.of(small, [row("tp=2", ok=False, dtype="bfloat16")]).save(path)
     document = json.loads(path.read_text())
     assert document["kinds"] == [] and len(document["rows"]) == 2
+
+
+def test_rows_of_variants_take_away_and_show_nothing_alone(tmp_path: Path) -> None:
+    small, path = twin(load_config(ROOT / "configs" / "t2v_tiny.yaml")), tmp_path / FILE
+
+    def kinds(*rows: Row) -> list[list[str]]:
+        Certificate.of(small, rows).save(path)
+        found: list[list[str]] = json.loads(path.read_text())["kinds"]
+        return found
+
+    assert kinds(row("tp=2", variant="merged"), row("tp=2", variant="compiled")) == []
+    assert kinds(row("tp=2")) == [["tp"]]
+    assert kinds(row("tp=2", ok=False, variant="compiled")) == []
+    assert len(json.loads(path.read_text())["rows"]) == 3
 
 
 @pytest.mark.parametrize("required", [False, True])

@@ -74,14 +74,15 @@ class Certificate:
         path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _case(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["layout"], row["engine"], row["dtype"]
+def _case(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return row["layout"], row["engine"], row["dtype"], row.get("variant", "")
 
 
 def shown_kinds(rows: Iterable[Mapping[str, Any]]) -> frozenset[Kinds]:
     """Kinds that rows show in float64, and that no row speaks against.
 
     A row that failed takes away its pair, or its axis if there is one alone, and not the parts.
+    Rows of merged packs or compiled blocks take away in the same way, and show nothing alone.
     """
     passed: set[Kinds] = set()
     failed: set[Kinds] = set()
@@ -90,7 +91,7 @@ def shown_kinds(rows: Iterable[Mapping[str, Any]]) -> frozenset[Kinds]:
         kinds = set(needed_kinds(layout))
         if not row["ok"]:
             failed |= {kind for kind in kinds if len(kind) == min(2, len(axes_of(layout)))}
-        elif row["dtype"] == "float64":
+        elif row["dtype"] == "float64" and not row.get("variant"):
             passed |= kinds
     return frozenset(passed - failed)
 

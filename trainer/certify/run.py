@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from kinodit.trainer.certify.band import NUM_PERTURBED, compare_in_band
 from kinodit.trainer.certify.cause import likely_cause
@@ -12,10 +13,18 @@ from kinodit.trainer.certify.engines import ENGINES
 from kinodit.trainer.certify.layouts import layout_name, num_ranks, with_degrees
 from kinodit.trainer.certify.probe import first_difference
 from kinodit.trainer.certify.ranks import RankError, Ranks
-from kinodit.trainer.certify.trace import NUM_STEPS, Trace, trace
+from kinodit.trainer.certify.trace import NATIVE, NUM_STEPS, Trace, trace
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
+from kinodit.trainer.engine.config import EngineConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
+
+Variant = Literal["", "merged", "compiled"]
+"""How an engine is run besides.
+
+merged:   all packs of a rank in one forward, where the reference adds gradients up pack by pack
+compiled: with `engine.compile`
+"""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,15 @@ class Case:
     layout: ParallelConfig
     dtype: str = "float64"
     engine: str = "native"
+    variant: Variant = ""
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """The engine, run as the variant says."""
+        engine = ENGINES[self.engine]
+        if self.variant == "merged":
+            return replace(engine, micro_batches=1)
+        return replace(engine, compile=True) if self.variant else engine
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,7 @@ class Row:
     where: str = ""
     cause: str = ""
     engine: str = "native"
+    variant: Variant = ""
 
     @property
     def ok(self) -> bool:
@@ -56,6 +75,7 @@ class Row:
         return {
             "layout": self.layout,
             "engine": self.engine,
+            "variant": self.variant,
             "dtype": self.dtype,
             "num_ranks": self.num_ranks,
             "max_gradient_error": known.max_gradient_error if known else None,
@@ -84,11 +104,10 @@ class Certifier:
 
     def __call__(self, case: Case) -> Row:
         """The row of one case."""
-        name, size = layout_name(case.layout), num_ranks(case.layout)
         try:
-            traces = self._run(case.layout, case.dtype, engine=case.engine)
+            traces = self._run(case.layout, case.dtype, engine=case.engine_config)
         except (RankError, TimeoutError) as error:
-            return Row(name, case.dtype, size, None, (str(error),), engine=case.engine)
+            return _row(case, None, (str(error),))
         reference = self._reference(case.dtype)
         if case.dtype == "float64":
             verdict = compare_traces(reference, traces)
@@ -97,7 +116,7 @@ class Certifier:
             reach = 2 * NUM_STEPS * self._twin.config.optim.lr
             verdict = compare_in_band(reference, rerun, traces, reach)
         if verdict.ok:
-            return Row(name, case.dtype, size, verdict, (), engine=case.engine)
+            return _row(case, verdict, ())
         return self._explained(case, verdict, reference, traces)
 
     def _explained(
@@ -105,23 +124,15 @@ class Certifier:
     ) -> Row:
         """The row of a case that differs, with the module where it begins to."""
         try:
-            probed = self._run(case.layout, "float64", probed=True, engine=case.engine)
+            probed = self._run(case.layout, "float64", probed=True, engine=case.engine_config)
         except (RankError, TimeoutError):
             where = None
         else:
             expected = self._reference("float64", probed=True).probes
             where = first_difference(expected, [one.probes for one in probed])
         cause = likely_cause(verdict.faults, reference.gradients, traces[0].gradients, where)
-        return Row(
-            layout_name(case.layout),
-            case.dtype,
-            num_ranks(case.layout),
-            verdict,
-            verdict.faults,
-            f"{where[1]} of {where[0]}" if where else "",
-            cause,
-            case.engine,
-        )
+        found = f"{where[1]} of {where[0]}" if where else ""
+        return _row(case, verdict, verdict.faults, found, cause)
 
     def _reference(self, dtype: str, perturbation: int = 0, probed: bool = False) -> Trace:
         key = (dtype, perturbation, probed)
@@ -136,7 +147,7 @@ class Certifier:
         dtype: str,
         perturbation: int = 0,
         probed: bool = False,
-        engine: str = "native",
+        engine: EngineConfig = NATIVE,
     ) -> list[Trace]:
         size = num_ranks(layout)
         if size not in self._groups:
@@ -151,7 +162,7 @@ class Certifier:
                 perturbation,
                 probed,
                 self._device,
-                ENGINES[engine],
+                engine,
             )
         except (RankError, TimeoutError):
             # The group is closed; the next case of this size gets a new one.
@@ -163,6 +174,22 @@ class Certifier:
         """Stop all processes."""
         for group in self._groups.values():
             group.close()
+
+
+def _row(
+    case: Case, verdict: Verdict | None, faults: tuple[str, ...], where: str = "", cause: str = ""
+) -> Row:
+    return Row(
+        layout_name(case.layout),
+        case.dtype,
+        num_ranks(case.layout),
+        verdict,
+        faults,
+        where,
+        cause,
+        case.engine,
+        case.variant,
+    )
 
 
 def certify(twin: Twin, cases: Sequence[Case], device: str = "cpu") -> Iterator[Row]:

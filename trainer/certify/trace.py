@@ -96,7 +96,7 @@ def trace(
     dtype:        "float64" or "bfloat16"
     perturbation: above 0, every number of the input is moved by one rounding unit of bfloat16, up
                   or down as this number decides
-    engine_config: which engine, and its settings
+    engine_config: which engine, and its settings, compilation and micro-batches among them
     """
     config = twin.config
     precision = FLOAT64 if dtype == "float64" else low_precision(config.precision)
@@ -137,7 +137,14 @@ def trace(
     for number in range(1 if probed else NUM_STEPS):
         batches = [
             _perturbed(pack, perturbation)
-            for pack in _batches(twin, number, mesh.dp_index, mesh.dp_size, precision.params_dtype)
+            for pack in _batches(
+                twin,
+                number,
+                mesh.dp_index,
+                mesh.dp_size,
+                precision.params_dtype,
+                engine_config.micro_batches,
+            )
         ]
         with _recorded_gradients(engine, found.gradients if number == 0 else None):
             result = step(number, batches, config.optim.lr)
@@ -182,11 +189,17 @@ def _perturbed(pack: TokenBatch, perturbation: int) -> TokenBatch:
 
 
 def _batches(
-    twin: Twin, step: int, dp_index: int, dp_size: int, dtype: torch.dtype
+    twin: Twin, step: int, dp_index: int, dp_size: int, dtype: torch.dtype, micro_batches: int
 ) -> list[TokenBatch]:
-    """The packs of one data-parallel rank, with as many filler packs as it takes."""
+    """The packs of one data-parallel rank, with as many filler packs as it takes.
+
+    Merged into `micro_batches`, as a recipe may ask; 0: as they are.
+    """
     own: list[Sequence[int]] = list(itertools.islice(SLOTS_OF_PACKS, dp_index, None, dp_size))
     own += [()] * (-(-len(SLOTS_OF_PACKS) // dp_size) - len(own))
+    if micro_batches:
+        size = -(-len(own) // micro_batches)
+        own = [tuple(itertools.chain(*own[i : i + size])) for i in range(0, len(own), size)]
     return [synthetic_pack(step, slots, twin.streams, twin.conditions, dtype) for slots in own]
 
 

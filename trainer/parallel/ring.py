@@ -180,10 +180,8 @@ class _Ring(torch.autograd.Function):
         lse_mH = q.new_full(q.shape[:2], -math.inf, dtype=wide)
         for there, kv in _passing(torch.stack((k, v)), layout, hop, group):
             for pair in pairs(layout, hop, there):
-                q_i, k_i, v_i = _call_shapes(pair.rows(q), *map(pair.pick, kv.unbind()))
-                part, part_lse = flash.forward(q_i, k_i, v_i)
-                part, part_lse = part.squeeze(0).transpose(0, 1), part_lse.squeeze(0).t()
-                _merge(pair.rows(out), pair.rows(lse_mH), part, part_lse)
+                _attend(flash, pair, q, kv, out, lse_mH)
+            del kv  # before those after the next are given room
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse_mH)
         ctx.layout, ctx.hop, ctx.group = layout, hop, group
@@ -201,18 +199,41 @@ class _Ring(torch.autograd.Function):
         for there, kv in _passing(torch.stack((k, v)), layout, hop, group):
             made = own if there == hop else kv.new_zeros(kv.shape, dtype=wide)
             for pair in pairs(layout, hop, there):
-                q_i, k_i, v_i = _call_shapes(pair.rows(q), *map(pair.pick, kv.unbind()))
-                grad_i, out_i = (pair.rows(x).transpose(0, 1).unsqueeze(0) for x in (grad, out))
-                lse_i = pair.rows(lse_mH).t().unsqueeze(0)
-                parts = flash.backward(grad_i, q_i, k_i, v_i, out_i, lse_i)
-                pair.rows(grad_q).add_(parts[0].squeeze(0).transpose(0, 1))
-                for total, part in zip(made.unbind(), parts[1:], strict=True):
-                    by_query_head = part.squeeze(0).transpose(0, 1).unflatten(1, (k.shape[1], -1))
-                    pair.add(total, by_query_head.sum(2, dtype=wide))
+                _attend_backward(flash, pair, grad, q, kv, out, lse_mH, grad_q, made)
+            del kv
             returning.send(there, made)
+            del made
         returning.add()
         grad_k, grad_v = own.to(k.dtype).unbind()
         return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
+
+
+def _attend(flash: Flash, pair: Pair, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge the attention of one pair into `out` and `lse`, and free what it took."""
+    part, part_lse = flash.forward(*_call_shapes(pair, q, kv))
+    part, part_lse = part.squeeze(0).transpose(0, 1), part_lse.squeeze(0).t()
+    _merge(pair.rows(out), pair.rows(lse), part, part_lse)
+
+
+def _attend_backward(
+    flash: Flash,
+    pair: Pair,
+    grad: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_q: Tensor,
+    grad_kv: Tensor,
+) -> None:
+    """Add the gradients of one pair to `grad_q` [m, H, D] and `grad_kv` [2, m_r, K, D]."""
+    grad_i, out_i = (pair.rows(x).transpose(0, 1).unsqueeze(0) for x in (grad, out))
+    lse_i = pair.rows(lse).t().unsqueeze(0)
+    of_q, *of_kv = flash.backward(grad_i, *_call_shapes(pair, q, kv), out_i, lse_i)
+    pair.rows(grad_q).add_(of_q.squeeze(0).transpose(0, 1))
+    for total, part in zip(grad_kv.unbind(), of_kv, strict=True):
+        by_query_head = part.squeeze(0).transpose(0, 1).unflatten(1, (kv.shape[2], -1))
+        pair.add(total, by_query_head.sum(2, dtype=total.dtype))
 
 
 def _passing(
@@ -274,8 +295,9 @@ class _Returning:
         self._coming = None
 
 
-def _call_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[L, H, D] and [L, K, D] -> [1, H, L, D] each: key/value heads repeated for their queries."""
+def _call_shapes(pair: Pair, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A pair's rows as [1, H, L, D] each: key/value heads repeated for their queries."""
+    q, k, v = pair.rows(q), *map(pair.pick, kv.unbind())
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))

@@ -86,6 +86,34 @@ def test_ranks_hold_and_receive_what_was_planned(
         assert one.nbytes == pytest.approx(mean, rel=1e-9 if exact else 0.01), label
 
 
+def peaks(
+    rank: int, world_size: int, parallel: ParallelConfig, mode: str, compute: str
+) -> dict[str, int]:
+    remat = RematConfig(mode)  # type: ignore[arg-type]
+    return {
+        name: measure(rank, world_size, workload, parallel, remat, compute).peak
+        for name, workload in FAMILIES.items()
+    }
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("ring", [2, 4])
+def test_ranks_of_a_ring_hold_the_activations_that_were_planned(
+    ranks: dict[int, Ranks], ring: int, mode: str, compute: str
+) -> None:
+    """The fullest rank within 5 %, for each family."""
+    parallel = ParallelConfig(dp_shard=1, cp=ring, ring=ring)
+    found = ranks[ring].run(peaks, parallel, mode, compute)
+    item = 2 if compute == "bfloat16" else 4
+    remat = RematConfig(mode)  # type: ignore[arg-type]
+    for name, workload in FAMILIES.items():
+        most = max(measured[name] for measured in found)
+        planned = planned_peak(workload, parallel, remat, item)
+        assert planned == pytest.approx(most, rel=0.05), name
+
+
 def test_the_largest_shards_are_the_first_rank_s() -> None:
     weights = Weights(FAMILIES["flux"].model)
     states = [weights.state(ParallelConfig(dp_shard=7), 4, 1, rank) for rank in range(7)]

@@ -1,4 +1,4 @@
-"""The counter that plans are held to, held to torch's own: MemTracker, and hooks on kept tensors."""
+"""The counter that plans are held to is held to torch's own, and to hooks on kept tensors."""
 
 from __future__ import annotations
 

@@ -86,8 +86,12 @@ class Watch(TorchDispatchMode):
         return made
 
 
-FSDP_FILES = ("_fully_shard/_fsdp_collectives.py", "_fully_shard/_fsdp_param.py")
-"""Where FSDP2 handles parameters and gradients, and never activations."""
+FSDP_FILES = (
+    "_fully_shard/_fsdp_collectives.py",
+    "_fully_shard/_fsdp_param.py",
+    "kinodit/trainer/parallel/shard.py",
+)
+"""Where FSDP2, and what sends its messages, handles parameters and gradients, never activations."""
 
 
 def _is_of_fsdp() -> bool:

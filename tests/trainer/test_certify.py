@@ -173,7 +173,7 @@ def test_the_command_takes_the_size_of_the_grid(capsys: pytest.CaptureFixture[st
 
 def test_the_grid_merges_packs_and_compiles_where_asked() -> None:
     recipe = str(ROOT / "configs" / "t2v_tiny.yaml")
-    small = twin(load_config(recipe))
+    small = twin(load_config(Path(recipe)))
 
     def asked(*arguments: str) -> list[tuple[str, str, str]]:
         parser = argparse.ArgumentParser()

@@ -15,8 +15,10 @@ from kinodit.trainer.parallel.apply import model_blocks
 from kinodit.trainer.parallel.deferred import initial_values, materialize
 from kinodit.trainer.parallel.remat import RematConfig, apply_remat
 
-MAX_DIFFERENCE = 0.01
-"""Of the most bytes at once: what a tracker keeps of a pass for itself."""
+MAX_DIFFERENCE = 0.02
+"""Of the most bytes at once: torch's tracker lets go of one tensor of a block later."""
+MAX_KEPT_DIFFERENCE = 0.005
+"""Of what is kept: a loss, and what the model derives from the batch."""
 WORKLOAD = families()["next_dit"]
 
 
@@ -67,9 +69,11 @@ def test_what_is_kept_is_what_hooks_on_kept_tensors_see() -> None:
         kept[x.untyped_storage()._cdata] = x
         return x
 
-    with Watch() as watch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    watch = Watch()
+    watch.leave_out(model.parameters())
+    with watch, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = squared_error(model(batch))
         level = watch.level()
     total = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in known)
     assert loss.requires_grad
-    assert level == pytest.approx(total, rel=MAX_DIFFERENCE)
+    assert level == pytest.approx(total, rel=MAX_KEPT_DIFFERENCE)

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 from goals import Row, show
-from pretended import pretended_group
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kinodit.launch.topology import pretended_group
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.models.presets import PRESETS
 from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch, build_layout

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from goals import Row, show
-from pretended import pretended_group
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
+from kinodit.launch.topology import pretended_group
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.models.presets import PRESETS
 from kinodit.trainer.optim import OptimConfig, build_optimizer
@@ -83,9 +83,8 @@ def state_bytes(config: MMDiTConfig, parallel: ParallelConfig, rank: int = 0) ->
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             optimizer = build_optimizer(OptimConfig(), model)
-            moments = list(optimizer.state().values())
-            counts = [state["step"] for state in optimizer.adamw.state.values()]
-            return storage_bytes([*model.parameters(), *moments, *counts])
+            optimizer.state()  # made when it is first asked for
+            return storage_bytes([*model.parameters(), *optimizer.tensors()])
 
 
 def rows_of(preset: str, config: MMDiTConfig, layouts: Sequence[str]) -> Iterator[Row]:

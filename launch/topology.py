@@ -208,6 +208,8 @@ def pretended_group(rank: int, world_size: int) -> Iterator[None]:
     Raises:
         UserError: this process is in a process group already.
     """
+    import torch.distributed as dist
+
     if dist.is_initialized():
         raise UserError("a dry run needs a process of its own: this one is in a process group")
     if world_size == 1:

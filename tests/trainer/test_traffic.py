@@ -12,8 +12,8 @@ from kinodit.models.config import StreamConfig
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.apply import PrecisionConfig, model_blocks
-from kinodit.trainer.parallel.balance import part_sent
 from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.pairs import part_sent
 from kinodit.trainer.parallel.sequence import Place, pieces_of
 from kinodit.trainer.parallel.traffic import Traffic, note, others_share
 from kinodit.trainer.parallel.volume import Formats, Volume, Work, least, weights_of

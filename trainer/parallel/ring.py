@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kinodit.trainer.parallel.balance import Pieces, Rows, keys_sent
 from kinodit.trainer.parallel.collectives import Transfer
+from kinodit.trainer.parallel.pairs import Pieces, Rows, keys_sent
 from kinodit.trainer.parallel.sequence import CutLayout
 
 RING = "ring"
@@ -297,11 +297,11 @@ class _Returning:
 
 def _call_shapes(pair: Pair, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A pair's rows as [1, H, L, D] each: key/value heads repeated for their queries."""
-    q, k, v = pair.rows(q), *map(pair.pick, kv.unbind())
+    k, v = (pair.pick(x) for x in kv.unbind())
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (pair.rows(q), k, v))
     return q, k, v
 
 

@@ -80,7 +80,7 @@ class Work:
     runs:   forwards of each block in a pass: 2 where the backward computes it again, since what
             was received is not kept
     seen:   of the keys that the ranks of a ring have of each other, the part that queries of the
-            other rank see (`trainer/parallel/balance.py`)
+            other rank see (`trainer/parallel/pairs.py`)
     """
 
     model: MMDiTConfig

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     _check_devices(args.device, max(map(num_ranks, layouts)))
     cases = cases_of(args, layouts)
     _print_twin(small)
-    width = max(len(_shown_name(layout_name(case.layout), case.variant)) for case in cases)
+    width = max(len(_shown_name(layout_name(case.layout), case)) for case in cases)
     print(
         f"{'layout':<{width}} {'dtype':<9} {'loss':>7} {'gradient':>8} {'weights':>8} {'noise':>6}"
     )
@@ -166,8 +166,9 @@ def _print_twin(small: Twin) -> None:
     print("data: 8 synthetic samples of odd lengths in 4 unequal packs a step, 3 steps")
 
 
-def _shown_name(layout: str, variant: str) -> str:
-    return f"{layout} {variant}" if variant else layout
+def _shown_name(layout: str, one: Case | Row) -> str:
+    engine = "" if one.engine == "native" else one.engine
+    return " ".join(filter(None, (layout, engine, one.variant)))
 
 
 def _print_row(row: Row, width: int) -> None:
@@ -178,7 +179,7 @@ def _print_row(row: Row, width: int) -> None:
         errors = [f"{error:.0e}" for error in values]
     noise = "" if known is None or known.noise_ratio is None else f"{known.noise_ratio:.1f}x"
     print(
-        f"{_shown_name(row.layout, row.variant):<{width}} {row.dtype:<9} "
+        f"{_shown_name(row.layout, row):<{width}} {row.dtype:<9} "
         f"{errors[0]:>7} {errors[1]:>8} {errors[2]:>8} "
         f"{noise:>6}  {'ok' if row.ok else 'DIFFERS'}"
     )

@@ -41,9 +41,9 @@ class Contender:
 Pair = tuple[Contender, Contender]
 
 
-def depth(num_tokens: int) -> int:
-    """Blocks: fewer where one is costly."""
-    return 4 if num_tokens <= 1024 else 2
+def depth(num_tokens: int, kinds: int = 1) -> int:
+    """Blocks of each of `kinds` kinds: few, since blocks repeat, and fewer where one is costly."""
+    return max(1, (2 if num_tokens <= 1024 else 1) // kinds)
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def sd3_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
 
 def flux_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
     """FLUX: half of its blocks joint, half single."""
-    half = depth(num_tokens) // 2
+    half = depth(num_tokens, 2)
     theirs = FluxTransformer2DModel(
         in_channels=64,
         num_layers=half,
@@ -149,7 +149,7 @@ def flux_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
 
 def hunyuan_pair(num_tokens: int, dtype: torch.dtype) -> Pair:
     """HunyuanVideo, on FRAMES latent frames."""
-    half = depth(num_tokens) // 2
+    half = depth(num_tokens, 2)
     theirs = HunyuanVideoTransformer3DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_DIM,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kinodit.trainer.certify.run import Case, Row
     from kinodit.trainer.certify.twin import Twin
+    from kinodit.trainer.config import RunConfig
     from kinodit.trainer.parallel.mesh import ParallelConfig
 
 HELP = (
@@ -43,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes at most, for --layouts all (default: 4; 8 for --size full)",
     )
     parser.add_argument(
-        "--engines", choices=("native", "all"), default="all", help="engines (default: all)"
+        "--engines",
+        default="own",
+        help='"own" (the recipe\'s), "all" that are installed, or a list such as "native,zero3" '
+        "(default: own)",
     )
     parser.add_argument(
         "--device",
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     small = twin(config)
     layouts = chosen_layouts(args, small)
     _check_devices(args.device, max(map(num_ranks, layouts)))
-    cases = cases_of(args, layouts)
+    cases = cases_of(args, layouts, small.config)
     _print_twin(small)
     width = max(len(_shown_name(layout_name(case.layout), case)) for case in cases)
     print(
@@ -118,14 +122,23 @@ def chosen_layouts(args: argparse.Namespace, small: Twin) -> list[ParallelConfig
     return layouts
 
 
-def cases_of(args: argparse.Namespace, layouts: Sequence[ParallelConfig]) -> list[Case]:
-    """A case for each layout, format and engine; in a grid, every axis with its packs merged."""
-    from kinodit.trainer.certify.engines import ENGINES
+def cases_of(
+    args: argparse.Namespace, layouts: Sequence[ParallelConfig], config: RunConfig
+) -> list[Case]:
+    """A case for each layout, format and engine; in a grid, every axis with its packs merged.
+
+    What an engine refuses is left out.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    from kinodit.models.errors import ConfigError
+    from kinodit.trainer.certify.engines import can_have, chosen_engines
     from kinodit.trainer.certify.layouts import lowest, num_ranks
     from kinodit.trainer.certify.run import Case, Variant
 
     dtypes = ("float64", "bfloat16") if args.device == "cpu" else ("bfloat16",)
-    engines = tuple(ENGINES) if args.engines == "all" else (args.engines,)
+    engines = chosen_engines(args.engines, config.engine)
     found = [
         Case(layout, dtype, engine)
         for dtype in dtypes
@@ -138,9 +151,13 @@ def cases_of(args: argparse.Namespace, layouts: Sequence[ParallelConfig]) -> lis
         chosen += [(layout, "merged") for layout in alone]
     if args.compile:
         chosen += [(layout, "compiled") for layout in layouts]
-    return found + [
+    found += [
         Case(layout, dtypes[0], engine, variant) for layout, variant in chosen for engine in engines
     ]
+    left = [case for case in found if can_have(case.engine_config, case.layout, config)]
+    if not left:
+        raise ConfigError(f"--engines {args.engines}: none of them has any of these layouts")
+    return left
 
 
 def _is_short(args: argparse.Namespace, dtype: str) -> bool:

@@ -1,4 +1,4 @@
-"""`kinodit checkpoint ls|inspect|verify|prune`: what a run has saved, and whether it is good."""
+"""`kinodit checkpoint VERB`: what a run has saved, is it good; to DeepSpeed and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from kinodit.models.errors import UserError
 
-HELP = "List, describe, check and thin out the checkpoints of a run."
+HELP = "List, describe, check, thin out, export and import the checkpoints of a run."
 BROKEN = 1
 
 
@@ -35,6 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--quarantine", action="store_true", help="empty the quarantine, too")
     verb.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     verb.set_defaults(act=_prune)
+    verb = verbs.add_parser("export", help="write one as a DeepSpeed universal checkpoint")
+    verb.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, or a run (its newest)")
+    verb.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    verb.set_defaults(act=_export)
+    verb = verbs.add_parser("import", help="begin a run from a DeepSpeed universal checkpoint")
+    verb.add_argument("path", type=Path, metavar="UNIVERSAL", help="the folder that holds zero/")
+    verb.add_argument("config", type=Path, metavar="CONFIG", help="the recipe of the run")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    verb.add_argument("--steps", type=int, metavar="N", help="updates behind it, if it cannot say")
+    verb.set_defaults(act=_import)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,6 +112,23 @@ def _prune(args: argparse.Namespace) -> int:
         if not args.dry_run:
             shutil.rmtree(path)
         print(f"{disk.QUARANTINE}/{path.name}  {size:>10}  {removed}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from kinodit.trainer.checkpoint.universal import export_universal
+
+    path = _chosen(args.path)[-1]
+    print(f"{export_universal(path, args.out)} parameters of {path.name} are in {args.out}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from kinodit.trainer.config import load_config
+    from kinodit.trainer.importing import import_universal
+
+    path = import_universal(args.path, load_config(args.config, args.overrides), args.steps)
+    print(f"{path}: kinodit train {args.config} goes on from it")
     return 0
 
 

@@ -151,7 +151,8 @@ RULES: list[tuple[str, tuple[str, ...], frozenset[str], Rule, str]] = [
     (
         "one reader of launchers' variables",
         EVERYWHERE,
-        frozenset({"launch/topology.py"}),
+        # DeepSpeed reads one itself, and has to find it.
+        frozenset({"launch/topology.py", "trainer/engine/deepspeed/library.py"}),
         launcher_variables,
         "rank = int(env['SLURM_PROCID'])",
     ),

@@ -179,7 +179,7 @@ def test_the_grid_merges_packs_and_compiles_where_asked() -> None:
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         args = parser.parse_args([recipe, "--engines", "native", *arguments])
-        cases = command.cases_of(args, command.chosen_layouts(args, small))
+        cases = command.cases_of(args, command.chosen_layouts(args, small), small.config)
         return [(layout_name(one.layout), one.dtype, one.variant) for one in cases if one.variant]
 
     axes = ["dp_replicate=2", "dp_shard=2", "cp=2", "cp=2,ring=2", "tp=2"]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import kinodit
+from kinodit.trainer.certify.engines import certified_as
 from kinodit.trainer.certify.layouts import KINDS, layout_name, parse_layouts, with_degrees
 from kinodit.trainer.certify.run import Row
 from kinodit.trainer.certify.trace import low_precision
@@ -34,6 +35,7 @@ SOURCES = (
     "models/diffusion/*.py",
     "trainer/parallel/*.py",
     "trainer/engine/*.py",
+    "trainer/engine/*/*.py",
     "trainer/step.py",
     "trainer/ema.py",
     "trainer/optim/*.py",
@@ -46,7 +48,10 @@ Kinds = frozenset[str]
 
 @dataclass(frozen=True)
 class Certificate:
-    """key: of what it is valid for; kinds: axes, alone and in pairs; rows: what was measured."""
+    """key: of what it is valid for; rows: what was measured.
+
+    kinds: axes, alone and in pairs, that rows of the native engine show
+    """
 
     key: str
     kinds: frozenset[Kinds]
@@ -57,6 +62,10 @@ class Certificate:
         """The certificate of what these rows show."""
         plain = tuple(row.to_json() for row in rows)
         return cls(key_of(small), shown_kinds(plain), plain)
+
+    def shown_by(self, engine: str) -> frozenset[Kinds]:
+        """What rows of one engine show: each speaks for itself alone."""
+        return self.kinds if engine == "native" else shown_kinds(self.rows, engine)
 
     def save(self, path: Path) -> None:
         """Write it to `path`, together with what one of the same key there says already."""
@@ -78,8 +87,8 @@ def _case(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return row["layout"], row["engine"], row["dtype"], row.get("variant", "")
 
 
-def shown_kinds(rows: Iterable[Mapping[str, Any]]) -> frozenset[Kinds]:
-    """Kinds that rows show in float64, and that no row speaks against.
+def shown_kinds(rows: Iterable[Mapping[str, Any]], engine: str = "native") -> frozenset[Kinds]:
+    """Kinds that an engine's rows show in float64, and that none of them speaks against.
 
     A row that failed takes away its pair, or its axis if there is one alone, and not the parts.
     Rows of merged packs or compiled blocks take away in the same way, and show nothing alone.
@@ -87,6 +96,8 @@ def shown_kinds(rows: Iterable[Mapping[str, Any]]) -> frozenset[Kinds]:
     passed: set[Kinds] = set()
     failed: set[Kinds] = set()
     for row in rows:
+        if row["engine"] != engine:
+            continue
         (layout,) = parse_layouts(row["layout"], ParallelConfig())
         kinds = set(needed_kinds(layout))
         if not row["ok"]:
@@ -130,7 +141,7 @@ def _plain(part: Any) -> Any:
 
 
 def uncertified(config: RunConfig, world_size: int) -> str:
-    """The layout of this launch as an argument of `kinodit certify`; "" if it is certified.
+    """The layout of this launch as `kinodit certify --layouts` takes it; "" if it is certified.
 
     Certificates are looked for in the run's folder and among those that come with the recipes.
     """
@@ -146,7 +157,7 @@ def uncertified(config: RunConfig, world_size: int) -> str:
     key = key_of(twin(config))
     for certificate in _certificates(config.run.folder):
         if certificate.key == key:
-            needed -= certificate.kinds
+            needed -= certificate.shown_by(certified_as(config.engine))
     return layout_name(_smallest(layout)) if needed else ""
 
 

@@ -4,10 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kinodit.trainer.engine.config import EngineConfig, MegatronConfig, NativeConfig
+from kinodit.models.errors import ConfigError
+from kinodit.trainer.certify.layouts import num_ranks
+from kinodit.trainer.config import RunConfig
+from kinodit.trainer.engine.config import (
+    DeepSpeedConfig,
+    EngineConfig,
+    MegatronConfig,
+    NativeConfig,
+)
+from kinodit.trainer.engine.refusals import Wish, is_missing, refusal
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
 
 ENGINES: Mapping[str, EngineConfig] = {
     "native": NativeConfig(),
+    "zero1": DeepSpeedConfig(stage=1),
+    "zero2": DeepSpeedConfig(stage=2),
+    "zero3": DeepSpeedConfig(stage=3),
     "megatron": MegatronConfig(),
     "megatron-no-sp": MegatronConfig(sequence_parallel=False),
 }
+
+
+def certified_as(engine: EngineConfig) -> str:
+    """The key of ENGINES that stands for a recipe's engine."""
+    if isinstance(engine, DeepSpeedConfig):
+        return f"zero{engine.stage}"
+    if isinstance(engine, MegatronConfig) and not engine.sequence_parallel:
+        return "megatron-no-sp"
+    return engine.name
+
+
+def chosen_engines(text: str, own: EngineConfig) -> list[str]:
+    """Keys of ENGINES from "own", "all" (that are installed) or a list such as "native,zero3".
+
+    Raises:
+        ConfigError: there is no such engine.
+    """
+    if text == "own":
+        return [certified_as(own)]
+    if text == "all":
+        return [name for name, engine in ENGINES.items() if not is_missing(engine.name)]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown or not names:
+        raise ConfigError(f"--engines {text!r}: there is {', '.join(ENGINES)}, or all, or own")
+    return names
+
+
+def can_have(engine: EngineConfig, layout: ParallelConfig, config: RunConfig) -> bool:
+    """Whether an engine has this layout at all, whose dp_shard is given."""
+    size = num_ranks(layout)
+    wish = Wish(engine, config.optim, layout, PrecisionConfig(), config.remat, size)
+    return refusal(wish) == ""

@@ -16,12 +16,14 @@ from kinodit.trainer.parallel.table import assign_splits, check_heads, mmdit_tab
 
 DEGREES = ("dp_replicate", "dp_shard", "cp", "ring", "tp")
 """The axes of the mesh, as they are called in a recipe."""
+ALONE = "1"
+"""The layout of one process."""
 
 
 def layout_name(layout: ParallelConfig) -> str:
     """For instance "dp_shard=2,cp=2": the degrees above 1."""
     degrees = {name: getattr(layout, name) for name in DEGREES}
-    return ",".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1) or "1"
+    return ",".join(f"{name}={degree}" for name, degree in degrees.items() if degree > 1) or ALONE
 
 
 def num_ranks(layout: ParallelConfig) -> int:
@@ -30,7 +32,7 @@ def num_ranks(layout: ParallelConfig) -> int:
 
 
 def parse_layouts(text: str, base: ParallelConfig) -> list[ParallelConfig]:
-    """Layouts from "cp=2;dp_shard=2,cp=2"; what is not named is 1, other settings are `base`'s.
+    """Layouts from "1;cp=2;dp_shard=2,cp=2"; what is not named is 1, other settings are `base`'s.
 
     Raises:
         ConfigError: an axis that does not exist, a degree that is no number, no layout at all.
@@ -38,7 +40,7 @@ def parse_layouts(text: str, base: ParallelConfig) -> list[ParallelConfig]:
     layouts = []
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         degrees = {}
-        for item in part.split(","):
+        for item in part.split(",") if part != ALONE else ():
             name, _, value = item.partition("=")
             if name.strip() not in DEGREES:
                 raise ConfigError(f"layout {part!r}: there is no axis {name.strip()!r}; {DEGREES}")

@@ -44,7 +44,6 @@ class DeepSpeedConfig(EngineConfig):
                        backward gathers them nearby (ZeRO++, arXiv 2306.10209, section 3.2); 1: none
     offload_optimizer: where optimizer state lives and updates run
     offload_params:    where the partitions of parameters live (stage 3)
-    nvme_path:         folder on a local NVMe disk, for what is offloaded there
     extra:             further keys of DeepSpeed's own JSON config; none that follow from the recipe
     """
 
@@ -53,7 +52,6 @@ class DeepSpeedConfig(EngineConfig):
     hpz: int = 1
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_params: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig, MegatronConfig
+from kinodit.trainer.engine.zero_config import conflict
 from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.float8 import float8_refusal
@@ -62,9 +63,14 @@ def check_library(name: str) -> None:
     Raises:
         MissingExtraError: with how to get it.
     """
-    module, library = LIBRARIES.get(name, ("", ""))
-    if module and importlib.util.find_spec(module) is None:
-        raise MissingExtraError(library, name, f"engine.name={name}")
+    if is_missing(name):
+        raise MissingExtraError(LIBRARIES[name][1], name, f"engine.name={name}")
+
+
+def is_missing(name: str) -> bool:
+    """Whether the library behind the engine `name` is not installed."""
+    known = LIBRARIES.get(name)
+    return known is not None and importlib.util.find_spec(known[0]) is None
 
 
 def _products_of(engine: EngineConfig) -> str:
@@ -100,13 +106,19 @@ def _of_deepspeed(engine: DeepSpeedConfig, wish: Wish) -> str:
         )
     if parallel.cpu_offload:
         return (
-            "parallel.cpu_offload=true moves FSDP2's parameters; with engine.name=deepspeed set "
-            "engine.offload_optimizer or engine.offload_params instead"
+            "engine.offload_optimizer or offload_params=nvme: checkpoints and averages cannot "
+            "reach what DeepSpeed has put on a disk; offload to cpu"
         )
     if engine.compile:
         return (
             "engine.compile=true with engine.name=deepspeed: ZeRO's hooks inside blocks break the "
             "compiled graph; set engine.compile=false, or engine.name=native"
+        )
+    if wish.optim.name != "adamw":
+        return (
+            f"optim.name={wish.optim.name} with engine.name=deepspeed: ZeRO updates flat "
+            "partitions, in which a matrix has no rows and columns, and keeps two moments of each; "
+            "set optim.name=adamw, or engine.name=native"
         )
     return _of_partitions(engine, wish)
 
@@ -121,14 +133,22 @@ def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
                 )
     _, shard = wish.parallel.resolve(wish.world_size)
     num_ranks = shard * wish.parallel.cp
+    if engine.hpz > 1 and wish.parallel.tp > 1:
+        return (
+            f"engine.hpz={engine.hpz} with parallel.tp={wish.parallel.tp}: DeepSpeed keeps second "
+            "copies among neighbouring ranks, and those are tp ranks; set engine.hpz=1"
+        )
     if num_ranks % engine.hpz:
         return (
             f"engine.hpz={engine.hpz} does not divide the {num_ranks} ranks that parameters are "
             "partitioned over (parallel.dp_shard x cp)"
         )
-    if "nvme" in (engine.offload_optimizer, engine.offload_params) and not engine.nvme_path:
-        return "offloading to nvme needs engine.nvme_path, a folder on a local disk"
-    return ""
+    if "nvme" in (engine.offload_optimizer, engine.offload_params):
+        return (
+            "engine.offload_optimizer or offload_params=nvme: checkpoints and averages cannot "
+            "reach what DeepSpeed has put on a disk; offload to cpu"
+        )
+    return conflict(engine, wish.precision)
 
 
 def _offloads_params(engine: DeepSpeedConfig) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kinodit.trainer.optim.base import Group
 from kinodit.trainer.optim.config import OptimConfig
@@ -63,7 +63,7 @@ class AdamW:
         """See `Optimizer`."""
         return [tensor for state in self.adamw.state.values() for tensor in state.values()]
 
-    def initialised(self, parameter: nn.Parameter) -> dict[str, Any]:
+    def initialised(self, parameter: Tensor) -> dict[str, Any]:
         """torch's state of a parameter, as zeros if there is none yet."""
         state: dict[str, Any] = self.adamw.state[parameter]
         if not state:

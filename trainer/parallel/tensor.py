@@ -73,7 +73,7 @@ def _reading(
 
     def forward(self: nn.Module, *inputs: Any) -> Any:
         read = {
-            key: _read(cast(DTensor, self._parameters[key]), split, tp_mesh)
+            key: _read(cast(Tensor, self._parameters[key]), split, tp_mesh)
             for key, split in splits.items()
         }
         self.__dict__.update(read)
@@ -86,7 +86,7 @@ def _reading(
     return type(f"Split{kind.__name__}", (kind,), {"forward": forward})
 
 
-def _read(parameter: DTensor, split: Split, tp_mesh: DeviceMesh) -> Tensor:
+def _read(parameter: Tensor, split: Split, tp_mesh: DeviceMesh) -> Tensor:
     local = _local(parameter, split)
     if split.summed:
         return local / tp_mesh.size()
@@ -95,8 +95,13 @@ def _read(parameter: DTensor, split: Split, tp_mesh: DeviceMesh) -> Tensor:
     return gather_dim(local, split.dim, tp_mesh.get_group(), STORED)
 
 
-def _local(parameter: DTensor, split: Split) -> Tensor:
-    """This rank's part, through which its gradient flows back: partial ones are summed later."""
+def _local(parameter: Tensor, split: Split) -> Tensor:
+    """This rank's part, through which its gradient flows back: partial ones are summed later.
+
+    An engine that partitions parameters by itself has put that part in the DTensor's place.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
     placement: Placement = Replicate() if split.dim is None else Shard(split.dim)
     local: Tensor = parameter.to_local(grad_placements=[placement])
     return local

@@ -36,8 +36,12 @@ def zero(**settings: Any) -> Wish:
         (zero(compile=True), "engine.compile=false"),
         (zero(stage=2, hpz=2), "engine.stage=3"),
         (zero(stage=1, offload_params="cpu"), "engine.stage=3"),
+        (replace(zero(stage=3, hpz=2), parallel=ParallelConfig(tp=2)), "those are tp ranks"),
         (zero(stage=3, hpz=3), "does not divide the 4 ranks"),
-        (zero(stage=3, offload_optimizer="nvme"), "engine.nvme_path"),
+        (zero(stage=3, offload_optimizer="nvme"), "offload to cpu"),
+        (zero(extra={"gradient_clipping": 1.0}), "contradicts 0.0"),
+        (zero(extra={"zero_optimization": {"stage": 3}}), "zero_optimization.stage=3 contradicts"),
+        (zero(extra={"optimizer": {"type": "Adam"}}), "section optim decides that"),
     ],
 )
 def test_refused_with_the_reason_and_what_to_change(wish: Wish, reason: str) -> None:
@@ -52,6 +56,7 @@ def test_refused_with_the_reason_and_what_to_change(wish: Wish, reason: str) -> 
         PLAIN,
         *(zero(stage=stage) for stage in (1, 2, 3)),
         zero(stage=3, hpz=2, offload_params="cpu"),
+        zero(extra={"zero_optimization": {"reduce_bucket_size": 1000}}),
         replace(zero(stage=3), parallel=ParallelConfig(cp=2, tp=2), precision=BF16),
     ],
 )

@@ -1,0 +1,126 @@
+"""A run that changes its engine on the way is the run of one process that never did.
+
+In float64 to 1e-12, since ZeRO is told to keep float64 masters there; in float32, where it keeps
+float32 ones, within the bound that docs/engines.md states.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.resume.test_elastic import FLOAT64, TOLERANCE, position
+from tests.resume.test_resume import STEPS, Start, final_tensors, metrics, run_case
+from tests.support.ranks import Ranks
+from tests.support.recipes import tiny_recipe, write_dataset
+
+pytestmark = [
+    pytest.mark.gloo,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"
+    ),
+]
+
+BOUND = 1e-6
+"""Of the losses of ten steps in float32, relative to float64: docs/engines.md."""
+LONGER = 10
+
+
+def zero(stage: int, *more: str) -> tuple[str, ...]:
+    return ("engine.name=deepspeed", f"engine.stage={stage}", *more)
+
+
+# What a run goes through: (ranks, overrides), one start after the other.
+JOURNEYS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
+    "zero3-native-tp2-zero2": (
+        (2, zero(3)),
+        (2, ("parallel.tp=2",)),
+        (2, zero(2, "parallel.tp=2")),
+        (2, zero(1, "parallel.cp=2")),
+    ),
+    "native-zero1-alone": ((2, ()), (2, zero(1)), (1, ())),
+}
+LONG: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
+    "zero3x4-fsdp2-tp2-zero3x4": (
+        (4, zero(3)),
+        (2, ()),
+        (2, ("parallel.tp=2",)),
+        (4, zero(3, "parallel.tp=2")),
+    ),
+    "alone-zero2x4": ((1, ()), (4, zero(2)), (2, zero(3))),
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("engines")
+    run: dict[str, object] = {"steps": STEPS, "out_dir": str(root / "runs")}
+    path = tiny_recipe(root, write_dataset(root), run=run, schedule={"name": "cosine"})
+    run_case(0, 1, Start(path, "alone", overrides=FLOAT64))
+    return path
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[dict[int, Ranks]]:
+    made: dict[int, Ranks] = {}
+    yield made
+    for group in made.values():
+        group.close()
+
+
+def travel(
+    name: str,
+    legs: tuple[tuple[int, tuple[str, ...]], ...],
+    recipe: Path,
+    groups: dict[int, Ranks],
+    common: tuple[str, ...],
+) -> float:
+    """The largest difference of a tensor to those of the run alone, relative to the largest."""
+    for number, (size, overrides) in enumerate(legs):
+        last = number == len(legs) - 1
+        start = Start(recipe, name, 0 if last else 1, overrides=(*common, *overrides))
+        if size == 1:
+            run_case(0, 1, start)
+        else:
+            if size not in groups:
+                groups[size] = Ranks(size)
+            groups[size].run(run_case, start)
+    expected, found = final_tensors(recipe, "alone"), final_tensors(recipe, name)
+    assert expected.keys() == found.keys()
+    assert {key.split("/")[0] for key in found} == {"model", "optim", "ema"}
+    assert position(recipe, name) == position(recipe, "alone")
+    scale = max(float(np.abs(value).max()) for value in expected.values())
+    return max(float(np.abs(found[key] - expected[key]).max()) for key in expected) / scale
+
+
+@pytest.mark.parametrize(
+    "name", [*JOURNEYS, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
+)
+def test_engines_take_over_from_each_other(
+    name: str, recipe: Path, groups: dict[int, Ranks]
+) -> None:
+    worst = travel(name, (JOURNEYS | LONG)[name], recipe, groups, FLOAT64)
+    assert worst < TOLERANCE
+    ours, theirs = np.array(metrics(recipe, name)), np.array(metrics(recipe, "alone"))
+    assert ours.shape == theirs.shape == (STEPS, 3)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-11)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_float32_masters_stay_within_the_stated_bound(
+    stage: int, recipe: Path, groups: dict[int, Ranks]
+) -> None:
+    ten = (f"run.steps={LONGER}",)
+    run_case(0, 1, Start(recipe, "exact", overrides=(*FLOAT64, *ten)))
+    if 2 not in groups:
+        groups[2] = Ranks(2)
+    groups[2].run(run_case, Start(recipe, f"float32-{stage}", overrides=(*zero(stage), *ten)))
+    exact = np.array(metrics(recipe, "exact"))
+    found = np.array(metrics(recipe, f"float32-{stage}"))
+    assert found.shape == (LONGER, 3)
+    worst = np.abs(found[:, 1] / exact[:, 1] - 1).max()
+    assert 0 < worst < BOUND

@@ -1,0 +1,205 @@
+"""ZeRO's stages train as one process does; what they cost is measured by benchmarks/engines.py."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kinodit.data.synthetic import SyntheticStream, synthetic_pack
+from kinodit.models.mmdit import MMDiT
+from kinodit.trainer.certify.layouts import parse_layouts
+from kinodit.trainer.certify.run import Case, Certifier
+from kinodit.trainer.certify.twin import Twin, twin
+from kinodit.trainer.config import load_config
+from kinodit.trainer.engine.base import Engine, Predictions
+from kinodit.trainer.engine.build import build_engine
+from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig
+from kinodit.trainer.engine.refusals import Wish
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.deferred import initial_values
+from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from tests.support.ranks import ROOT, Ranks
+
+pytestmark = [
+    pytest.mark.gloo,
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="needs the extra deepspeed"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def small() -> Twin:
+    return twin(load_config(ROOT / "configs" / "t2v_tiny.yaml"))
+
+
+@pytest.fixture(scope="module")
+def certifier(small: Twin) -> Iterator[Certifier]:
+    made = Certifier(small)
+    yield made
+    made.close()
+
+
+FEW = [
+    ("zero1", "dp_shard=2", "float64"),
+    ("zero2", "dp_shard=2", "float64"),
+    ("zero3", "dp_shard=2", "float64"),
+    ("zero3", "1", "float64"),
+    ("zero2", "tp=2", "float64"),
+    ("zero1", "cp=2,ring=2", "float64"),
+    ("zero1", "dp_shard=2", "bfloat16"),
+    ("zero3", "tp=2", "bfloat16"),
+    ("zero3", "dp_shard=2,tp=2", "float64"),
+    ("zero2", "dp_shard=2,cp=2", "float64"),
+]
+
+
+GRID = [
+    (f"zero{stage}", layout, dtype)
+    for dtype, layouts in (
+        (
+            "float64",
+            ("1", "dp_shard=2", "dp_shard=4", "tp=2", "dp_shard=2,tp=2", "cp=2", "dp_shard=2,cp=2"),
+        ),
+        ("bfloat16", ("dp_shard=2", "tp=2", "cp=2")),
+    )
+    for layout in layouts
+    for stage in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(
+    ("engine", "layout", "dtype"),
+    [
+        *FEW,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in GRID if case not in FEW),
+    ],
+)
+def test_trains_as_one_process_does(
+    engine: str, layout: str, dtype: str, small: Twin, certifier: Certifier
+) -> None:
+    (parallel,) = parse_layouts(layout, small.config.parallel)
+    row = certifier(Case(parallel, dtype, engine))
+    assert row.ok, row.faults
+    assert row.verdict is not None
+    if dtype == "float64":
+        assert row.verdict.parameter_error < 1e-12
+
+
+def loss(predictions: Predictions) -> Tensor:
+    return torch.stack([((part.double() - 1) ** 2).sum() for part in predictions.values()]).sum()
+
+
+def engine_of(twin: Twin, rank: int, world_size: int, engine: EngineConfig) -> Engine:
+    mesh = build_mesh(ParallelConfig(), world_size, rank, torch.device("cpu"))
+    with torch.device("meta"):
+        model = MMDiT(twin.config.model)
+    optim, remat = twin.config.optim, twin.config.remat
+    wish = Wish(engine, optim, ParallelConfig(), PrecisionConfig(), remat, world_size)
+    return build_engine(model, initial_values(0), mesh, wish)
+
+
+def packs(twin: Twin, step: int) -> list[Any]:
+    streams: dict[str, SyntheticStream] = twin.streams
+    slots = ((0, 1), (2,))
+    return [synthetic_pack(step, s, streams, twin.conditions, torch.float32) for s in slots]
+
+
+def backward(engine: Engine, twin: Twin, step: int) -> None:
+    for index, pack in enumerate(packs(twin, step)):
+        engine.forward_backward(pack, loss, last=index == 1)
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
+        for name, x in tensors.items()
+    }
+
+
+def life(rank: int, world_size: int, twin: Twin, config: DeepSpeedConfig) -> None:
+    """A step, a skipped step, a step again; then state out, in, and elsewhere."""
+    engine = engine_of(twin, rank, world_size, config)
+    backward(engine, twin, 0)
+    engine.clip(1.0)
+    engine.step(1e-3)
+    before = whole(engine.state())
+    backward(engine, twin, 1)
+    engine.clip(1.0)
+    engine.skip()
+    after = whole(engine.state())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    backward(engine, twin, 2)
+    norm = engine.clip(1.0)
+    engine.step(1e-3)
+    expected = whole(engine.state())
+    assert bool(expected["optim/exp_avg/heads.video.linear.weight"].any())
+
+    other = engine_of(twin, rank, world_size, config)
+    state = other.state()
+    filled = engine_of(twin, rank, world_size, config).state()
+    again = whole(filled)
+    assert all(torch.equal(again[name], x) for name, x in whole(state).items())
+    reader = dict(before)
+    for name, tensor in state.items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        start = rank * -(-reader[name].shape[0] // world_size)
+        local.copy_(reader[name][start : start + local.shape[0]])
+    other.load(state)
+    other.set_num_steps(1)
+    backward(other, twin, 2)
+    assert float(other.clip(1.0)) == float(norm)
+    other.step(1e-3)
+    found = whole(other.state())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DeepSpeedConfig(stage=1),
+        DeepSpeedConfig(stage=2),
+        DeepSpeedConfig(stage=3),
+        DeepSpeedConfig(stage=3, hpz=2),
+        DeepSpeedConfig(stage=2, offload_optimizer="cpu"),
+        DeepSpeedConfig(stage=3, offload_optimizer="cpu", offload_params="cpu"),
+    ],
+    ids=["zero1", "zero2", "zero3", "hpz", "offload2", "offload3"],
+)
+def test_skipped_steps_leave_no_trace_and_loaded_state_goes_on_bit_equal(
+    config: DeepSpeedConfig, small: Twin, two: Ranks
+) -> None:
+    two.run(life, small, config)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    group = Ranks(2)
+    yield group
+    group.close()
+
+
+def loaded(rank: int, world_size: int, twin: Twin) -> list[str]:
+    engine_of(twin, rank, world_size, DeepSpeedConfig(stage=1))
+    import sys
+
+    return [name for name in sys.modules if name.startswith("deepspeed_") or "shm_comm" in name]
+
+
+def test_nothing_is_compiled_when_it_starts(
+    small: Twin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    group = Ranks(2)
+    try:
+        modules = group.run(loaded, small)
+    finally:
+        group.close()
+    assert not any(tmp_path.iterdir()), "an extension was built, or its lock left behind"
+    assert all("deepspeed_shm_comm" not in names for names in modules)

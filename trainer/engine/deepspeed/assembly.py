@@ -1,0 +1,109 @@
+"""A model under ZeRO, put together: laid out, filled module by module, partitioned, driven."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kinodit.trainer.engine.base import Engine
+from kinodit.trainer.engine.config import DeepSpeedConfig
+from kinodit.trainer.engine.deepspeed.driver import driver_class
+from kinodit.trainer.engine.deepspeed.engine import ZeroEngine
+from kinodit.trainer.engine.deepspeed.library import load, partition_group, tell_groups
+from kinodit.trainer.engine.deepspeed.partitions import partitions_of
+from kinodit.trainer.engine.refusals import Wish
+from kinodit.trainer.engine.shells import Shells
+from kinodit.trainer.engine.zero_config import zero_config
+from kinodit.trainer.optim import build_optimizer
+from kinodit.trainer.optim.adamw import AdamW
+from kinodit.trainer.parallel.apply import model_blocks, parallelize
+from kinodit.trainer.parallel.deferred import Values, part_of
+from kinodit.trainer.parallel.mesh import Mesh
+
+
+def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
+    """See `build_engine`.
+
+    Masters start from the values in their own precision, whatever the model computes in: DeepSpeed
+    would take them from parameters that were rounded to bfloat16 before.
+    """
+    settings = wish.engine
+    assert isinstance(settings, DeepSpeedConfig)
+    library = load(mesh.device)
+    mpu = tell_groups(mesh, settings.hpz)
+    group = partition_group(mesh)
+    whole = copy.deepcopy(model)
+    parallelize(whole, mesh, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
+    shells = Shells.of(whole, mesh)
+    unsharded = replace(mesh, device_mesh=None)
+    parallelize(model, unsharded, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
+    told = zero_config(settings, wish.precision)
+    if settings.stage == 3:
+        from deepspeed.runtime.zero.partition_parameters import Init
+        from deepspeed.utils import groups
+
+        nearby = groups._get_zero_param_intra_parallel_group() if settings.hpz > 1 else None
+        for part in _parts(model):
+            _fill(part, model, values, mesh.device)
+            Init(
+                module=part,
+                data_parallel_group=group,
+                config_dict_or_path=told,
+                dtype=wish.precision.compute_dtype,
+                mpu=mpu,
+                zero_param_parallel_group=nearby,
+            )
+    else:
+        _fill(model, model, values, mesh.device)
+    optimizer = build_optimizer(wish.optim, model)
+    assert isinstance(optimizer, AdamW), "refused before"
+    engine = driver_class(library, wish.precision.params_dtype)(
+        args=None,
+        model=model,
+        optimizer=optimizer.adamw,
+        mpu=mpu,
+        config=told,
+        config_class=library.DeepSpeedConfig(told, mpu),
+        dist_init_required=False,
+    )
+    num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
+    partitions = partitions_of(engine, model, num_ranks, rank)
+    zero = ZeroEngine(engine, model, optimizer, partitions, shells, mesh, wish.precision)
+    zero.start_from(values)
+    return zero
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks one by one, then everything: memory for what is not in a block, at last."""
+    yield from model_blocks(model)
+    yield model
+
+
+def _fill(part: nn.Module, model: nn.Module, values: Values, device: torch.device) -> None:
+    """Give parameters of `part` that are still on the meta device this rank's share of values."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in part.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type != "meta":
+                continue
+            name = f"{names[id(module)]}.{key}".lstrip(".")
+            made = values(name, parameter.shape)
+            if isinstance(parameter, DTensor):
+                made = part_of(made, parameter)
+            filled = nn.Parameter(
+                made.to(device=device, dtype=parameter.dtype),
+                requires_grad=parameter.requires_grad,
+            )
+            # DeepSpeed counts what is not split over tp once for all tp ranks.
+            filled.tensor_model_parallel = is_split(parameter)  # type: ignore[attr-defined]
+            module.register_parameter(key, filled)
+
+
+def is_split(parameter: Tensor) -> bool:
+    """Whether tp ranks have different parts of it."""
+    return isinstance(parameter, DTensor) and not parameter.placements[0].is_replicate()

@@ -1,0 +1,234 @@
+"""Training steps under ZeRO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kinodit.models.tokens import TokenBatch
+from kinodit.trainer.engine.base import Forward, Predictions
+from kinodit.trainer.engine.deepspeed.partitions import Partitions
+from kinodit.trainer.engine.shells import Shells
+from kinodit.trainer.engine.spans import redistribute
+from kinodit.trainer.optim.adamw import AdamW
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.deferred import Values
+from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.sequence import CutLayout
+from kinodit.trainer.parallel.sharing import SharedForward
+from kinodit.trainer.parallel.tensor import WHOLE
+from kinodit.trainer.parallel.traffic import note, others_share
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroEngine:
+    """Implements `Engine` by a DeepSpeedEngine.
+
+    DeepSpeed computes, reduces, updates and gathers. Norm and clipping are done here, between its
+    reduction and its update, so that they are those of every other engine.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        model: nn.Module,
+        optimizer: AdamW,
+        partitions: Partitions,
+        shells: Shells,
+        mesh: Mesh,
+        precision: PrecisionConfig,
+    ) -> None:
+        """engine: the DeepSpeedEngine around `model` and the client optimizer in `optimizer`."""
+        self.model = model
+        self.device = mesh.device
+        self._engine = engine
+        self._optimizer = optimizer
+        self._partitions = partitions
+        self._shells = shells
+        self._mesh = mesh
+        self._dtype = precision.compute_dtype
+        self._whole = SharedForward(self._forward, mesh) if mesh.place.num_shares > 1 else None
+        means = engine.zero_optimization_stage() == 3
+        num_ranks = 1 if shells.group is None else shells.group.size()
+        # Stage 3 divides by the number of ranks and cannot be told not to.
+        self._loss_scale = float(num_ranks) if means else 1.0
+
+    def start_from(self, values: Values) -> None:
+        """Set the masters to `values`, one whole parameter at a time. Collective."""
+        flats = self._partitions.masters()
+        for name, shell in self._shells:
+            made = values(name, shell.shape)
+            if shell.spec is not None and not shell.on_every_tp_rank:
+                made = _along_tp(made, shell.tp_shape, self._mesh)
+            place = self._partitions.places[name]
+            with torch.no_grad():
+                place.view(flats).copy_(made.reshape(-1)[slice(*place.own)])
+        self.set_num_steps(0)
+        self.refresh()
+
+    @property
+    def num_parameters(self) -> int:
+        """See `Engine`."""
+        return self._shells.num_parameters
+
+    def forward_backward(
+        self, batch: TokenBatch, loss: Callable[[Predictions], Tensor], *, last: bool
+    ) -> Tensor:
+        """See `Engine`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        value = loss(self._forward(batch))
+        self._engine.backward(value * self._loss_scale, scale_wrt_gas=False)
+        if last and self._mesh.tp_mesh is not None:
+            self._sum_whole_gradients()
+        return value.detach()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """See `Engine`."""
+        parts = self.gradient_parts()
+        norms = torch._foreach_norm([part.to(torch.float64) for part in parts.values()])
+        squares = torch.zeros((), dtype=torch.float64)
+        num_tp = 1 if self._mesh.tp_mesh is None else self._mesh.tp_mesh.size()
+        for name, norm in zip(parts, norms, strict=True):
+            copies = num_tp if self._shells.by_name[name].on_every_tp_rank else 1
+            squares += norm.to(squares) ** 2 / copies
+        norm = self._mesh.sum(squares.to(self.device)).sqrt()
+        if max_norm > 0:
+            scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            for flat in self._partitions.gradients().values():
+                flat.mul_(scale.to(flat))
+        return norm
+
+    def step(self, lr: float) -> None:
+        """See `Engine`."""
+        self._optimizer.set_lr(lr)
+        self._engine.step()
+
+    def skip(self) -> None:
+        """See `Engine`."""
+        self._partitions.drop_gradients()
+
+    @contextmanager
+    def inference(self) -> Iterator[Forward]:
+        """See `Engine`."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield self._shared
+        finally:
+            self._engine.train()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`."""
+        for name, part in self.canonical(self._partitions.gradients()).items():
+            yield name, part.full_tensor() if isinstance(part, DTensor) else part
+
+    def gradient_parts(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        flats = self._partitions.gradients()
+        return {name: place.view(flats) for name, place in self._partitions.places.items()}
+
+    def masters(self) -> dict[str, Tensor]:
+        """See `Engine`: flat partitions, with the padding at their ends."""
+        return self._partitions.masters()
+
+    def refresh(self) -> None:
+        """See `Engine`."""
+        self._partitions.refresh()
+
+    def canonical(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Engine`: copies, on the host."""
+        places = self._partitions.places
+        parts = {name: places[name].view(values).detach() for name, _ in self._shells}
+        made = self._shells.empty(next(iter(values.values())))
+        have = {name: places[name].spans for name, _ in self._shells}
+        redistribute(parts, have, made, self._shells.spans(), self._shells.group)
+        return {name: shell.wrap(made[name]) for name, shell in self._shells}
+
+    def assign(self, values: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        places = self._partitions.places
+        parts = {name: _flat(canonical[name]) for name, _ in self._shells}
+        wanted = {name: places[name].view(values).detach() for name, _ in self._shells}
+        want = {name: places[name].spans for name, _ in self._shells}
+        redistribute(parts, self._shells.spans(), wanted, want, self._shells.group)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        tensors = {f"model/{name}": x for name, x in self.canonical(self.masters()).items()}
+        for moment in MOMENTS:
+            found = self.canonical(self._moments(moment))
+            tensors |= {f"optim/{moment}/{name}": x for name, x in found.items()}
+        return tensors
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        self.assign(self.masters(), _under("model/", state))
+        for moment in MOMENTS:
+            self.assign(self._moments(moment), _under(f"optim/{moment}/", state))
+        self.refresh()
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """See `Engine`."""
+        for master in self.masters().values():
+            self._optimizer.initialised(master)["step"].fill_(float(num_steps))
+
+    def _moments(self, moment: str) -> dict[str, Tensor]:
+        masters = self.masters().items()
+        return {key: self._optimizer.initialised(master)[moment] for key, master in masters}
+
+    @torch.no_grad()
+    def _sum_whole_gradients(self) -> None:
+        """As `sum_whole_gradients`, after ZeRO's reduction: of this rank's stretches alone."""
+        assert self._mesh.tp_mesh is not None
+        parts = [
+            part
+            for name, part in self.gradient_parts().items()
+            if self._shells.by_name[name].on_every_tp_rank
+        ]
+        total = torch.cat(parts).to(self.device)
+        note(WHOLE, "all_reduce", 2 * others_share(total, self._mesh.tp_mesh.size()))
+        dist.all_reduce(total, group=self._mesh.tp_mesh.get_group())
+        for part, piece in zip(parts, total.split([p.numel() for p in parts]), strict=True):
+            part.copy_(piece)
+
+    def _shared(self, batch: TokenBatch) -> Predictions:
+        """The forward of a batch, which ranks that share packs may be given whole."""
+        if self._whole is None or isinstance(batch.layout, CutLayout):
+            return self._forward(batch)
+        return self._whole(batch)
+
+    def _forward(self, batch: TokenBatch) -> Predictions:
+        latents = {
+            name: tokens.latents.to(self._dtype) for name, tokens in batch.modalities.items()
+        }
+        conditions = {name: vector.to(self._dtype) for name, vector in batch.conditions.items()}
+        batch = replace(batch.with_latents(latents), conditions=conditions)
+        predictions: Predictions = self._engine(batch)
+        return predictions
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.reshape(-1)
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
+
+
+def _along_tp(value: Tensor, tp_shape: tuple[int, ...], mesh: Mesh) -> Tensor:
+    """A tp rank's part of a whole value."""
+    for dim, (whole, part) in enumerate(zip(value.shape, tp_shape, strict=True)):
+        if part < whole:
+            return value.narrow(dim, mesh.place.tp_index * part, part)
+    return value

@@ -1,0 +1,188 @@
+"""What ZeRO keeps on a rank: flat tensors, and which stretch of which parameter lies where.
+
+The names of DeepSpeed's attributes are its own business and move with its versions; whatever this
+project reads of them is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kinodit.trainer.engine.spans import Span, overlap
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter's stretch lies. group: key of the flat tensor; offset: in it, of `own`."""
+
+    group: str
+    offset: int
+    own: Span
+    spans: tuple[Span, ...]
+
+    def view(self, flats: Mapping[str, Tensor]) -> Tensor:
+        """The stretch in flat tensors like the masters."""
+        return flats[self.group].narrow(0, self.offset, self.own[1] - self.own[0])
+
+
+class Partitions(Protocol):
+    """One stage's flat tensors on this rank. places: of every parameter, by name."""
+
+    places: dict[str, Place]
+
+    def masters(self) -> dict[str, Tensor]:
+        """Flat float32 parameters by group."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Flat reduced gradients by group, after the last backward; in place of DeepSpeed's."""
+        ...
+
+    def drop_gradients(self) -> None:
+        """Forget them instead of a step."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring masters to the parameters that the model computes with. Collective."""
+        ...
+
+
+def group_key(index: int) -> str:
+    """Name of a flat tensor."""
+    return f"partition{index}"
+
+
+class SplitGroups:
+    """Stages 1 and 2: each group of parameters is one flat tensor, cut into equal partitions."""
+
+    def __init__(self, optimizer: Any, names: Mapping[int, str], num_ranks: int, rank: int) -> None:
+        self._zero = optimizer
+        self.places: dict[str, Place] = {}
+        for index, group in enumerate(optimizer.round_robin_bit16_groups):
+            size = int(optimizer.partition_size[index])
+            offsets = optimizer.round_robin_bit16_offsets[index]
+            for parameter, offset in zip(group, offsets, strict=True):
+                numel = parameter.numel()
+                spans = []
+                for owner in range(num_ranks):
+                    start, stop = overlap(
+                        (offset, offset + numel), (owner * size, (owner + 1) * size)
+                    )
+                    spans.append((start - offset, stop - offset) if stop > start else (0, 0))
+                inside = max(0, offset - rank * size) if spans[rank][1] else 0
+                self.places[names[id(parameter)]] = Place(
+                    group_key(index), inside, spans[rank], tuple(spans)
+                )
+
+    def masters(self) -> dict[str, Tensor]:
+        """See `Partitions`."""
+        flats = self._zero.single_partition_of_fp32_groups
+        return {group_key(index): flat for index, flat in enumerate(flats)}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See `Partitions`."""
+        flats: dict[str, Tensor] = {}
+        for index, (key, master) in enumerate(self.masters().items()):
+            if self._zero.cpu_offload:
+                assert master.grad is not None, "no backward yet"
+                flats[key] = master.grad
+                continue
+            parts = self._zero.averaged_gradients[index]
+            if len(parts) != 1 or parts[0].numel() != master.numel():
+                flat = torch.zeros_like(master)
+                filled = 0
+                for part in parts:
+                    flat[filled : filled + part.numel()].copy_(part.reshape(-1))
+                    filled += part.numel()
+                self._zero.averaged_gradients[index] = [flat]
+            flats[key] = self._zero.averaged_gradients[index][0].view(-1)
+        return flats
+
+    def drop_gradients(self) -> None:
+        """See `Partitions`."""
+        zero = self._zero
+        zero.zero_grad(set_to_none=True)
+        if zero.cpu_offload:
+            zero.reset_cpu_buffers()
+            zero._offload_accumulated_param_ids = set()
+        for index in range(len(zero.bit16_groups)):
+            zero.averaged_gradients[index] = None
+            zero.all_grad_tensors[index] = None
+        zero.micro_step_id = -1
+
+    def refresh(self) -> None:
+        """See `Partitions`."""
+        self._zero.update_lp_params()
+
+
+class SplitParameters:
+    """Stage 3: each parameter is cut into equal partitions, which lie behind each other."""
+
+    def __init__(self, optimizer: Any, names: Mapping[int, str], num_ranks: int, rank: int) -> None:
+        self._zero = optimizer
+        self.places: dict[str, Place] = {}
+        for index, group in enumerate(optimizer.fp16_groups):
+            offset = 0
+            for parameter in group:
+                size, numel = int(parameter.partition_numel()), int(parameter.ds_numel)
+                spans = tuple(
+                    (min(owner * size, numel), min((owner + 1) * size, numel))
+                    for owner in range(num_ranks)
+                )
+                self.places[names[id(parameter)]] = Place(
+                    group_key(index), offset, spans[rank], spans
+                )
+                offset += size
+
+    def masters(self) -> dict[str, Tensor]:
+        """See `Partitions`."""
+        flats = self._zero.fp32_partitioned_groups_flat
+        return {group_key(index): flat for index, flat in enumerate(flats)}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See `Partitions`."""
+        flats: dict[str, Tensor] = {}
+        for index, (key, master) in enumerate(self.masters().items()):
+            if self._zero.offload_optimizer:
+                assert master.grad is not None, "no backward yet"
+                flats[key] = master.grad
+                continue
+            parts = self._zero.averaged_gradients[index]
+            if len(parts) != 1 or parts[0].numel() != master.numel():
+                self._zero.averaged_gradients[index] = [
+                    torch.cat([part.reshape(-1) for part in parts])
+                ]
+            flats[key] = self._zero.averaged_gradients[index][0]
+        return flats
+
+    def drop_gradients(self) -> None:
+        """See `Partitions`."""
+        zero = self._zero
+        zero._partition_all_parameters()
+        zero.zero_grad(set_to_none=True)
+        if zero.offload_optimizer:
+            zero.reset_cpu_buffers()
+        zero.averaged_gradients = {}
+        zero.micro_step_id = 0
+
+    def refresh(self) -> None:
+        """See `Partitions`."""
+        zero = self._zero
+        zero._partition_all_parameters()
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+
+
+def partitions_of(engine: Any, model: nn.Module, num_ranks: int, rank: int) -> Partitions:
+    """What a `DeepSpeedEngine` around `model` keeps on rank `rank` of `num_ranks`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    stage = SplitParameters if engine.zero_optimization_stage() == 3 else SplitGroups
+    return stage(engine.optimizer, names, num_ranks, rank)

@@ -1,0 +1,113 @@
+"""DeepSpeed's JSON config, derived from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kinodit.trainer.engine.config import DeepSpeedConfig
+from kinodit.trainer.parallel.apply import PrecisionConfig
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+FOREIGN = {
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "zero_force_ds_cpu_optimizer": "optim",
+    "activation_checkpointing": "remat",
+    "tensor_parallel": "parallel.tp",
+    "sequence_parallel_size": "parallel.cp",
+    "data_parallel_size": "parallel.dp_shard",
+    "expert_parallel": "parallel.ep",
+    "pipeline": "parallel",
+    "hybrid_engine": "engine",
+    "compile": "engine.compile",
+    "train_batch_size": "data",
+}
+"""Keys of DeepSpeed's config that a recipe decides elsewhere: key -> section of the recipe."""
+
+
+def zero_config(engine: DeepSpeedConfig, precision: PrecisionConfig) -> dict[str, Any]:
+    """What DeepSpeed is told; `engine.extra` is merged into it.
+
+    Gradients are sums, so that nothing is divided: by `gradient_allreduce_op` where a stage has it.
+    Clipping is ours. A micro-batch is one of DeepSpeed's; the engine says which is the last.
+    """
+    derived = _derived(engine, precision)
+    return _merged(derived, engine.extra)
+
+
+def conflict(engine: DeepSpeedConfig, precision: PrecisionConfig) -> str:
+    """Why `engine.extra` contradicts the recipe, and what to change; "" if it does not."""
+    derived = _derived(engine, precision)
+    for key, value in _leaves(engine.extra):
+        first = key.split(".")[0]
+        if first in FOREIGN:
+            return f"engine.extra.{key}: the recipe's section {FOREIGN[first]} decides that"
+        known: Any = derived
+        for part in key.split("."):
+            known = known.get(part, None) if isinstance(known, dict) else None
+        if known is not None and known != value:
+            return (
+                f"engine.extra.{key}={value} contradicts {known}, which follows from the recipe: "
+                "remove it"
+            )
+    return ""
+
+
+def _derived(engine: DeepSpeedConfig, precision: PrecisionConfig) -> dict[str, Any]:
+    offloads = engine.offload_optimizer != "none"
+    zero: dict[str, Any] = {
+        "stage": engine.stage,
+        # It would replace torch's linear in the whole process.
+        "memory_efficient_linear": False,
+        "reduce_scatter": precision.reduce_dtype in NAMES,
+    }
+    if engine.stage < 3 and not offloads:
+        zero["compute_grad_norm"] = False
+    if engine.stage == 3:
+        zero["zero_hpz_partition_size"] = engine.hpz
+    for key, place in (
+        ("offload_optimizer", engine.offload_optimizer),
+        ("offload_param", engine.offload_params),
+    ):
+        if place != "none":
+            zero[key] = {"device": place}
+    reduced = NAMES.get(precision.reduce_dtype, "fp32")
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "mean" if engine.stage == 3 else "sum",
+        "communication_data_type": reduced,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": precision.compute == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def _merged(derived: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in extra.items():
+        known = merged.get(key)
+        nested = isinstance(value, Mapping) and isinstance(known, Mapping)
+        merged[key] = _merged(known, value) if nested else value  # type: ignore[arg-type]
+    return merged
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of what is not a mapping."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found

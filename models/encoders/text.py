@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kinodit.models.encoders.base import EncoderError, TextEncoderConfig, TextFeatures
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
-from kinodit.models.errors import ConfigError, MissingExtraError
+from kinodit.models.errors import ConfigError
+from kinodit.models.libraries import import_extra
 
 CAPTION = "{caption}"
 
@@ -167,12 +168,7 @@ class TransformersTextEncoder:
 
 def _load(folder: Path, tokenizer_folder: Path, config: TransformersTextConfig) -> tuple[Any, Any]:
     """Tokenizer and model; whatever the library dislikes about the folder is an EncoderError."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            "transformers", "encoders", "a text encoder from a folder"
-        ) from error
+    transformers = import_extra("transformers", "encoders", "a text encoder from a folder")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _quiet(transformers):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kinodit.models.encoders.base import EncoderError, VideoCodecConfig, check_video, grid_shape
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
-from kinodit.models.errors import MissingExtraError
+from kinodit.models.libraries import import_extra, without_warnings
 from kinodit.models.random import generator, normal
 
 
@@ -191,14 +191,14 @@ def _normalisation(vae: Any, channels: int, device: torch.device) -> tuple[Tenso
 
 def _load(folder: Path, class_name: str, config: DiffusersVaeConfig) -> Any:
     """The autoencoder; whatever the library dislikes about the folder is an EncoderError."""
-    try:
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("diffusers", "encoders", "a video autoencoder") from error
+    diffusers = import_extra("diffusers", "encoders", "a video autoencoder")
     if not any(folder.glob("*.safetensors")):
         raise EncoderError(f"{folder} has no *.safetensors; pickled weights are not read")
     try:
-        vae, info = getattr(diffusers, class_name).from_pretrained(
+        # Its classes are imported when they are asked for.
+        with without_warnings():
+            autoencoder = getattr(diffusers, class_name)
+        vae, info = autoencoder.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kinodit.models.errors import ConfigError
+from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.engine.config import DeepSpeedConfig, NativeConfig
@@ -96,10 +96,10 @@ def test_dims_that_are_not_multiplied_and_a_missing_library(
         use_float8(made(), FLOAT8, 8)
 
     def missing(name: str) -> Any:
-        raise ImportError(name)
+        raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ConfigError, match=r"kinodit\[torchao\]"):
+    with pytest.raises(MissingExtraError, match=r"kinodit\[torchao\]"):
         use_float8(made(), FLOAT8, 1)
 
 

@@ -7,8 +7,6 @@ blocks do not depend on the layout, so that a run goes on from them on any other
 
 from __future__ import annotations
 
-import importlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kinodit.models.errors import ConfigError
+from kinodit.models.libraries import import_extra
 from kinodit.trainer.optim.base import Group
 from kinodit.trainer.optim.config import QUANTISED_BLOCK, AdamW8bitConfig
 from kinodit.trainer.parallel.shard import local_part
@@ -46,7 +45,7 @@ class AdamW8bit:
     def __init__(self, groups: Sequence[Group], config: AdamW8bitConfig) -> None:
         """Raise ConfigError where it cannot work; see `_check`."""
         _check(groups, config)
-        self._library = _torchao()
+        self._library = import_extra("torchao.optim", "torchao", "optim.name=adamw8bit")
         self._groups, self._config = groups, config
         self._maps: dict[bool, Tensor] = {}
         self._slots = [
@@ -208,21 +207,3 @@ def _check(groups: Sequence[Group], config: AdamW8bitConfig) -> None:
                 f"parallel.tp leaves {columns} columns of {name} {list(parameter.shape)} on a "
                 "rank: lower parallel.tp, or set optim.name=adamw"
             )
-
-
-def _torchao() -> Any:
-    """`torchao.optim`, which speaks of kernels that are not used here when it is imported.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        return importlib.import_module("torchao.optim")
-    except ImportError as error:
-        raise ConfigError(
-            "optim.name=adamw8bit needs torchao: pip install 'kinodit[torchao]'"
-        ) from error
-    finally:
-        logging.disable(level)

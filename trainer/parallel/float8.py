@@ -7,14 +7,13 @@ of it is saved. Only matrices of blocks: what embeds, modulates and predicts is 
 
 from __future__ import annotations
 
-import importlib
-import logging
 import re
 from typing import Any
 
 from torch import nn
 
 from kinodit.models.errors import ConfigError
+from kinodit.models.libraries import import_extra
 from kinodit.trainer.parallel.apply import PrecisionConfig
 
 MATRICES = re.compile(r"^(joint|single)_blocks\..*\.(attention\.(q|k|v|out)|mlp\.(up|gate|down))$")
@@ -79,7 +78,7 @@ def use_float8(model: nn.Module, precision: PrecisionConfig, tp: int, **settings
                 f"the hardware multiplies in multiples of {MULTIPLE} on each of {tp} tp rank(s): "
                 "change the model's width, or set precision.float8=none"
             )
-    library = _torchao()
+    library = import_extra("torchao.float8", "torchao", "precision.float8")
     config = library.Float8LinearConfig
     made = config() if precision.float8 == "tensorwise" else config.from_recipe_name("rowwise")
     # Tokens are what is summed over in a weight's gradient, and there is any number of them.
@@ -89,16 +88,3 @@ def use_float8(model: nn.Module, precision: PrecisionConfig, tp: int, **settings
     library.convert_to_float8_training(
         model, module_filter_fn=lambda _, name: bool(MATRICES.match(name)), config=made
     )
-
-
-def _torchao() -> Any:
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        return importlib.import_module("torchao.float8")
-    except ImportError as error:
-        raise ConfigError(
-            "precision.float8 needs torchao: pip install 'kinodit[torchao]'"
-        ) from error
-    finally:
-        logging.disable(level)

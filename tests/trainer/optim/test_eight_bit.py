@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kinodit.models.errors import ConfigError
+from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.certify.trace import trace
 from kinodit.trainer.certify.twin import Twin, twin
@@ -93,10 +93,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         build_optimizer(AdamW8bitConfig(), nn.Linear(64, 64))
 
     def missing(name: str) -> Any:
-        raise ImportError(name)
+        raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ConfigError, match=r"kinodit\[torchao\]"):
+    with pytest.raises(MissingExtraError, match=r"kinodit\[torchao\]"):
         build_optimizer(AdamW8bitConfig(), net())
 
 

@@ -19,9 +19,8 @@ from kinodit.trainer.parallel.mesh import ParallelConfig
 
 ENGINES: Mapping[str, EngineConfig] = {
     "native": NativeConfig(),
-    "zero1": DeepSpeedConfig(stage=1),
-    "zero2": DeepSpeedConfig(stage=2),
-    "zero3": DeepSpeedConfig(stage=3),
+    **{f"zero{stage}": DeepSpeedConfig(stage=stage) for stage in (1, 2, 3)},
+    **{f"zero{stage}-megatron": DeepSpeedConfig(stage=stage, megatron=True) for stage in (1, 2, 3)},
     "megatron": MegatronConfig(),
     "megatron-no-sp": MegatronConfig(sequence_parallel=False),
 }
@@ -30,7 +29,7 @@ ENGINES: Mapping[str, EngineConfig] = {
 def certified_as(engine: EngineConfig) -> str:
     """The key of ENGINES that stands for a recipe's engine."""
     if isinstance(engine, DeepSpeedConfig):
-        return f"zero{engine.stage}"
+        return f"zero{engine.stage}-megatron" if engine.megatron else f"zero{engine.stage}"
     if isinstance(engine, MegatronConfig) and not engine.sequence_parallel:
         return "megatron-no-sp"
     return engine.name

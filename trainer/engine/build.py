@@ -11,7 +11,7 @@ from torch import nn
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.engine.base import Engine
-from kinodit.trainer.engine.config import EngineConfig, MegatronConfig
+from kinodit.trainer.engine.config import EngineConfig, MegatronConfig, megatron_part
 from kinodit.trainer.engine.refusals import Wish, check_library, check_wish
 from kinodit.trainer.parallel import mesh
 from kinodit.trainer.parallel.deferred import Values
@@ -30,21 +30,22 @@ def build_mesh(
     """The mesh that the engine's process groups make. The process group must exist. Collective.
 
     collection: a megatron-core `ProcessGroupCollection` of a program that has one; only
-                engine.name=megatron takes it
+                engines that take their groups from megatron-core take it
 
     Raises:
         ConfigError: degrees and processes do not fit, or the collection does not.
         MissingExtraError: the engine's library is not installed.
     """
-    if isinstance(engine, MegatronConfig):
-        check_library(engine.name)
+    taken = megatron_part(engine)
+    if taken is not None:
+        check_library(taken.name)
         module = importlib.import_module("kinodit.trainer.engine.megatron")
-        made = module.build_mesh(parallel, engine, world_size, rank, device, collection)
+        made = module.build_mesh(parallel, taken, world_size, rank, device, collection)
         return cast(Mesh, made)
     if collection is not None:
         raise ConfigError(
             f"engine.name={engine.name} makes its own process groups: a ProcessGroupCollection "
-            "needs engine.name=megatron"
+            "needs engine.name=megatron, or engine.megatron=true with deepspeed"
         )
     return mesh.build_mesh(parallel, world_size, rank, device)
 
@@ -60,8 +61,9 @@ def build_engine(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> En
         MissingExtraError: its library is not installed.
     """
     check_wish(wish)
-    if isinstance(wish.engine, MegatronConfig):
-        _take_linears(model, mesh, wish.engine, wish.parallel.tp)
+    taken = megatron_part(wish.engine)
+    if taken is not None:
+        _take_linears(model, mesh, taken, wish.parallel.tp)
     module = importlib.import_module(f"kinodit.trainer.engine.{wish.engine.name}")
     return cast(Engine, module.build(model, values, mesh, wish))
 

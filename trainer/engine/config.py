@@ -44,6 +44,7 @@ class DeepSpeedConfig(EngineConfig):
                        backward gathers them nearby (ZeRO++, arXiv 2306.10209, section 3.2); 1: none
     offload_optimizer: where optimizer state lives and updates run
     offload_params:    where the partitions of parameters live (stage 3)
+    megatron:          take process groups and linears from megatron-core
     extra:             further keys of DeepSpeed's own JSON config; none that follow from the recipe
     """
 
@@ -52,6 +53,7 @@ class DeepSpeedConfig(EngineConfig):
     hpz: int = 1
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_params: Literal["none", "cpu", "nvme"] = "none"
+    megatron: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,3 +84,10 @@ ENGINES: Mapping[str, type[EngineConfig]] = {
     "megatron": MegatronConfig,
 }
 """Engines by the name that a recipe gives them."""
+
+
+def megatron_part(engine: EngineConfig) -> MegatronConfig | None:
+    """What an engine takes from megatron-core; None: nothing."""
+    if isinstance(engine, MegatronConfig):
+        return engine
+    return MegatronConfig() if isinstance(engine, DeepSpeedConfig) and engine.megatron else None

@@ -6,7 +6,12 @@ import importlib.util
 from dataclasses import dataclass
 
 from kinodit.models.errors import ConfigError, MissingExtraError
-from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig, MegatronConfig
+from kinodit.trainer.engine.config import (
+    DeepSpeedConfig,
+    EngineConfig,
+    MegatronConfig,
+    megatron_part,
+)
 from kinodit.trainer.engine.zero_config import conflict
 from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
@@ -55,6 +60,8 @@ def check_wish(wish: Wish) -> None:
     if reason:
         raise ConfigError(reason)
     check_library(wish.engine.name)
+    if megatron_part(wish.engine) is not None:
+        check_library("megatron")
 
 
 def check_library(name: str) -> None:
@@ -106,8 +113,8 @@ def _of_deepspeed(engine: DeepSpeedConfig, wish: Wish) -> str:
         )
     if parallel.cpu_offload:
         return (
-            "engine.offload_optimizer or offload_params=nvme: checkpoints and averages cannot "
-            "reach what DeepSpeed has put on a disk; offload to cpu"
+            "parallel.cpu_offload=true moves FSDP2's parameters; with engine.name=deepspeed set "
+            "engine.offload_optimizer or engine.offload_params instead"
         )
     if engine.compile:
         return (

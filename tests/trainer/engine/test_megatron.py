@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.certify.verdict import compare_traces
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.engine.build import build_engine, build_mesh
-from kinodit.trainer.engine.config import MegatronConfig, NativeConfig
+from kinodit.trainer.engine.config import DeepSpeedConfig, MegatronConfig, NativeConfig
 from kinodit.trainer.engine.megatron import core
 from kinodit.trainer.engine.megatron.groups import AXES, ranks_along
 from kinodit.trainer.engine.megatron.linears import swap_linears
@@ -165,6 +166,7 @@ LAYOUTS = [
     layout(cp=2, tp=2),
     layout(cp=2, ring=2, tp=2),
 ]
+ZERO = importlib.util.find_spec("deepspeed") is not None
 
 
 @pytest.mark.gloo
@@ -174,6 +176,18 @@ def test_it_trains_as_one_process_does(sequence_parallel: bool, four: Ranks) -> 
     reference = trace(0, 1, small, layout())
     assert compare_traces(reference, [trace(0, 1, small, layout(), engine_config=config)]).ok
     for parallel in LAYOUTS:
+        found = four.run(trace, small, parallel, "float64", 0, False, "cpu", config)
+        verdict = compare_traces(reference, found)
+        assert verdict.ok, (parallel, verdict.faults)
+
+
+@pytest.mark.gloo
+@pytest.mark.skipif(not ZERO, reason="needs the extra deepspeed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_partitions_what_its_linears_hold(stage: int, four: Ranks) -> None:
+    small, config = small_twin(), DeepSpeedConfig(stage=stage, megatron=True)
+    reference = trace(0, 1, small, layout())
+    for parallel in (layout(dp_shard=2, tp=2), layout(cp=2, tp=2)):
         found = four.run(trace, small, parallel, "float64", 0, False, "cpu", config)
         verdict = compare_traces(reference, found)
         assert verdict.ok, (parallel, verdict.faults)

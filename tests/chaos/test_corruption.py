@@ -11,7 +11,7 @@ from kinodit.trainer.resilience.errors import CorruptedError
 from tests.support.evidence import write_evidence
 from tests.support.lives import Lives, Start
 
-pytestmark = [pytest.mark.chaos, pytest.mark.gloo]
+pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(3600)]
 
 EVERY = 3
 SECTIONS: dict[str, dict[str, object]] = {

@@ -18,7 +18,7 @@ from tests.support.lives import Lives, Start
 from tests.support.ranks import ROOT
 from tests.support.sampling import sampled
 
-pytestmark = [pytest.mark.chaos, pytest.mark.gloo]
+pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(3600)]
 
 STEPS = 8
 HANG_S = 5.0

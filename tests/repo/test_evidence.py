@@ -10,7 +10,7 @@ import pytest
 from tests.support.evidence import EVIDENCE, recipe_hash
 
 FILES = sorted(EVIDENCE.glob("*.json"))
-CLAIMED = {"certificates", "direction", "floor", "mutants"}
+CLAIMED = {"certificates", "direction", "floor", "kill_points", "mutants", "replay"}
 """What the documentation says was measured."""
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from goals import Goal, goal_of, write_rows
+from goals import Goal, Row, goal_of, write_rows
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -121,7 +121,7 @@ def main() -> None:
         ranks.close()
     num_weights = by_rank[0][0]
     ideal = MOMENTS * 4 * num_weights / NUM_RANKS
-    figures: dict[str, tuple[float, Goal]] = {}
+    rows: list[Row] = []
     print(f"{num_weights / 1e6:.2f} M weights on {NUM_RANKS} ranks, {args.rounds} rounds")
     print(f"{'engine':<10} {'state MiB':>10} {'of ideal':>9} {'step ms':>8} {'of native':>10}")
     times = {name: max(statistics.median(found[name][1]) for _, found in by_rank) for name in names}
@@ -133,9 +133,9 @@ def main() -> None:
             f"{slower:>10.2f}"
         )
         for row, value in ((f"optimizer_bytes/{name}", ratio), (f"step_time/{name}", slower)):
-            figures[row] = (value, goal_of(row, GOALS))
+            rows.append(goal_of(row, GOALS).row(row, value))
     if args.json:
-        write_rows(args.json, figures)
+        write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

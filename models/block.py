@@ -21,6 +21,8 @@ from kinodit.models.config import MMDiTConfig
 from kinodit.models.context import ALL, Context, Rotary, call_attention
 from kinodit.models.mlp import MLP
 from kinodit.models.modulation import AdaNorm, Modulation, Rows, gated_add
+from kinodit.models.moe.config import ExpertsConfig
+from kinodit.models.moe.layer import MoE
 from kinodit.models.norm import HeadNorm, RMSNorm
 from kinodit.models.rope import rotate
 
@@ -56,14 +58,22 @@ class Projections(nn.Module):
         return q, k, v
 
 
-class StreamLayer(nn.Module):
-    """One stream's share of a joint block.
+def feed_forward(width: int, config: MMDiTConfig, experts: ExpertsConfig | None) -> MLP | MoE:
+    """The feed-forward of a stream of `width`, or the experts in its place."""
+    if experts is not None:
+        return MoE(width, experts, config.activation, config.bias)
+    return MLP(width, config.hidden(width), config.activation, config.bias)
 
-    `is_last` leaves out everything after attention: nothing could use it.
+
+class StreamLayer(nn.Module):
+    """The share of the stream `name` in joint block `index`.
+
+    Where the stream ends, everything after attention is left out: nothing could use it.
     """
 
-    def __init__(self, width: int, config: MMDiTConfig, is_last: bool) -> None:
+    def __init__(self, name: str, config: MMDiTConfig, index: int) -> None:
         super().__init__()
+        width, is_last = config.stream_width(name), config.is_last(name, index)
         self.modulation = Modulation(
             config.width_of_condition,
             width,
@@ -74,10 +84,10 @@ class StreamLayer(nn.Module):
         )
         self.attention_prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
         self.attention = Projections(width, config, not is_last, config.bias)
-        self.mlp: MLP | None = None
+        self.mlp: MLP | MoE | None = None
         if not is_last:
             self.mlp_prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
-            self.mlp = MLP(width, config.hidden(width), config.activation, config.bias)
+            self.mlp = feed_forward(width, config, config.experts_in(name, index))
         has_postnorm = config.sandwich_norm and not is_last
         self.attention_postnorm = RMSNorm(width, config.norm_eps) if has_postnorm else None
         self.mlp_postnorm = RMSNorm(width, config.norm_eps) if has_postnorm else None
@@ -105,10 +115,7 @@ class JointBlock(nn.Module):
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
         self.streams = nn.ModuleDict(
-            {
-                name: StreamLayer(config.stream_width(name), config, config.is_last(name, index))
-                for name in config.streams
-            }
+            {name: StreamLayer(name, config, index) for name in config.streams}
         )
 
     def forward(self, x: Mapping[str, Tensor], context: Context) -> dict[str, Tensor]:
@@ -137,7 +144,7 @@ class JointBlock(nn.Module):
         hidden = context.gather(normed)
         branches = context.scatter(
             {
-                name: layer.mlp(hidden[name])
+                name: context.feed_forward(layer.mlp, name, hidden[name])
                 for name, layer in going_on.items()
                 if layer.mlp is not None
             }
@@ -171,7 +178,7 @@ class JointBlock(nn.Module):
 class SingleBlock(nn.Module):
     """One set of weights for the tokens of all streams; attention and MLP side by side."""
 
-    def __init__(self, config: MMDiTConfig) -> None:
+    def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
         width = config.stream_width(next(iter(config.streams)))
         self.modulation = Modulation(
@@ -184,7 +191,7 @@ class SingleBlock(nn.Module):
         self.prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
         # One bias for the sum of both ways out: the MLP's.
         self.attention = Projections(width, config, has_out=True, out_bias=False)
-        self.mlp = MLP(width, config.hidden(width), config.activation, config.bias)
+        self.mlp = feed_forward(width, config, config.experts_in(ALL, index))
         self.postnorm = RMSNorm(width, config.norm_eps) if config.sandwich_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -195,7 +202,8 @@ class SingleBlock(nn.Module):
         q, k, v = self.attention(normed, context.rotary[ALL])
         attended = call_attention(context.attend, q, k, v, context.layout)
         assert self.attention.out is not None and rows.gate is not None
-        both = self.attention.out(attended.flatten(-2)) + self.mlp(normed)
+        both = self.attention.out(attended.flatten(-2))
+        both = both + context.feed_forward(self.mlp, ALL, normed)
         branch = context.scatter({ALL: both})[ALL]
         branch = branch if self.postnorm is None else self.postnorm(branch)
         return gated_add(x, rows.gate, branch, level)

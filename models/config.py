@@ -7,7 +7,11 @@ from typing import Literal
 
 from kinodit.models.errors import ConfigError
 from kinodit.models.mlp import Activation, hidden_width
+from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.rope import RopeConfig
+
+SINGLE = "all"
+"""Name of the experts of single blocks, which see the tokens of all streams."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class MMDiTConfig:
                        matrix that all blocks share (adaLN-LoRA, FiTv2, arXiv 2410.13925)
     condition_width:   c; None: width
     rope:              how positions become rotary angles
+    experts:           stream -> experts in place of its feed-forwards in double blocks; "all" ->
+                       in place of those of single blocks
     """
 
     streams: dict[str, StreamConfig] = field(default_factory=dict)
@@ -104,6 +110,7 @@ class MMDiTConfig:
     modulation_rank: int = 0
     condition_width: int | None = None
     rope: RopeConfig = field(default_factory=RopeConfig)
+    experts: dict[str, ExpertsConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if min(self.width, self.num_heads, self.kv_heads) < 1:
@@ -145,6 +152,36 @@ class MMDiTConfig:
                     f"stream {name!r} has width {self.stream_width(name)}, but sincos_2d needs a "
                     "multiple of 4"
                 )
+        for name, experts in self.experts.items():
+            self._check_experts(name, experts)
+
+    def _check_experts(self, name: str, experts: ExpertsConfig) -> None:
+        if name != SINGLE and name not in self.streams:
+            raise ConfigError(
+                f"model.experts.{name}: there is no such stream; there are {sorted(self.streams)}, "
+                f"and {SINGLE!r} for the single blocks"
+            )
+        count = self.num_single_blocks if name == SINGLE else self.num_double_blocks
+        able = [i for i in range(count) if name == SINGLE or not self.is_last(name, i)]
+        wrong = sorted(set(experts.blocks) - set(able))
+        if wrong or not able:
+            raise ConfigError(
+                f"model.experts.{name}.blocks = {list(experts.blocks)}: feed-forwards that experts "
+                f"can stand for are in blocks {able}"
+            )
+        if experts.router.kind == "modality" and (
+            name != SINGLE or experts.num_experts != len(self.streams)
+        ):
+            raise ConfigError(
+                f"model.experts.{name}: router.kind = modality is for experts.{SINGLE} with one "
+                f"expert for each of the {len(self.streams)} streams; in double blocks each stream "
+                "has experts of its own"
+            )
+
+    def experts_in(self, name: str, index: int) -> ExpertsConfig | None:
+        """The experts of stream `name` in double block `index`, or of single block `index`."""
+        experts = self.experts.get(name)
+        return experts if experts is not None and experts.is_in(index) else None
 
     @property
     def dim_of_head(self) -> int:

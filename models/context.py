@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinodit.models.attention import AttentionOp
 from kinodit.models.exchange import Exchange, Parts
 from kinodit.models.modulation import Modulation, Rows
+from kinodit.models.moe.experts import ExpertOp, apply_experts
+from kinodit.models.moe.layer import MoE, Surroundings
+from kinodit.models.moe.router import Seen
 from kinodit.models.tokens import AttentionLayout
 
 Rotary = Tensor | None
@@ -39,6 +42,10 @@ class Context:
     layout:    who attends to whom
     attend:    the attention op
     exchange:  what happens where processes share tokens and matrices; None in one process
+    level_t:   [K] noise level of each row of `condition`
+    levels_seen: stream -> [M] int64, the row of each token that its matrices see
+    stream:    [M] int64, the stream of each token that single blocks see; None before them
+    apply_experts: applies experts to rows
     """
 
     condition: Tensor
@@ -48,12 +55,21 @@ class Context:
     rotary: Mapping[str, Rotary]
     layout: AttentionLayout
     attend: AttentionOp
-    exchange: Exchange | None = None
+    exchange: Exchange | None
+    level_t: Tensor
+    levels_seen: Mapping[str, Tensor]
+    stream: Tensor | None = None
+    apply_experts: ExpertOp = apply_experts
 
     def merged(self) -> Context:
         """The same for all streams' tokens seen as one stream, as single blocks do."""
+        seen = list(self.num_seen.values())
         return replace(
             self,
+            levels_seen={ALL: torch.cat(list(self.levels_seen.values()))},
+            stream=torch.cat(
+                [self.level_t.new_full((n,), i, dtype=torch.int64) for i, n in enumerate(seen)]
+            ),
             level={ALL: torch.cat(list(self.level.values()))},
             num_seen={ALL: sum(self.num_seen.values())},
             rotary={ALL: merged_table(self.rotary, self.num_seen)},
@@ -66,6 +82,13 @@ class Context:
     def scatter(self, parts: Parts) -> Parts:
         """Results [M, d] of matrices that may be parts of whole ones -> of own tokens [N, d]."""
         return parts if self.exchange is None else call_scatter(self.exchange, parts, self.layout)
+
+    def feed_forward(self, mlp: nn.Module, name: str, x: Tensor) -> Tensor:
+        """`x` [M, d] of stream `name` through its feed-forward, or through its experts."""
+        if isinstance(mlp, MoE):
+            return call_experts(mlp, name, x, self)
+        out: Tensor = mlp(x)
+        return out
 
     def rows(self, modulations: Mapping[str, Modulation]) -> dict[str, list[Rows]]:
         """What the condition does to every branch of every stream."""
@@ -115,3 +138,17 @@ def call_scatter(exchange: Exchange, parts: Parts, layout: AttentionLayout) -> P
 def call_join(exchange: Exchange, parts: Parts) -> Parts:
     """`exchange.join`, kept out of compiled graphs."""
     return exchange.join(parts)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def call_experts(layer: MoE, name: str, x: Tensor, context: Context) -> Tensor:
+    """A layer of experts, kept out of compiled graphs: each has other counts in every batch."""
+    exchange = context.exchange
+
+    def own(seen: Tensor) -> Tensor:
+        return seen if exchange is None else exchange.own(name, seen, context.layout)
+
+    seen = Seen(context.level_t[context.levels_seen[name]], context.stream)
+    levels = context.level_t[context.level[name]]
+    out: Tensor = layer(x, Surroundings(seen, levels, own, context.apply_experts))
+    return out

@@ -47,6 +47,10 @@ class Exchange(Protocol):
         """Partial results [m, d] for the tokens seen -> their sums for the own tokens [n, d]."""
         ...
 
+    def own(self, name: str, seen: Tensor, layout: AttentionLayout) -> Tensor:
+        """[m, ...] of the tokens seen of a stream (or of all) -> [n, ...] of the own ones."""
+        ...
+
     def join(self, rows: Parts) -> dict[str, Tensor]:
         """This process's columns of modulation rows [K, ...] -> all columns."""
         ...

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from kinodit.models.config import MMDiTConfig
+from kinodit.models.config import SINGLE, MMDiTConfig
 from kinodit.models.embed import NUM_FEATURES
+from kinodit.models.mlp import hidden_width
+from kinodit.models.moe.config import ExpertsConfig
 
 
 @dataclass(frozen=True)
@@ -19,22 +21,41 @@ class Matrix:
 
     rows: "tokens/NAME" (tokens of a stream), "tokens" (of all streams), "levels" (rows of the
           noise-level table) or "segments"
+    copies: experts that have such a matrix each
+    uses:   how many of them a row is multiplied with
     """
 
     fan_in: int
     fan_out: int
     rows: str
     has_bias: bool = True
+    copies: int = 1
+    uses: int = 1
 
     @property
     def parameters(self) -> int:
-        """Weights and biases."""
+        """Weights and biases, of all copies."""
+        return self.copies * self._parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one row meets."""
+        return self.uses * self._parameters
+
+    @property
+    def _parameters(self) -> int:
         return self.fan_in * self.fan_out + (self.fan_out if self.has_bias else 0)
 
 
 def count_parameters(config: MMDiTConfig) -> int:
     """Number of parameters of `MMDiT(config)`."""
     return sum(matrix.parameters for matrix in matrices(config)) + _norm_parameters(config)
+
+
+def count_active_parameters(config: MMDiTConfig) -> int:
+    """The parameters that one token meets: of the experts, as many as it goes to."""
+    active = sum(matrix.active_parameters for matrix in matrices(config))
+    return active + _norm_parameters(config)
 
 
 def forward_flops(
@@ -56,7 +77,7 @@ def forward_flops(
     """
     rows = {"levels": num_levels, "segments": num_segments, "tokens": sum(tokens.values())}
     rows |= {f"tokens/{name}": count for name, count in tokens.items()}
-    total = sum(2 * m.fan_in * m.fan_out * rows[m.rows] for m in matrices(config))
+    total = sum(2 * m.uses * m.fan_in * m.fan_out * rows[m.rows] for m in matrices(config))
     inner = config.num_heads * config.dim_of_head
     num_blocks = config.num_double_blocks + config.num_single_blocks
     total += num_blocks * 4 * num_pairs * inner
@@ -92,24 +113,24 @@ def matrices(config: MMDiTConfig) -> Iterator[Matrix]:
         if config.modulation_rank and config.num_double_blocks:
             yield Matrix(c, 2 * config.parts_per_branch * width, "levels", has_bias=False)
         for index in range(config.num_double_blocks):
-            yield from _stream_layer(config, name, config.is_last(name, index))
+            yield from _stream_layer(config, name, index)
     if config.num_single_blocks:
         width = config.stream_width(next(iter(config.streams)))
         if config.modulation_rank:
             yield Matrix(c, config.parts_per_branch * width, "levels", has_bias=False)
-        for _ in range(config.num_single_blocks):
+        for index in range(config.num_single_blocks):
             yield from _modulation(config, config.parts_per_branch * width)
             yield from _attention(config, width, "tokens", has_out=True, out_bias=False)
-            yield from _mlp(config, width, "tokens")
+            yield from _mlp(config, width, "tokens", config.experts_in(SINGLE, index))
 
 
-def _stream_layer(config: MMDiTConfig, name: str, is_last: bool) -> Iterator[Matrix]:
-    width, rows = config.stream_width(name), f"tokens/{name}"
+def _stream_layer(config: MMDiTConfig, name: str, index: int) -> Iterator[Matrix]:
+    width, rows, is_last = config.stream_width(name), f"tokens/{name}", config.is_last(name, index)
     parts = config.parts_per_branch - 1 if is_last else 2 * config.parts_per_branch
     yield from _modulation(config, parts * width)
     yield from _attention(config, width, rows, has_out=not is_last, out_bias=config.bias)
     if not is_last:
-        yield from _mlp(config, width, rows)
+        yield from _mlp(config, width, rows, config.experts_in(name, index))
 
 
 def _modulation(config: MMDiTConfig, fan_out: int) -> Iterator[Matrix]:
@@ -130,11 +151,27 @@ def _attention(
         yield Matrix(inner, width, rows, out_bias)
 
 
-def _mlp(config: MMDiTConfig, width: int, rows: str) -> Iterator[Matrix]:
-    hidden = config.hidden(width)
+def _mlp(
+    config: MMDiTConfig, width: int, rows: str, experts: ExpertsConfig | None
+) -> Iterator[Matrix]:
+    if experts is None:
+        yield from _feed_forward(config, width, rows, config.mlp_ratio)
+        return
+    if experts.router.is_learned:
+        yield Matrix(width, experts.num_experts, rows, has_bias=False)
+    sizes = experts.num_experts, experts.top_k
+    yield from _feed_forward(config, width, rows, experts.expert_ratio, *sizes)
+    if experts.shared_ratio:
+        yield from _feed_forward(config, width, rows, experts.shared_ratio)
+
+
+def _feed_forward(
+    config: MMDiTConfig, width: int, rows: str, ratio: float, copies: int = 1, uses: int = 1
+) -> Iterator[Matrix]:
+    hidden = hidden_width(width, ratio, config.activation)
     for _ in range(2 if config.activation == "swiglu" else 1):
-        yield Matrix(width, hidden, rows, config.bias)
-    yield Matrix(hidden, width, rows, config.bias)
+        yield Matrix(width, hidden, rows, config.bias, copies, uses)
+    yield Matrix(hidden, width, rows, config.bias, copies, uses)
 
 
 def _vector_mlp(features: int, width: int, rows: str) -> Iterator[Matrix]:

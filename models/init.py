@@ -4,8 +4,8 @@ What starts at zero and why: modulation, so that every block is the identity at 
 open as they are needed (adaLN-Zero, Peebles and Xie, arXiv 2212.09748, section 3.2); the heads, so
 that the first prediction is 0; biases. Embedding MLPs of times and conditions are normal with
 variance 1 / fan-in: DiT's fixed 0.02 comes to the same at its widths, but leaves a narrow model
-almost deaf to its conditions. All other matrices are Xavier uniform (Glorot and Bengio 2010,
-equation 16), as in DiT.
+almost deaf to its conditions. All other matrices, and each expert's, are Xavier uniform (Glorot and
+Bengio 2010, equation 16), as in DiT.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"modulation\.down\.weight$", "xavier"),
     (r"modulation\.", "zero"),
     (r"^heads\.[^.]+\.linear\.", "zero"),
+    (r"\.router\.(correction|load)$", "zero"),
+    (r"\.experts\.(up|gate|down)$", "xavier"),
+    (r"\.experts\.(up|gate|down)_bias$", "zero"),
     (r"\.bias$", "zero"),
     (r"norm\.weight$", "one"),
     (r"^condition\..*\.weight$", "normal"),
@@ -48,7 +51,7 @@ def initial_value(name: str, shape: Sequence[int], seed: int) -> Tensor:
     if choice == "one":
         return torch.ones(tuple(shape))
     source = generator(seed, "init", name)
-    fan_out, fan_in = shape
+    fan_out, fan_in = shape[-2:]
     if choice == "normal":
         return normal(source, shape) / math.sqrt(fan_in)
     bound = math.sqrt(6 / (fan_in + fan_out))

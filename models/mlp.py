@@ -34,14 +34,16 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [N, d] -> [N, d]."""
         h_Nh = self.up(x)
-        if self.gate is not None:
-            h_Nh = F.silu(self.gate(x)) * h_Nh
-        elif self.activation == "silu":
-            h_Nh = F.silu(h_Nh)
-        else:
-            h_Nh = gelu_tanh(h_Nh)
-        out: Tensor = self.down(h_Nh)
+        gate_Nh = None if self.gate is None else self.gate(x)
+        out: Tensor = self.down(activated(h_Nh, gate_Nh, self.activation))
         return out
+
+
+def activated(up: Tensor, gate: Tensor | None, activation: Activation) -> Tensor:
+    """What goes into `down`: element-wise, `gate` as large as `up` for "swiglu", else None."""
+    if gate is not None:
+        return F.silu(gate) * up
+    return F.silu(up) if activation == "silu" else gelu_tanh(up)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kinodit.models.embed import ConditionEmbed, StreamEmbed
 from kinodit.models.errors import ConfigError
 from kinodit.models.exchange import Exchange, Parts, Spot
 from kinodit.models.modulation import AdaNorm, Modulation
+from kinodit.models.moe.experts import ExpertOp, apply_experts
 from kinodit.models.rope import rotary_table
 from kinodit.models.tokens import TokenBatch
 
@@ -48,7 +49,7 @@ class MMDiT(nn.Module):
     """Predicts, for every stream with a head, C numbers per token.
 
     `attend` may be set to another op of the same signature, and `exchange` to what processes that
-    share the model do at its seams; every block uses them.
+    share the model do at its seams; every block uses them. So it is with `apply_experts`.
     """
 
     def __init__(self, config: MMDiTConfig) -> None:
@@ -62,6 +63,7 @@ class MMDiT(nn.Module):
         self.config = config
         self.attend: AttentionOp = attend
         self.exchange: Exchange | None = None
+        self.apply_experts: ExpertOp = apply_experts
         self.embeds = nn.ModuleDict({name: StreamEmbed(name, config) for name in config.streams})
         self.condition = ConditionEmbed(config)
         self.shared_modulation = nn.ModuleDict(_shared_modulation(config))
@@ -69,7 +71,7 @@ class MMDiT(nn.Module):
             JointBlock(config, index) for index in range(config.num_double_blocks)
         )
         self.single_blocks = nn.ModuleList(
-            SingleBlock(config) for _ in range(config.num_single_blocks)
+            SingleBlock(config, index) for index in range(config.num_single_blocks)
         )
         self.heads = nn.ModuleDict({name: Head(name, config) for name in outputs})
 
@@ -97,13 +99,13 @@ class MMDiT(nn.Module):
     def _context(self, batch: TokenBatch, dtype: torch.dtype) -> Context:
         """What all blocks see; positions and times are computed in `dtype`."""
         rotary: dict[str, Rotary] = {}
-        num_seen: dict[str, int] = {}
+        levels_seen: dict[str, Tensor] = {}
         for name, stream in self.config.streams.items():
             tokens = batch.modalities[name]
             spot = Spot(tokens.position, tokens.level)
             if self.exchange is not None:
                 spot = self.exchange.seen(name, batch)
-            num_seen[name] = spot.level.shape[0]
+            levels_seen[name] = spot.level
             rotary[name] = None
             if stream.position == "rope":
                 head_dim = self.config.dim_of_head
@@ -116,11 +118,14 @@ class MMDiT(nn.Module):
             condition=condition,
             shared=shared,
             level={name: tokens.level for name, tokens in batch.modalities.items()},
-            num_seen=num_seen,
+            num_seen={name: len(level) for name, level in levels_seen.items()},
             rotary=rotary,
             layout=batch.layout,
             attend=self.attend,
             exchange=self.exchange,
+            level_t=batch.level_t,
+            levels_seen=levels_seen,
+            apply_experts=self.apply_experts,
         )
 
     def _run_single_blocks(self, x: dict[str, Tensor], context: Context) -> dict[str, Tensor]:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kinodit.models.flops import forward_flops
 from kinodit.models.mmdit import MMDiTConfig
+from kinodit.models.moe.tally import Load
 from kinodit.models.tokens import TokenBatch
+from kinodit.trainer import balance
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.resilience import pulse
 from kinodit.trainer.resilience.stragglers import own_time, report, table
@@ -92,6 +94,7 @@ class Window:
     clock: Clock = field(default_factory=Clock)
     sums: Tensor | None = None
     grad_norm: Tensor | None = None
+    loads: dict[str, Load] = field(default_factory=dict)
     num_steps: int = 0
     num_skipped: int = 0
     num_tokens: int = 0
@@ -109,6 +112,8 @@ class Window:
         self.sums = sums if self.sums is None else self.sums + sums
         if result.updated or self.grad_norm is None:
             self.grad_norm = result.grad_norm
+        for name, load in result.loads.items():
+            self.loads[name] = self.loads[name] + load if name in self.loads else load
         self.num_steps += 1
         self.num_tokens += num_tokens
         self.num_samples += num_samples
@@ -172,6 +177,7 @@ class Window:
             "skipped_steps": self.num_skipped,
         }
         row |= report(rank_times, self.num_steps)
+        row |= balance.report(self.loads)
         for name, value in zip(self.modalities, losses, strict=True):
             weight = loss_weights.get(name, 1.0)
             row[f"loss/{name}"] = value / weight if weight else 0.0

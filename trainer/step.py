@@ -10,14 +10,16 @@ on how the step is cut into ranks and micro-batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kinodit.models.diffusion.objective import NoisedBatch, Objective, bin_errors
+from kinodit.models.moe.tally import Load
 from kinodit.models.tokens import Role, TokenBatch
 from kinodit.trainer import faults
+from kinodit.trainer.balance import Balance
 from kinodit.trainer.ema import Ema
 from kinodit.trainer.engine.base import Engine, Predictions
 from kinodit.trainer.parallel.mesh import Mesh
@@ -54,6 +56,7 @@ class StepResult:
     grad_norm:  scalar, global, before clipping
     counts:     over all ranks
     updated:    False: the gate refused, and parameters, moments and averages are as before
+    loads:      layer with experts -> how they were used, over all ranks
     """
 
     losses: Tensor
@@ -62,6 +65,7 @@ class StepResult:
     grad_norm: Tensor
     counts: StepCounts
     updated: bool = True
+    loads: Mapping[str, Load] = field(default_factory=dict)
 
 
 def loss_tokens(tokens_weight: Tensor, role: Tensor) -> Tensor:
@@ -110,6 +114,7 @@ class Step:
         self._loss_weights = mesh.tensor(weights, torch.float64)
         self._seed = seed
         self._max_grad_norm = max_grad_norm
+        self._balance = Balance(engine.model, mesh)
 
     def __call__(
         self, step: int, batches: Sequence[TokenBatch], lr: float, gate: Gate | None = None
@@ -118,6 +123,7 @@ class Step:
 
         `gate` is asked between the backward and the update.
         """
+        self._balance.begin(batches)
         counted = count_step(batches, self.modalities, self._mesh)
         scales = self._loss_weights / counted[: len(self.modalities)].clamp(min=1)
         device = self._engine.device
@@ -137,6 +143,7 @@ class Step:
                 return torch.stack(terms).sum()
 
             self._engine.forward_backward(noised.batch, loss, last=index == len(batches) - 1)
+        loads = self._balance.count()
         faults.reach("step:gradients", step, self._engine.gradient_parts)
         grad_norm = self._engine.clip(self._max_grad_norm)
         faults.reach("step:before-update", step)
@@ -148,13 +155,14 @@ class Step:
         )
         if updated:
             self._engine.step(lr)
+            self._balance.update()
             for ema in self._emas:
                 ema.update(step)
         else:
             self._engine.skip()
         faults.reach("step:end", step, self._parameters)
         bin_errors, bin_counts = (bins / self._mesh.place.copies).unbind(-1)
-        return StepResult(losses, bin_errors, bin_counts, grad_norm, counts, updated)
+        return StepResult(losses, bin_errors, bin_counts, grad_norm, counts, updated, loads)
 
     def _parameters(self) -> dict[str, Tensor]:
         """This rank's parts of the parameters."""

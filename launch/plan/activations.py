@@ -14,7 +14,8 @@ from typing import Literal, TypeVar
 from kinodit.launch.plan import ops
 from kinodit.launch.plan.blocks import Blocks, Pass, Streams
 from kinodit.launch.plan.shadow import Shadow, Tape
-from kinodit.models.config import MMDiTConfig
+from kinodit.models.config import SINGLE, MMDiTConfig
+from kinodit.models.moe.config import ExpertsConfig
 from kinodit.trainer.parallel.remat import RematConfig
 
 T = TypeVar("T")
@@ -121,7 +122,7 @@ def follow(work: Pass, chosen: Sequence[tuple[int, str]]) -> list[Stretch]:
         for index, mode in chosen:
             if index >= first_single:
                 trail.start()
-                joint = _run(tape, mode, partial(blocks.single, joint))
+                joint = _run(tape, mode, partial(blocks.single, joint, index - first_single))
         trail.start()
         x = dict(zip(x, ops.split(tape, joint, sizes), strict=True))
         del joint
@@ -177,14 +178,18 @@ def activations(work: Pass, remat: RematConfig) -> Activations:
     return Activations(before, peak, host, made)
 
 
-Kind = tuple[bool, str, bool]
+Kind = tuple[bool, str, bool, tuple[ExpertsConfig | None, ...]]
 
 
 def _kinds(model: MMDiTConfig, modes: Sequence[str]) -> Iterator[Kind]:
-    """(is a joint block, mode, is the last joint block) of each: what its memory depends on."""
+    """(is a joint block, mode, is the last joint block, experts): what its memory depends on."""
     for index, mode in enumerate(modes):
         is_joint = index < model.num_double_blocks
-        yield is_joint, mode, index == model.num_double_blocks - 1
+        if is_joint:
+            experts = tuple(model.experts_in(name, index) for name in model.streams)
+        else:
+            experts = (model.experts_in(SINGLE, index - model.num_double_blocks),)
+        yield is_joint, mode, index == model.num_double_blocks - 1, experts
 
 
 def _representatives(kinds: Sequence[Kind]) -> list[int]:

@@ -13,8 +13,10 @@ from kinodit.launch.plan import ops
 from kinodit.launch.plan.ops import Sizes
 from kinodit.launch.plan.seams import Crowd, attend, gather, scatter
 from kinodit.launch.plan.shadow import Shadow, Storage, Tape
-from kinodit.models.config import MMDiTConfig
+from kinodit.models.config import SINGLE, MMDiTConfig
 from kinodit.models.embed import NUM_FEATURES
+from kinodit.models.mlp import hidden_width
+from kinodit.models.moe.config import ExpertsConfig
 
 Streams = dict[str, Shadow]
 
@@ -207,7 +209,8 @@ class Blocks:
         made = {}
         for name in going_on:
             width = model.stream_width(name)
-            made[name] = self._mlp(hidden[name], crowd.seen[name], width)
+            experts = model.experts_in(name, index)
+            made[name] = self._feed_forward(hidden[name], crowd.seen[name], width, experts)
         branch = scatter(self.tape, made, own, crowd.tp)
         del made
         for name in going_on:
@@ -224,8 +227,8 @@ class Blocks:
         sizes = [self.work.tokens(crowd.seen[name], self.inner) for name in x]
         return dict(zip(x, ops.split(tape, joint, sizes), strict=True))
 
-    def single(self, x: Shadow) -> Shadow:
-        """`SingleBlock.forward`."""
+    def single(self, x: Shadow, index: int) -> Shadow:
+        """`SingleBlock.forward` of block `index`."""
         tape, model, crowd = self.tape, self.model, self.crowd
         width = model.stream_width(next(iter(model.streams)))
         rows = self._modulation(width, model.parts_per_branch)
@@ -240,7 +243,7 @@ class Blocks:
         both = ops.add(
             tape,
             ops.linear(tape, attended, seen),
-            self._mlp(normed, crowd.num_seen, width),
+            self._feed_forward(normed, crowd.num_seen, width, model.experts_in(SINGLE, index)),
         )
         branch = both
         if crowd.tp > 1:
@@ -286,10 +289,34 @@ class Blocks:
             k = ops.rotate(tape, k, self.sizes, rotary)
         return q, k, v
 
-    def _mlp(self, x: Shadow, count: int, width: int) -> Shadow:
+    def _feed_forward(
+        self, x: Shadow, count: int, width: int, experts: ExpertsConfig | None
+    ) -> Shadow:
+        """`MoE.forward`, with experts that share the tokens evenly, or `MLP.forward`."""
+        if experts is None:
+            return self._mlp(x, count, width, self.model.mlp_ratio)
+        tape, rows = self.tape, count * experts.top_k
+        if experts.router.is_learned:
+            wide = ops.copy(tape, x, self.sizes.widened(x.nbytes)) if self.sizes.is_narrow else x
+            logits = count * experts.num_experts * self.sizes.wide
+            ops.pointwise(tape, ops.linear(tape, wide, logits))
+            del wide
+        spread = ops.copy(tape, x, self.work.tokens(rows, width))
+        made = self._mlp(spread, rows, width, experts.expert_ratio)
+        del spread
+        back = ops.copy(tape, made)
+        del made
+        weighed = ops.copy(tape, ops.pointwise(tape, back), self.work.tokens(count, width))
+        del back
+        if experts.shared_ratio:
+            weighed = ops.add(tape, weighed, self._mlp(x, count, width, experts.shared_ratio))
+        return weighed
+
+    def _mlp(self, x: Shadow, count: int, width: int, ratio: float) -> Shadow:
         """`MLP.forward`."""
         tape = self.tape
-        size = self.work.tokens(count, self.model.hidden(width) // self.crowd.tp)
+        inner = hidden_width(width, ratio, self.model.activation)
+        size = self.work.tokens(count, inner // self.crowd.tp)
         hidden = ops.linear(tape, x, size)
         if self.model.activation == "swiglu":
             hidden = ops.multiply(tape, ops.pointwise(tape, ops.linear(tape, x, size)), hidden)

@@ -19,6 +19,7 @@ from kinodit.launch.plan.watch import Watch
 from kinodit.launch.plan.workload import Workload
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch, build_layout
 from kinodit.trainer.ema import Ema, EmaConfig
 from kinodit.trainer.engine.base import Predictions
@@ -63,6 +64,7 @@ def families() -> dict[str, Workload]:
     next_dit = _family(
         activation="swiglu", block_norm="rms", sandwich_norm=True, modulation="scale_gate"
     )
+    experts = ExpertsConfig(num_experts=4, top_k=2, expert_ratio=2.0, shared_ratio=1.0)
     return {
         "sd3": Workload(sd3, {"video": 160, "text": 40}, segments=2, packs=8),
         "flux": Workload(_family(), tokens, segments=1, packs=8),
@@ -70,6 +72,9 @@ def families() -> dict[str, Workload]:
         "gqa": Workload(_family(num_kv_heads=2), tokens, segments=2, packs=8),
         "lora_per_frame": Workload(
             _family(modulation_rank=8), tokens, segments=2, packs=8, levels=4
+        ),
+        "experts": Workload(
+            _family(experts={"video": experts, "all": experts}), tokens, segments=2, packs=8
         ),
     }
 

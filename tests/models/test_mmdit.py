@@ -11,6 +11,7 @@ from torch import Tensor
 from kinodit.models.errors import ConfigError
 from kinodit.models.init import initialize
 from kinodit.models.mmdit import ConditionConfig, MMDiT, MMDiTConfig, StreamConfig
+from kinodit.models.moe.config import ExpertsConfig, RouterConfig
 from kinodit.models.rope import RopeConfig
 from kinodit.models.tokens import AttentionLayout
 from tests.models.packs import Sample, filler, pack, random_sample, randomize
@@ -33,6 +34,14 @@ VARIANTS = {
     "single": SINGLE,
     "gqa_swiglu": dataclasses.replace(
         SINGLE, num_kv_heads=2, activation="swiglu", bias=False, qkv_bias=False
+    ),
+    "experts": dataclasses.replace(
+        SINGLE,
+        experts={
+            "video": ExpertsConfig(4, 2, 1.0, 0.5),
+            "text": ExpertsConfig(3, 1, 1.0, blocks=(1,), router=RouterConfig(scores="sigmoid")),
+            "all": ExpertsConfig(2, 1, 1.0, router=RouterConfig("modality"), blocks=(1,)),
+        },
     ),
     "no_qk_norm_sincos": dataclasses.replace(
         BASE,

@@ -11,6 +11,7 @@ from torch import nn
 
 from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe.config import ExpertsConfig
 from kinodit.trainer.certify.trace import Array, whole
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.deferred import initial_values, materialize
@@ -20,7 +21,8 @@ from tests.support.ranks import Ranks
 from tests.support.synthetic import tiny_model_config
 
 CPU = torch.device("cpu")
-CONFIG = tiny_model_config(num_heads=4, modulation_rank=4, activation="swiglu")
+EXPERTS = {"video": ExpertsConfig(4, 2, 1.0, 0.5)}
+CONFIG = tiny_model_config(num_heads=4, modulation_rank=4, activation="swiglu", experts=EXPERTS)
 
 
 def weights(rank: int, world_size: int, parallel: ParallelConfig) -> dict[str, Array]:
@@ -69,8 +71,8 @@ def test_every_layout_starts_from_them(parallel: ParallelConfig, four: Ranks) ->
         assert [name for name in known if not np.array_equal(found[name], known[name])] == []
 
 
-def test_a_buffer_is_refused() -> None:
+def test_what_has_no_rule_is_refused() -> None:
     with torch.device("meta"):
         module = nn.BatchNorm1d(3)
-    with pytest.raises(LookupError, match=r"buffers .'running_mean'"):
+    with pytest.raises(LookupError, match="no rule initialises"):
         materialize(module, initial_values(0), CPU)

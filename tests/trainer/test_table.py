@@ -11,6 +11,7 @@ from torch import nn
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe.config import ExpertsConfig, RouterConfig
 from kinodit.models.presets import PRESETS
 from kinodit.trainer.parallel.table import (
     Row,
@@ -35,6 +36,14 @@ VARIANTS = {
     "double only": tiny_model_config(num_single_blocks=0, modulation_rank=4, block_norm="rms"),
     "single only": tiny_model_config(num_double_blocks=0, sandwich_norm=True),
     "no conditions": tiny_model_config(conditions={}),
+    "experts": tiny_model_config(
+        activation="swiglu",
+        experts={
+            "video": ExpertsConfig(4, 2, 1.0, 0.5),
+            "text": ExpertsConfig(4, 2, 1.0, blocks=(0,)),
+            "all": ExpertsConfig(2, 1, router=RouterConfig("modality")),
+        },
+    ),
 }
 
 

@@ -25,7 +25,7 @@ from kinodit.trainer.parallel.sequence import Place
 TOLERANCE = 1e-9
 """Of a sum, relative to the sum of absolute values: rounding is below it, a wrong token above."""
 
-ROW = re.compile(r"\.(attention\.out|mlp\.down|mlp)$")
+ROW = re.compile(r"\.(attention\.out|mlp\.down|mlp|mlp\.experts|mlp\.shared(\.down)?)$")
 CONDITION = re.compile(r"^condition|^heads\.[^.]+\.modulation|\.refiner|\.modulation\.down$")
 COLUMN = re.compile(r"^shared_modulation|\.modulation\.linear$")
 

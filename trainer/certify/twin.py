@@ -8,6 +8,7 @@ from typing import Any
 
 from kinodit.data.synthetic import SyntheticStream
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
+from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.rope import RopeConfig
 from kinodit.trainer.config import RunConfig, differences, flatten
 from kinodit.trainer.optim import AdamW8bitConfig, OptimConfig
@@ -17,6 +18,7 @@ HEAD_DIM = 16
 MAX_HEADS = 4
 MAX_BLOCKS = 2
 MAX_RANK = 4
+MAX_EXPERTS = 4
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,18 @@ def _small_model(model: MMDiTConfig) -> MMDiTConfig:
             else _scaled(model.condition_width, inner, num_heads * HEAD_DIM)
         ),
         rope=_small_rope(model.rope),
+        experts={name: _small_experts(experts) for name, experts in model.experts.items()},
     )
+
+
+def _small_experts(experts: ExpertsConfig) -> ExpertsConfig:
+    """Four experts, which the largest degree divides; where some blocks have them, the first."""
+    top_k = min(experts.top_k, MAX_EXPERTS // 2)
+    num_experts = experts.num_experts
+    if experts.router.is_learned:
+        num_experts = min(num_experts, MAX_EXPERTS)
+    blocks = (0,) if experts.blocks else ()
+    return replace(experts, num_experts=num_experts, top_k=top_k, blocks=blocks)
 
 
 def _small_stream(stream: StreamConfig, index: int, scale: float) -> StreamConfig:

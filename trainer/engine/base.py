@@ -71,6 +71,8 @@ class Engine(Protocol):
     def masters(self) -> dict[str, Tensor]:
         """The parameters that updates go into, as they live: for arithmetic element by element.
 
+        And the model's buffers, which routers of experts keep their balance in.
+
         Names and shapes are the engine's own; `canonical` tells what they are.
         """
         ...

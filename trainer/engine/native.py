@@ -116,7 +116,7 @@ class NativeEngine:
 
     def masters(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return dict(self.model.named_parameters())
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def refresh(self) -> None:
         """See `Engine`: the model computes with these very tensors."""
@@ -131,7 +131,7 @@ class NativeEngine:
 
     def state(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
+        tensors = {f"model/{name}": p.detach() for name, p in self.masters().items()}
         tensors |= {f"optim/{name}": tensor for name, tensor in self._optimizer.state().items()}
         return tensors
 

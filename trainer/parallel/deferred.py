@@ -30,15 +30,12 @@ def initial_values(seed: int) -> Values:
 def materialize(
     model: nn.Module, values: Values, device: torch.device, *, cpu_offload: bool = False
 ) -> None:
-    """Give every parameter of `model` memory and its value, in place.
+    """Give every parameter and buffer of `model` memory and its value, in place.
 
     The memory is on `device`, or on the host where FSDP2 brings parameters to the device. One whole
-    parameter at a time is made on the host. Raises LookupError for a buffer: those would be left
-    with whatever the memory held.
+    parameter at a time is made on the host. Buffers are small, on `device`, and the same on every
+    rank. Raises LookupError for what `values` knows no value for.
     """
-    buffers = [name for name, _ in model.named_buffers()]
-    if buffers:
-        raise LookupError(f"buffers {buffers} have no rule that fills them")
     model.to_empty(device="cpu" if cpu_offload else device)
     for name, parameter in model.named_parameters():
         value = values(name, parameter.shape)
@@ -47,6 +44,10 @@ def materialize(
             own.copy_(part_of(value, parameter))
         else:
             parameter.copy_(value)
+    for path, module in model.named_modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            value = values(f"{path}.{key}" if path else key, buffer.shape)
+            module.register_buffer(key, value.to(device, buffer.dtype))
 
 
 def part_of(value: Tensor, like: DTensor) -> Tensor:

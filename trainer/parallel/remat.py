@@ -74,6 +74,7 @@ KEPT = frozenset(
     for name in (
         "mm",
         "addmm",
+        "_grouped_mm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",

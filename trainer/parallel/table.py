@@ -14,11 +14,12 @@ from typing import Literal
 
 from torch import nn
 
-from kinodit.models.config import MMDiTConfig
+from kinodit.models.config import SINGLE, MMDiTConfig
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe.config import ExpertsConfig
 
-Style = Literal["column", "row", "stored", "stored_in", "whole"]
+Style = Literal["column", "row", "stored", "stored_in", "whole", "experts"]
 """How a module's parameters lie on the ranks, and what its forward sees of them.
 
 column:    outputs split: the forward sees its part of weight and bias
@@ -26,6 +27,7 @@ row:       inputs split: the forward sees its part of the weight, and gives a pa
 stored:    split by outputs at rest, put together whenever the forward looks at the weight
 stored_in: the same, split by inputs
 whole:     on every rank; small, or not a matrix
+experts:   stacked weights, each expert's hidden units split: outputs of up and gate, inputs of down
 """
 
 
@@ -64,6 +66,14 @@ SPLITS: dict[Style, dict[str, Split]] = {
     "row": {"weight": Split(1, part=True), "bias": Split(None, part=False, summed=True)},
     "stored": {"weight": Split(0, part=False), "bias": Split(None, part=False)},
     "stored_in": {"weight": Split(1, part=False), "bias": Split(None, part=False)},
+    "experts": {
+        "up": Split(1, part=True),
+        "gate": Split(1, part=True),
+        "down": Split(2, part=True),
+        "up_bias": Split(1, part=True),
+        "gate_bias": Split(1, part=True),
+        "down_bias": Split(None, part=False, summed=True),
+    },
     "whole": {"weight": Split(None, part=False), "bias": Split(None, part=False)},
 }
 
@@ -85,10 +95,16 @@ def mmdit_table(config: MMDiTConfig) -> list[Row]:
     if config.num_double_blocks:
         block = "joint_blocks.*.streams.*"
         rows += _block_rows(block, config)
+        for name in config.streams:
+            able = [i for i in range(config.num_double_blocks) if not config.is_last(name, i)]
+            found = [config.experts_in(name, index) for index in able]
+            rows += _feed_forward_rows(f"joint_blocks.*.streams.{name}", config, found)
         for branch in ("attention", "mlp"):
             rows += _norm_rows(f"{block}.{branch}_", config)
     if config.num_single_blocks:
         rows += _block_rows("single_blocks.*", config)
+        found = [config.experts_in(SINGLE, index) for index in range(config.num_single_blocks)]
+        rows += _feed_forward_rows("single_blocks.*", config, found)
         rows += _norm_rows("single_blocks.*.", config)
     return rows
 
@@ -109,16 +125,35 @@ def _block_rows(block: str, config: MMDiTConfig) -> list[Row]:
     rows = [Row(f"{block}.attention.{name}", "column") for name in "qkv"]
     rows += [
         Row(f"{block}.attention.out", "row"),
-        Row(f"{block}.mlp.up", "column"),
-        Row(f"{block}.mlp.down", "row"),
         Row(f"{block}.modulation.linear", "column"),
     ]
-    if config.activation == "swiglu":
-        rows.append(Row(f"{block}.mlp.gate", "column"))
     if config.modulation_rank:
         rows.append(Row(f"{block}.modulation.down", "stored_in"))
     if config.qk_norm == "rms":
         rows += [Row(f"{block}.attention.{name}_norm", "whole") for name in "qk"]
+    return rows
+
+
+def _feed_forward_rows(
+    block: str, config: MMDiTConfig, found: Sequence[ExpertsConfig | None]
+) -> list[Row]:
+    """`found`: the experts of each of the blocks, None where there is one feed-forward."""
+    rows = []
+    if None in found:
+        rows += _mlp_rows(f"{block}.mlp", config)
+    for experts in next(([one] for one in found if one is not None), []):
+        rows.append(Row(f"{block}.mlp.experts", "experts"))
+        if experts.router.is_learned:
+            rows.append(Row(f"{block}.mlp.router", "whole"))
+        if experts.shared_ratio:
+            rows += _mlp_rows(f"{block}.mlp.shared", config)
+    return rows
+
+
+def _mlp_rows(mlp: str, config: MMDiTConfig) -> list[Row]:
+    rows = [Row(f"{mlp}.up", "column"), Row(f"{mlp}.down", "row")]
+    if config.activation == "swiglu":
+        rows.append(Row(f"{mlp}.gate", "column"))
     return rows
 
 

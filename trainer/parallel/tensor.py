@@ -171,6 +171,17 @@ class TokenExchange:
         )
         return dict(zip(parts, made, strict=True))
 
+    def own(self, name: str, seen: Tensor, layout: AttentionLayout) -> Tensor:
+        """See `Exchange`."""
+        if self.group is None:
+            return seen
+        counts, rank = _cut_layout(layout).counts, dist.get_rank(self.group)
+        pieces, start = [], 0
+        for rows in counts.values() if name == ALL else [counts[name]]:
+            pieces.append(seen.narrow(0, start + sum(rows[:rank]), rows[rank]))
+            start += sum(rows)
+        return torch.cat(pieces)
+
     def join(self, rows: Parts) -> dict[str, Tensor]:
         """See `Exchange`."""
         if self.group is None:

@@ -1,0 +1,1 @@
+"""Mixtures of experts in place of feed-forwards: routers, grouped weights, balance."""

@@ -1,0 +1,93 @@
+"""Experts: feed-forwards whose weights are stacked, applied to rows sorted by expert.
+
+Shape legend: E experts, R rows, d width, h hidden width of an expert, i and o inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kinodit.models.mlp import Activation, activated
+
+
+class Experts(nn.Module):
+    """E feed-forwards of the form of `MLP`: up and gate [E, h, d], down [E, d, h]."""
+
+    def __init__(
+        self, num_experts: int, width: int, hidden: int, activation: Activation, bias: bool
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        has_gate = activation == "swiglu"
+        wide, narrow = (num_experts, hidden, width), (num_experts, width, hidden)
+        self.up = nn.Parameter(torch.empty(wide))
+        self.gate = nn.Parameter(torch.empty(wide)) if has_gate else None
+        self.down = nn.Parameter(torch.empty(narrow))
+        self.up_bias = nn.Parameter(torch.zeros(wide[:2])) if bias else None
+        self.gate_bias = nn.Parameter(torch.zeros(wide[:2])) if bias and has_gate else None
+        self.down_bias = nn.Parameter(torch.zeros(narrow[:2])) if bias else None
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """`x` [R, d], the first counts[0] rows for the first expert and so on -> [R, d].
+
+        counts: [E] int64; their sum is R. An expert without rows gets a gradient of zero.
+        """
+        up = grouped_linear(x, self.up, self.up_bias, counts)
+        gate = None
+        if self.gate is not None:
+            gate = grouped_linear(x, self.gate, self.gate_bias, counts)
+        hidden = activated(up, gate, self.activation)
+        return grouped_linear(hidden, self.down, self.down_bias, counts)
+
+
+class ExpertOp(Protocol):
+    """Applies `experts` to rows sorted by expert; where experts lie elsewhere, rows travel."""
+
+    def __call__(self, experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+        """`x` [R, d] and `counts` [E] of all experts -> [R, d], in the same order."""
+        ...
+
+
+def apply_experts(experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+    """The `ExpertOp` of one process: all experts are here."""
+    out: Tensor = experts(x, counts)
+    return out
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """`x` [R, i], `weight` [E, o, i], `bias` [E, o] -> [R, o]: rows of group e times weight[e].
+
+    Under autocast in its dtype, as a linear layer.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    product = grouped_product if fits_grouped(x, weight) else looped_product
+    out = product(x, weight, counts)
+    if bias is None:
+        return out
+    return out + torch.repeat_interleave(bias.to(out.dtype), counts, dim=0, output_size=len(out))
+
+
+def fits_grouped(x: Tensor, weight: Tensor) -> bool:
+    """Whether the backend has a grouped product for these: not for float64, nor for odd widths."""
+    kinds = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
+    aligned = all(size * x.itemsize % 16 == 0 for size in weight.shape[1:])
+    return x.dtype in kinds and x.dtype == weight.dtype and aligned
+
+
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """All groups in one kernel."""
+    ends = counts.cumsum(0).to(torch.int32)
+    out: Tensor = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
+    return out
+
+
+def looped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Group after group."""
+    groups = x.split(counts.tolist())
+    return torch.cat([F.linear(rows, w) for rows, w in zip(groups, weight.unbind(), strict=True)])

@@ -1,0 +1,152 @@
+"""The layer: route tokens, take them to their experts, put together what comes back.
+
+Shape legend: M tokens seen, N own tokens, E experts, k experts of a token, R = M k rows, d width,
+B bins of the noise level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kinodit.models.mlp import MLP, Activation, hidden_width
+from kinodit.models.moe.config import ExpertsConfig
+from kinodit.models.moe.experts import ExpertOp, Experts
+from kinodit.models.moe.router import Choice, Router, Seen
+from kinodit.models.moe.tally import Tally
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a layer needs to know of the pass that it is part of.
+
+    seen:    of the tokens that it sees
+    level_t: [N] float, noise level of each own token
+    own:     [M, ...] of the tokens seen -> [N, ...] of the own ones among them
+    apply:   applies experts to rows
+    """
+
+    seen: Seen
+    level_t: Tensor
+    own: Callable[[Tensor], Tensor]
+    apply: ExpertOp
+
+
+class MoE(nn.Module):
+    """Experts that tokens are routed to, and maybe one that all of them go to.
+
+    No token is dropped. `tally` is what the backward has counted since it was last emptied: each
+    pass counts once, whether its blocks are computed again or not, and evaluation not at all.
+
+    loss_scale, z_scale: what the auxiliary losses of one token are multiplied with; set before a
+                         step by whoever balances the pool
+    """
+
+    def __init__(
+        self, width: int, config: ExpertsConfig, activation: Activation, bias: bool
+    ) -> None:
+        super().__init__()
+        self.config = config
+        hidden = hidden_width(width, config.expert_ratio, activation)
+        self.router = Router(width, config)
+        self.experts = Experts(config.num_experts, width, hidden, activation, bias)
+        self.shared: MLP | None = None
+        if config.shared_ratio:
+            hidden = hidden_width(width, config.shared_ratio, activation)
+            self.shared = MLP(width, hidden, activation, bias)
+        self.loss_scale = self.z_scale = 0.0
+        self.tally = Tally(config.num_experts)
+
+    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
+        """`x` [M, d] -> [M, d]."""
+        choice: Choice = self.router(x, around.seen)
+        order = choice.index.flatten().sort(stable=True).indices
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        counts = torch.bincount(choice.index.flatten(), minlength=self.config.num_experts)
+        rows = _Spread.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+        made = around.apply(self.experts, rows, counts)
+        made = _Permute.apply(made, inverse, order)  # type: ignore[no-untyped-call]
+        made = made.unflatten(0, (len(x), self.config.top_k))
+        out = (made * choice.gates.unsqueeze(-1)).sum(1).to(made.dtype)
+        if self.shared is not None:
+            out = out + self.shared(x)
+        return self._observed(out, choice, around)
+
+    def _observed(self, out: Tensor, choice: Choice, around: Surroundings) -> Tensor:
+        """`out`, whose backward also goes through the auxiliary losses, and counts.
+
+        The losses are sums over tokens, so that how tokens are dealt out to packs and processes
+        does not matter: the share of choices that the balance loss multiplies scores with (Fedus
+        et al., arXiv 2101.03961, equation 4) is that of the whole step before.
+        """
+        if not torch.is_grad_enabled():
+            return out
+        index, shares = around.own(choice.index), around.own(choice.shares)
+        logits = None if choice.logits is None else around.own(choice.logits)
+        squares = shares.new_zeros(()) if logits is None else logits.logsumexp(-1).square().sum()
+        aux = self.z_scale * squares
+        if self.loss_scale:
+            aux = aux + self.loss_scale * (shares * self.router.load.to(shares.dtype)).sum()
+        counted = self.tally.count(index, shares.detach(), squares.detach(), around.level_t)
+        made: Tensor = _Observe.apply(out, aux, lambda: self.tally.add(counted))  # type: ignore[no-untyped-call]
+        return made
+
+
+class _Spread(torch.autograd.Function):
+    """`x` [M, d] -> [R, d]: each token once for each of its experts, in the order of experts.
+
+    order: [R], what stands at each row, counted token by token; inverse: [R], where it went.
+    The backward adds up a token's rows in the order of its experts, on any device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.shape = x.shape
+        return x.index_select(0, order // max(1, len(order) // max(1, len(x))))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        num_tokens, width = ctx.shape
+        by_token = grad.index_select(0, inverse).view(num_tokens, -1, width)
+        return by_token.sum(1), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """`x` [R, d] -> x[index]; `inverse` undoes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Observe(torch.autograd.Function):
+    """Hands on `out`; in the backward, starts that of the scalar `aux` with 1, and calls `note`."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, aux: Tensor, note: Callable[[], None]) -> Tensor:
+        ctx.note, ctx.aux_like = note, (aux.dtype, aux.device)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.note()
+        dtype, device = ctx.aux_like
+        return grad, torch.ones((), dtype=dtype, device=device), None
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The layers inside `model` that have experts, by name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, MoE)}

@@ -1,0 +1,101 @@
+"""Routers: which experts each token goes to, in at least float32.
+
+Shape legend: M tokens, E experts, k experts of a token, d width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kinodit.models.moe.config import ExpertsConfig
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a router may look at besides the tokens.
+
+    level_t: [M] float, noise level of each token
+    stream:  [M] int64, index of each token's stream; None in blocks of one stream
+    """
+
+    level_t: Tensor
+    stream: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where tokens go.
+
+    index:  [M, k] int64, experts, the best first
+    gates:  [M, k], what each of them counts
+    shares: [M, E], scores that sum to 1 for each token
+    logits: [M, E]; None if nothing was learned
+    """
+
+    index: Tensor
+    gates: Tensor
+    shares: Tensor
+    logits: Tensor | None = None
+
+
+class Router(nn.Module):
+    """The router of one pool of experts.
+
+    Buffers, moved at the end of a step by whoever balances the pool, and part of a checkpoint:
+    correction: [E], added to the scores by which experts are chosen, and to nothing else
+    load:       [E], share of the tokens' choices that each expert had in the step before
+    """
+
+    correction: Tensor
+    load: Tensor
+
+    def __init__(self, width: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.config = config.router
+        self.num_experts, self.top_k = config.num_experts, config.top_k
+        self.weight: nn.Parameter | None = None
+        if config.router.is_learned:
+            self.weight = nn.Parameter(torch.empty(config.num_experts, width))
+            self.register_buffer("correction", torch.zeros(config.num_experts))
+            self.register_buffer("load", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor, seen: Seen) -> Choice:
+        """`x` [M, d] -> the choice of each token."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.weight is None:
+            return self._placed(seen, dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        if self.config.scores == "softmax":
+            scores = shares = logits.softmax(-1)
+        else:
+            scores = logits.sigmoid()
+            shares = scores / scores.sum(-1, keepdim=True)
+        index = best(scores.detach() + self.correction.to(dtype), self.top_k)
+        gates = scores.gather(-1, index)
+        if self.config.renormalise:
+            gates = gates / gates.sum(-1, keepdim=True)
+        return Choice(index, gates * self.config.scale, shares, logits)
+
+    def _placed(self, seen: Seen, dtype: torch.dtype) -> Choice:
+        """The choice that noise level or modality decides alone."""
+        if self.config.kind == "noise_level":
+            chosen = (seen.level_t * self.num_experts).long().clamp(0, self.num_experts - 1)
+        else:
+            assert seen.stream is not None, "experts by modality in a block of one stream"
+            chosen = seen.stream
+        gates = torch.full((len(chosen), 1), self.config.scale, dtype=dtype, device=chosen.device)
+        shares = F.one_hot(chosen, self.num_experts).to(dtype)
+        return Choice(chosen.unsqueeze(-1), gates, shares)
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """[M, E] -> [M, k] int64, indices of the largest; of equal ones the lowest index comes first.
+
+    (`topk` leaves open which of equal scores it takes, and does it differently by device.)
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]

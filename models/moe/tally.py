@@ -1,0 +1,106 @@
+"""What is counted of a layer's routing, additive over packs, micro-batches and processes.
+
+Shape legend: N tokens, E experts, k experts of a token, B bins of the noise level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_BINS = 10
+"""Equal bins of the noise level t."""
+
+
+class Tally:
+    """Sums since they were last taken, in float64, on the device that counts.
+
+    One row of numbers, so that those of many layers and ranks are summed in one message.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self._sums: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        return NUM_BINS * self.num_experts + self.num_experts + 2
+
+    def count(self, index: Tensor, shares: Tensor, squares: Tensor, level_t: Tensor) -> Tensor:
+        """[size] of these tokens.
+
+        index: [N, k]; shares: [N, E], that sum to 1; squares: scalar, their z-losses; level_t: [N]
+        """
+        bins = (level_t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        cells = (bins.unsqueeze(-1) * self.num_experts + index).flatten()
+        counts = torch.bincount(cells, minlength=NUM_BINS * self.num_experts)
+        wide = shares.double()
+        entropy = -torch.xlogy(wide, wide).sum()
+        rest = torch.stack([entropy, squares.double()])
+        return torch.cat([counts.double(), wide.sum(0), rest])
+
+    def add(self, counted: Tensor) -> None:
+        """Add what `count` made."""
+        self._sums = counted if self._sums is None else self._sums + counted
+
+    def take(self, device: torch.device) -> Tensor:
+        """The sums; starts anew."""
+        sums, self._sums = self._sums, None
+        if sums is None:
+            return torch.zeros(self.size, dtype=torch.float64, device=device)
+        return sums
+
+
+@dataclass(frozen=True)
+class Load:
+    """The sums of one layer over all tokens of some steps, on the host.
+
+    counts:      [B][E] choices by bin of the noise level and expert
+    shares:      [E] sums of the scores' shares
+    entropy:     sum over tokens of the entropy of their shares, in nats
+    squares:     sum over tokens of the squared log-sum-exp of their logits
+    """
+
+    counts: tuple[tuple[float, ...], ...]
+    shares: tuple[float, ...]
+    entropy: float
+    squares: float
+
+    @classmethod
+    def of(cls, sums: list[float], num_experts: int) -> Load:
+        """From the numbers of a `Tally`."""
+        cells = NUM_BINS * num_experts
+        counts = [tuple(sums[i : i + num_experts]) for i in range(0, cells, num_experts)]
+        shares = tuple(sums[cells : cells + num_experts])
+        return cls(tuple(counts), shares, sums[-2], sums[-1])
+
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            tuple(
+                tuple(a + b for a, b in zip(ours, theirs, strict=True))
+                for ours, theirs in zip(self.counts, other.counts, strict=True)
+            ),
+            tuple(a + b for a, b in zip(self.shares, other.shares, strict=True)),
+            self.entropy + other.entropy,
+            self.squares + other.squares,
+        )
+
+    @property
+    def by_expert(self) -> list[float]:
+        """[E] choices."""
+        return [sum(column) for column in zip(*self.counts, strict=True)]
+
+    @property
+    def num_tokens(self) -> float:
+        """Tokens that were routed."""
+        return sum(self.shares)
+
+    @property
+    def violation(self) -> float:
+        """The largest load over the mean, less 1 (MaxVio of arXiv 2408.15664, equation 4)."""
+        loads = self.by_expert
+        mean = sum(loads) / len(loads)
+        return max(loads) / mean - 1 if mean else 0.0

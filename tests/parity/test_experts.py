@@ -1,0 +1,155 @@
+"""Experts in any layout: the same loss, gradients, parameters, corrections and choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from kinodit.models.config import MMDiTConfig
+from kinodit.models.moe import router
+from kinodit.models.moe.config import ExpertsConfig, RouterConfig
+from kinodit.trainer.certify.trace import Array, Trace, trace
+from kinodit.trainer.certify.twin import Twin
+from kinodit.trainer.config import RunConfig
+from kinodit.trainer.optim import OptimConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.remat import RematConfig
+from tests.support.ranks import Ranks
+from tests.support.synthetic import tiny_model_config
+
+# A step moves corrections so far that they alone decide: in the second step, experts that had more
+# than the mean in the first get no token.
+SKEWED = RouterConfig(scores="sigmoid", balance="bias", bias_rate=10.0, z_weight=0.01)
+BY_LOSS = RouterConfig(loss_weight=0.1, z_weight=0.01, renormalise=False)
+EXPERTS = {
+    "video": ExpertsConfig(4, 2, 1.0, 0.5, router=SKEWED),
+    "text": ExpertsConfig(4, 1, 1.0, blocks=(0,), router=BY_LOSS),
+    "all": ExpertsConfig(4, 2, 0.5, router=BY_LOSS),
+}
+MODEL = tiny_model_config(num_heads=4, width=32, experts=EXPERTS)
+BY_PLACE = {
+    "video": ExpertsConfig(4, 1, 1.0, router=RouterConfig("noise_level")),
+    "all": ExpertsConfig(2, 1, 1.0, router=RouterConfig("modality")),
+}
+
+
+def twin_of(model: MMDiTConfig, remat: str = "none") -> Twin:
+    remat_config = RematConfig(remat)  # type: ignore[arg-type]
+    optim = OptimConfig(lr=3e-3)
+    return Twin(RunConfig(model=model, optim=optim, remat=remat_config), ())
+
+
+@dataclass
+class Routed:
+    """A trace, and what each row of scores was answered with."""
+
+    trace: Trace
+    scores: list[Array] = field(default_factory=list)
+    chosen: list[Array] = field(default_factory=list)
+
+
+def routed(rank: int, world_size: int, twin: Twin, parallel: ParallelConfig) -> Routed:
+    found = Routed(Trace())
+    best = router.best
+
+    def recording(scores: Tensor, k: int) -> Tensor:
+        index = best(scores, k)
+        found.scores.append(scores.numpy().copy())
+        found.chosen.append(index.numpy().copy())
+        return index
+
+    router.best = recording
+    try:
+        found.trace = trace(rank, world_size, twin, parallel)
+    finally:
+        router.best = best
+    return found
+
+
+def answers(routed: Routed) -> dict[tuple[Any, ...], tuple[int, ...]]:
+    """Scores, rounded far above the last bits -> the experts that were chosen."""
+    return {
+        tuple(np.round(row, 7)): tuple(index)
+        for scores, chosen in zip(routed.scores, routed.chosen, strict=True)
+        for row, index in zip(scores, chosen, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def reference() -> Routed:
+    return routed(0, 1, twin_of(MODEL), ParallelConfig(dp_shard=1))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[dict[int, Ranks]]:
+    groups = {2: Ranks(2), 4: Ranks(4)}
+    yield groups
+    for group in groups.values():
+        group.close()
+
+
+def check(found: Trace, expected: Trace) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=1e-12)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-12)
+    for name in ("gradients", "parameters", "averages"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert ours.keys() == theirs.keys()
+        scale = max(float(np.abs(value).max()) for value in theirs.values())
+        for key, value in theirs.items():
+            assert float(np.abs(ours[key] - value).max()) <= 1e-12 * scale, (name, key)
+
+
+def test_some_experts_get_no_token(reference: Routed) -> None:
+    calls = zip(reference.scores, reference.chosen, strict=True)
+    skewed = [chosen for scores, chosen in calls if np.ptp(scores) > 10]
+    assert len(skewed) > 1
+    assert all(len(np.unique(chosen)) < 4 for chosen in skewed)
+
+
+def test_every_weight_of_experts_and_routers_learns(reference: Routed) -> None:
+    gradients = reference.trace.gradients
+    ours = [name for name in gradients if ".mlp.router." in name or ".mlp.experts." in name]
+    assert len(ours) > 10
+    assert [name for name in ours if float(np.abs(gradients[name]).max()) == 0] == []
+
+
+@pytest.mark.parametrize("remat", ["full", "selective", "offload"])
+def test_remat(remat: str, reference: Routed) -> None:
+    check(trace(0, 1, twin_of(MODEL, remat), ParallelConfig(dp_shard=1)), reference.trace)
+
+
+LAYOUTS = {
+    "fsdp2": ParallelConfig(dp_shard=2),
+    "tp2": ParallelConfig(dp_shard=1, tp=2),
+    "ulysses2": ParallelConfig(dp_shard=1, cp=2),
+    "hsdp2x2": ParallelConfig(dp_replicate=2, dp_shard=2),
+    "ring2 x tp2": ParallelConfig(dp_shard=1, cp=2, ring=2, tp=2),
+}
+
+
+def size_of(parallel: ParallelConfig) -> int:
+    return parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout(name: str, ranks: dict[int, Ranks], reference: Routed) -> None:
+    parallel = LAYOUTS[name]
+    known = answers(reference)
+    for found in ranks[size_of(parallel)].run(routed, twin_of(MODEL), parallel):
+        check(found.trace, reference.trace)
+        ours = answers(found)
+        assert ours and {row: known[row] for row in ours} == ours
+
+
+@pytest.mark.gloo
+def test_experts_by_place(ranks: dict[int, Ranks]) -> None:
+    twin = twin_of(tiny_model_config(num_heads=4, width=32, experts=BY_PLACE))
+    expected = trace(0, 1, twin, ParallelConfig(dp_shard=1))
+    for found in ranks[2].run(trace, twin, ParallelConfig(dp_shard=1, tp=2)):
+        check(found, expected)

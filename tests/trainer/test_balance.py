@@ -1,0 +1,105 @@
+"""Balancing experts: what moves, when, and that it works on a skewed stream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kinodit.models.moe.config import ExpertsConfig, RouterConfig
+from kinodit.models.moe.experts import apply_experts
+from kinodit.models.moe.layer import MoE, Surroundings
+from kinodit.models.moe.router import Seen
+from kinodit.models.moe.tally import Load
+from kinodit.trainer.balance import Balance, report
+from kinodit.trainer.parallel.mesh import Mesh
+from tests.support.synthetic import synthetic_pack
+
+WIDTH, NUM_EXPERTS, NUM_TOKENS = 16, 8, 512
+NUM_STEPS, LAST = 300, 50
+MESH = Mesh(torch.device("cpu"))
+
+
+def forward(layer: MoE, x: Tensor) -> Tensor:
+    level_t = torch.zeros(len(x))
+    out: Tensor = layer(x, Surroundings(Seen(level_t), level_t, lambda seen: seen, apply_experts))
+    return out
+
+
+def skewed_tokens(step: int) -> Tensor:
+    """Half of all tokens lie near one point, and the others near 15 others."""
+    source = torch.Generator().manual_seed(step)
+    points = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
+    which = torch.randint(-15, 16, (NUM_TOKENS,), generator=source).clamp(min=0)
+    return points[which] + 0.5 * torch.randn(NUM_TOKENS, WIDTH, generator=source)
+
+
+def largest_load(balance: str) -> float:
+    """The largest load over the mean in the last steps of learning to double the tokens."""
+    router = RouterConfig(balance=balance, loss_weight=0.1, bias_rate=0.005)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    layer = MoE(WIDTH, ExpertsConfig(NUM_EXPERTS, 1, 1.0, router=router), "silu", bias=False)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.25)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
+    balancing = Balance(nn.ModuleList([layer]), MESH)
+    loads = []
+    for step in range(NUM_STEPS):
+        balancing.begin([synthetic_pack(0, [0])])
+        layer.loss_scale *= layer_tokens(balancing) / NUM_TOKENS
+        x = skewed_tokens(step)
+        (forward(layer, x) - 2 * x).square().mean().backward()
+        (load,) = balancing.count().values()
+        optimizer.step()
+        optimizer.zero_grad()
+        balancing.update()
+        loads.append(load)
+    total = loads[-LAST]
+    for load in loads[-LAST + 1 :]:
+        total = total + load
+    return 1 + total.violation
+
+
+def layer_tokens(balancing: Balance) -> int:
+    """The tokens of the pack that `begin` was told of."""
+    return sum(tokens.num_tokens for tokens in synthetic_pack(0, [0]).modalities.values())
+
+
+@pytest.mark.parametrize("balance", ["loss", "bias"])
+def test_a_skewed_stream_is_balanced(balance: str) -> None:
+    assert largest_load(balance) <= 1.1
+
+
+def test_without_balancing_it_collapses() -> None:
+    assert largest_load("none") > 2
+
+
+def test_corrections_move_towards_experts_with_less_than_the_mean() -> None:
+    router = RouterConfig(balance="bias", bias_rate=0.5)
+    layer = MoE(WIDTH, ExpertsConfig(3, 1, 1.0, router=router), "silu", bias=False)
+    balancing = Balance(nn.ModuleList([layer]), MESH)
+    balancing.begin([synthetic_pack(0, [0])])
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    layer.router.correction[1] = 0.1
+    forward(layer, torch.ones(4, WIDTH)).sum().backward()
+    (load,) = balancing.count().values()
+    assert load.by_expert == [0, 4, 0]
+    assert layer.router.correction.tolist() == pytest.approx([0, 0.1, 0])
+    balancing.update()
+    assert layer.router.correction.tolist() == pytest.approx([0.5, -0.4, 0.5])
+    assert layer.router.load.tolist() == [0, 1, 0]
+
+
+def test_a_report_says_how_far_from_even_and_how_sure() -> None:
+    even = Load(((2.0, 2.0), (0.0, 0.0)), (2.0, 2.0), 4 * torch.tensor(2.0).log().item(), 0.0)
+    skewed = Load(((3.0, 1.0), (0.0, 0.0)), (3.0, 1.0), 0.0, 8.0)
+    row = report({"a": even, "b": skewed})
+    assert row["moe/violation"] == 0.5
+    assert row["moe/entropy"] == pytest.approx(0.5)
+    layers = row["experts"]
+    assert isinstance(layers, dict)
+    assert layers["b"]["load"] == [1.5, 0.5]
+    assert layers["b"]["noise_bins"] == [[1.5, 0.5], []]
+    assert layers["b"]["z"] == 2.0
+    assert report({}) == {}

@@ -1,0 +1,115 @@
+"""Balance of experts: what a step tells their layers beforehand, and learns from them afterwards.
+
+Auxiliary losses are means over the tokens of the whole step, so they need its number of tokens
+before the first backward; corrections move by the counts of the whole step, after the update. Both
+are the same however tokens are dealt out to packs, micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kinodit.models.moe.layer import MoE, moe_layers
+from kinodit.models.moe.tally import Load
+from kinodit.models.tokens import TokenBatch
+from kinodit.trainer.parallel.mesh import Mesh
+
+
+class Balance:
+    """The layers of a model that have experts. A model without any costs nothing."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        self._layers = moe_layers(model)
+        self._mesh = mesh
+        self._sums: list[Tensor] = []
+
+    def begin(self, batches: Sequence[TokenBatch]) -> None:
+        """Before the first forward of a step of these packs of this rank. Collective."""
+        if not self._layers:
+            return
+        names = sorted(batches[0].modalities)
+        ours = [sum(batch.modalities[name].num_tokens for batch in batches) for name in names]
+        table = torch.tensor(ours, device=self._mesh.device) * int(self._mesh.counts)
+        counts = dict(zip(names, self._mesh.sum(table).tolist(), strict=True))
+        for name, layer in self._layers.items():
+            router = layer.config.router
+            tokens = max(1, counts.get(_stream(name), sum(counts.values())))
+            is_balanced = router.is_learned and router.balance == "loss"
+            weight = router.loss_weight * layer.config.num_experts
+            layer.loss_scale = weight / tokens if is_balanced else 0.0
+            layer.z_scale = router.z_weight / tokens
+            layer.tally.take(self._mesh.device)
+
+    def count(self) -> dict[str, Load]:
+        """After the last backward: layer -> the sums of the step over all ranks. Collective."""
+        if not self._layers:
+            return {}
+        device = self._mesh.device
+        sums = torch.cat([layer.tally.take(device) for layer in self._layers.values()])
+        flat = self._mesh.sum(sums)
+        self._sums = list(flat.split([layer.tally.size for layer in self._layers.values()]))
+        return {
+            name: Load.of(sums.tolist(), layer.config.num_experts)
+            for (name, layer), sums in zip(self._layers.items(), self._sums, strict=True)
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After the update of the parameters: move corrections, and keep the step's load."""
+        for layer, sums in zip(self._layers.values(), self._sums, strict=True):
+            if layer.router.config.is_learned:
+                _update(layer, sums)
+
+
+def _stream(layer: str) -> str:
+    """The stream of a layer's tokens by the layer's name; "" for blocks that see all streams."""
+    parts = layer.split(".")
+    return parts[parts.index("streams") + 1] if "streams" in parts else ""
+
+
+def _update(layer: MoE, sums: Tensor) -> None:
+    """Algorithm 1 of Wang et al., arXiv 2408.15664: towards experts with less than the mean."""
+    router = layer.router
+    num_experts = layer.config.num_experts
+    counts = sums[: layer.tally.size - num_experts - 2].view(-1, num_experts).sum(0)
+    if router.config.balance == "bias":
+        moves = router.config.bias_rate * torch.sign(counts.mean() - counts)
+        router.correction.add_(moves.to(router.correction.dtype))
+    router.load.copy_(counts / counts.sum().clamp(min=1))
+
+
+def report(loads: Mapping[str, Load]) -> dict[str, object]:
+    """What a row of metrics says of the experts. `loads`: layer -> sums over some steps.
+
+    moe/violation: the largest load over the mean, less 1, of the worst layer
+    moe/entropy:   of the tokens' shares, over that of equal shares, mean over layers
+    experts:       layer -> load of each expert over the mean; the same by bin of the noise level
+    """
+    if not loads:
+        return {}
+    layers: dict[str, object] = {}
+    entropies = []
+    for name, load in loads.items():
+        num_experts = len(load.shares)
+        mean = sum(load.by_expert) / num_experts or 1.0
+        bins = [
+            [round(count * num_experts / sum(row), 4) for count in row] if sum(row) else []
+            for row in load.counts
+        ]
+        largest = math.log(max(2, num_experts))
+        entropies.append(load.entropy / max(1.0, load.num_tokens) / largest)
+        layers[name] = {
+            "load": [round(count / mean, 4) for count in load.by_expert],
+            "noise_bins": bins,
+            "violation": round(load.violation, 6),
+            "z": load.squares / max(1.0, load.num_tokens),
+        }
+    return {
+        "moe/violation": max(load.violation for load in loads.values()),
+        "moe/entropy": sum(entropies) / len(entropies),
+        "experts": layers,
+    }

@@ -107,7 +107,7 @@ def judge(estimator: Estimator, own: ParallelConfig, remat: RematConfig) -> Verd
 
 
 def layouts(settings: Settings, own: ParallelConfig) -> Iterator[ParallelConfig]:
-    """Every way to multiply to the number of GPUs, with the other settings of `own`."""
+    """Every way to multiply to the number of GPUs, with the other settings of `own`; ep is 1."""
     total, per_node = settings.cluster.num_gpus, settings.cluster.per_node
     for tp in divisors(total):
         if tp > per_node:
@@ -123,6 +123,7 @@ def layouts(settings: Settings, own: ParallelConfig) -> Iterator[ParallelConfig]
                         cp=cp,
                         ring=ring,
                         tp=tp,
+                        ep=1,
                     )
 
 
@@ -136,6 +137,11 @@ def _impossible(estimator: Estimator, parallel: ParallelConfig) -> tuple[str, st
     """(kind of reason, the reason) why a layout cannot run, whatever the memory."""
     settings = estimator.settings
     workload = settings.workload
+    if parallel.ep > 1:
+        return "ep", (
+            f"{layout_name(parallel)}: plans take every rank to have all experts; set "
+            "parallel.ep=1 to see that layout's plan"
+        )
     dp = parallel.dp_replicate * parallel.dp_shard
     if dp > workload.packs:
         return "packs", (

@@ -66,11 +66,13 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    product = grouped_product if fits_grouped(x, weight) else looped_product
-    out = product(x, weight, counts)
+        bias = None if bias is None else bias.to(dtype)
+    if not fits_grouped(x, weight):
+        return looped_product(x, weight, counts, bias)
+    out = grouped_product(x, weight, counts)
     if bias is None:
         return out
-    return out + torch.repeat_interleave(bias.to(out.dtype), counts, dim=0, output_size=len(out))
+    return out + torch.repeat_interleave(bias, counts, dim=0, output_size=len(out))
 
 
 def fits_grouped(x: Tensor, weight: Tensor) -> bool:
@@ -87,7 +89,9 @@ def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-def looped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def looped_product(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
     """Group after group."""
     groups = x.split(counts.tolist())
-    return torch.cat([F.linear(rows, w) for rows, w in zip(groups, weight.unbind(), strict=True)])
+    biases = [None] * len(groups) if bias is None else bias.unbind()
+    parts = zip(groups, weight.unbind(), biases, strict=True)
+    return torch.cat([F.linear(rows, w, b) for rows, w, b in parts])

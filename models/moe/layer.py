@@ -68,7 +68,7 @@ class MoE(nn.Module):
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         counts = torch.bincount(choice.index.flatten(), minlength=self.config.num_experts)
-        rows = _Spread.apply(x, order, inverse)  # type: ignore[no-untyped-call]
+        rows = _Spread.apply(x, order, inverse, self.config.top_k)  # type: ignore[no-untyped-call]
         made = around.apply(self.experts, rows, counts)
         made = _Permute.apply(made, inverse, order)  # type: ignore[no-untyped-call]
         made = made.unflatten(0, (len(x), self.config.top_k))
@@ -105,17 +105,16 @@ class _Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(inverse)
-        ctx.shape = x.shape
-        return x.index_select(0, order // max(1, len(order) // max(1, len(x))))
+        ctx.shape = len(x), k
+        return x.index_select(0, order // k)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        num_tokens, width = ctx.shape
-        by_token = grad.index_select(0, inverse).view(num_tokens, -1, width)
-        return by_token.sum(1), None, None
+        by_token = grad.index_select(0, inverse).unflatten(0, ctx.shape)
+        return by_token.sum(1), None, None, None
 
 
 class _Permute(torch.autograd.Function):

@@ -129,6 +129,13 @@ LAYOUTS = {
     "ulysses2": ParallelConfig(dp_shard=1, cp=2),
     "hsdp2x2": ParallelConfig(dp_replicate=2, dp_shard=2),
     "ring2 x tp2": ParallelConfig(dp_shard=1, cp=2, ring=2, tp=2),
+    "ep2": ParallelConfig(dp_shard=2, ep=2),
+    "ep4": ParallelConfig(dp_shard=4, ep=4),
+    "ep2 of fsdp4": ParallelConfig(dp_shard=4, ep=2),
+    "ddp2 x ep2": ParallelConfig(dp_replicate=2, dp_shard=2, ep=2),
+    "ep2 of ulysses2": ParallelConfig(dp_shard=1, cp=2, ep=2),
+    "ep4 of fsdp2 x ring2": ParallelConfig(dp_shard=2, cp=2, ring=2, ep=4),
+    "ep2 x tp2": ParallelConfig(dp_shard=2, tp=2, ep=2),
 }
 
 

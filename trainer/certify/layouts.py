@@ -14,7 +14,7 @@ from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.table import assign_splits, check_heads, mmdit_table
 
-DEGREES = ("dp_replicate", "dp_shard", "cp", "ring", "tp")
+DEGREES = ("dp_replicate", "dp_shard", "cp", "ring", "tp", "ep")
 """The axes of the mesh, as they are called in a recipe."""
 ALONE = "1"
 """The layout of one process."""
@@ -78,7 +78,7 @@ KINDS = ("dp_replicate", "dp_shard", "ulysses", "ring", "tp")
 
 def lowest(layouts: Sequence[ParallelConfig]) -> list[ParallelConfig]:
     """Those with no kind of axis above 2; all of them if there are none such."""
-    low = [one for one in layouts if max(getattr(one, kind) for kind in KINDS) <= 2]
+    low = [one for one in layouts if max(getattr(one, kind) for kind in (*KINDS, "ep")) <= 2]
     return low or list(layouts)
 
 
@@ -90,6 +90,21 @@ def _grid(base: ParallelConfig) -> Iterator[ParallelConfig]:
             yield with_degrees(base, dict.fromkeys(axes, degree))
     for pair in itertools.combinations(KINDS, 2):
         yield _all_at_two(base, pair)
+    for degrees in WITH_EXPERTS:
+        yield with_degrees(base, degrees)
+
+
+WITH_EXPERTS: tuple[dict[str, int], ...] = (
+    {"dp_shard": 2, "ep": 2},
+    {"dp_shard": 4, "ep": 4},
+    {"dp_shard": 4, "ep": 2},
+    {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
+    {"cp": 2, "ep": 2},
+    {"cp": 2, "dp_shard": 2, "ep": 4},
+    {"cp": 2, "tp": 2, "ep": 2},
+    {"dp_shard": 2, "tp": 2, "ep": 2},
+)
+"""Layouts that deal experts out: ep is not an axis beside the others, but overlaps two of them."""
 
 
 def _all_at_two(base: ParallelConfig, kinds: Sequence[str]) -> ParallelConfig:
@@ -104,6 +119,9 @@ def with_degrees(base: ParallelConfig, degrees: Mapping[str, int]) -> ParallelCo
 
 
 def _fits(model: MMDiTConfig, layout: ParallelConfig) -> bool:
+    counts = [experts.num_experts for experts in model.experts.values()]
+    if layout.ep > 1 and (not counts or any(count % layout.ep for count in counts)):
+        return False
     if layout.cp * layout.tp == 1:
         return True
     with torch.device("meta"):

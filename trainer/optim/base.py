@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kinodit.models.errors import ConfigError
 from kinodit.trainer.optim.config import OptimConfig
@@ -61,7 +62,7 @@ def group_parameters(
     Raises:
         ConfigError: a rule that matches no parameter.
     """
-    groups: dict[tuple[float, float], Group] = {}
+    groups: dict[tuple[float, float, object], Group] = {}
     used: set[str] = set()
     rules, example = list(config.rules.values()), ""
     for name, parameter in parameters:
@@ -70,12 +71,15 @@ def group_parameters(
         example = example or name
         # What ZeRO has partitioned has no shape of its own any more.
         num_dims = len(getattr(parameter, "ds_shape", parameter.shape))
-        decay = config.weight_decay if num_dims > 1 else 0.0
+        is_vector = num_dims == 1 or name.endswith("_bias")  # of experts: a vector for each
+        decay = 0.0 if is_vector else config.weight_decay
         rule = next((r for r in rules if re.search(r.pattern, name)), None)
         if rule is not None:
             used.add(rule.pattern)
         key = (rule.weight_decay if rule else decay, rule.lr_scale if rule else 1.0)
-        groups.setdefault(key, Group(*key, {})).parameters[name] = parameter
+        # One fused call takes tensors of one mesh; experts that ranks share have another.
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((*key, mesh), Group(*key, {})).parameters[name] = parameter
     unused = [rule.pattern for rule in rules if rule.pattern not in used]
     if unused:
         raise ConfigError(

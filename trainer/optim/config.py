@@ -81,7 +81,8 @@ class MuonConfig(OptimConfig):
 
     def takes(self, name: str, num_dims: int) -> bool:
         """Whether Muon updates the parameter `name`."""
-        return num_dims == 2 and re.search(self.adamw, name) is None
+        is_matrix = num_dims == 2 and not name.endswith("_bias")  # of experts: a vector for each
+        return is_matrix and re.search(self.adamw, name) is None
 
 
 @dataclass(frozen=True)

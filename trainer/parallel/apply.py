@@ -14,6 +14,7 @@ from kinodit.models.block import JointBlock, SingleBlock
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.parallel.context import ContextAttention
+from kinodit.trainer.parallel.expert import ExpertExchange, deal_experts
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig, apply_remat
 from kinodit.trainer.parallel.shard import shard
@@ -81,6 +82,15 @@ def split_matrices(model: nn.Module, layout: Layout) -> None:
         split_model(model, table_of(model), layout.mesh.tp_mesh)
 
 
+def deal_out_experts(model: nn.Module, layout: Layout) -> None:
+    """Expert parallelism, over what tensor parallelism left of each expert."""
+    mesh = layout.mesh.expert_mesh
+    if mesh is not None:
+        assert isinstance(model, MMDiT)
+        deal_experts(model, mesh)
+        model.apply_experts = ExpertExchange(mesh.get_group("ep"))
+
+
 def share_tokens(model: nn.Module, layout: Layout) -> None:
     """Context parallelism, and the tokens between tensor-parallel matrices."""
     mesh = layout.mesh
@@ -131,12 +141,14 @@ def shard_parameters(model: nn.Module, layout: Layout) -> None:
             precision.compute_dtype,
             precision.reduce_dtype,
             layout.parallel,
+            layout.mesh.expert_mesh,
         )
 
 
 STEPS: tuple[LayoutStep, ...] = (
     share_tokens,
     split_matrices,
+    deal_out_experts,
     recompute,
     compile_blocks,
     shard_parameters,

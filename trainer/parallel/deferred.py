@@ -60,12 +60,12 @@ def part_of(value: Tensor, like: DTensor) -> Tensor:
 def cut_part(value: Tensor, like: DTensor, coordinate: Sequence[int]) -> Tensor:
     """The part of a whole `value`, a view, that the rank at `coordinate` holds of `like`.
 
-    Matrices are split first, over tp; FSDP2 then cuts each part into equal rows, the last ranks'
-    share being shorter, or nothing.
+    Matrices are split and experts dealt out first, over tp and ep; FSDP2 then cuts each part into
+    equal rows, the last ranks' share being shorter, or nothing.
     """
     mesh = like.device_mesh
     names = mesh.mesh_dim_names or ()
-    for axis in sorted(range(mesh.ndim), key=lambda axis: names[axis] != "tp"):
+    for axis in sorted(range(mesh.ndim), key=lambda axis: names[axis] not in ("ep", "tp")):
         placement = like.placements[axis]
         if placement.is_replicate():
             continue

@@ -33,6 +33,8 @@ class ParallelConfig:
                   exchanges heads (Ulysses). 1: Ulysses alone; cp: a ring alone
     tp:           ranks among which matrices are split by heads and hidden units, and the tokens of
                   a cp rank dealt out once more everywhere else (tensor and sequence parallelism)
+    ep:           ranks of dp_shard x cp that have the experts of the model between them; its tokens
+                  travel to theirs
     reshard_after_forward: free gathered parameters between forward and backward
     prefetch:     blocks whose parameters are gathered ahead of the one that computes; in the
                   backward at least one
@@ -45,12 +47,13 @@ class ParallelConfig:
     cp: int = 1
     ring: int = 1
     tp: int = 1
+    ep: int = 1
     reshard_after_forward: bool = True
     prefetch: int = 1
     cpu_offload: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "cp", "ring", "tp"):
+        for name in ("dp_replicate", "cp", "ring", "tp", "ep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)}: must be at least 1")
         if self.dp_shard < 1 and self.dp_shard != -1:
@@ -63,6 +66,18 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.ring={self.ring} does not divide parallel.cp={self.cp}: a ring goes "
                 "through some or all of the cp ranks"
+            )
+
+    def check_ep(self, dp_shard: int) -> None:
+        """Whether the ep axis fits into dp_shard x cp, with `dp_shard` resolved.
+
+        Raises:
+            ConfigError: with the numbers.
+        """
+        if dp_shard * self.cp % self.ep:
+            raise ConfigError(
+                f"parallel.ep={self.ep} must divide parallel.dp_shard={dp_shard} x cp={self.cp} = "
+                f"{dp_shard * self.cp}, the ranks that it deals experts out to"
             )
 
     @property
@@ -131,6 +146,8 @@ class Mesh:
     device_mesh:       (dp_replicate, dp_shard x cp): parameters are sharded over the second axis,
                        gradients summed over both; None in a run of one process
     tp_mesh:           the ranks that parameters are split over; None where there is one
+    expert_mesh:       (dp_replicate, dp_shard x cp / ep, ep, tp) of the experts' parameters; None
+                       where every rank has all experts
     rank, world_size:  of all processes
     dp_index, dp_size: among the ranks that have packs of their own; cp and tp ranks share an index
     place:             among the ranks that share a pack
@@ -141,6 +158,7 @@ class Mesh:
     device: torch.device
     device_mesh: DeviceMesh | None = None
     tp_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
     rank: int = 0
     world_size: int = 1
     dp_index: int = 0
@@ -218,6 +236,7 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int, device: torch
     nearest.
     """
     replicate, shard = config.resolve(world_size)
+    config.check_ep(shard)
     if world_size == 1:
         return Mesh(device)
     every = init_device_mesh(
@@ -225,6 +244,11 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int, device: torch
         (replicate, shard * config.cp, config.tp),
         mesh_dim_names=("dp_replicate", "dp_shard_cp", "tp"),
     )
+    experts = None
+    if config.ep > 1:
+        shape = (replicate, shard * config.cp // config.ep, config.ep, config.tp)
+        axes = ("dp_replicate", "dp_shard_cp", "ep", "tp")
+        experts = init_device_mesh(device.type, shape, mesh_dim_names=axes)
     heads = ring = pack = None
     if config.cp > 1:
         shape = (replicate * shard, config.ring, config.ulysses, config.tp)
@@ -273,6 +297,7 @@ def place_rank(
         device,
         every["dp_replicate", "dp_shard_cp"],
         every["tp"] if config.tp > 1 else None,
+        experts,
         rank,
         world_size,
         dp_index=dp_index,

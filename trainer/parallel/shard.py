@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.parallel.traffic import note, others_share
 
@@ -39,8 +40,12 @@ def shard(
     compute_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     config: ParallelConfig,
+    expert_mesh: DeviceMesh | None = None,
 ) -> None:
     """Shard `model` in place: each of `blocks`, then the rest, is one unit of communication.
+
+    Experts that ranks have between them are units of their own, over those ranks of `expert_mesh`
+    that have the same ones.
 
     Gradients are reduced by SUM, never averaged: the loss is already divided by counts of the
     whole step. (A divide factor of 1 alone selects an operation that gloo lacks.)
@@ -59,6 +64,10 @@ def shard(
     for block in blocks:
         # The backward begins with the last block: freed, it would be gathered again at once.
         frees = config.reshard_after_forward and block is not blocks[-1]
+        if expert_mesh is not None:
+            over = {**settings, "mesh": expert_mesh["dp_replicate", "dp_shard_cp"]}
+            for layer in moe_layers(block).values():
+                fully_shard(layer.experts, reshard_after_forward=frees, **over)
         fully_shard(block, reshard_after_forward=frees, **settings)
     fully_shard(model, **settings)
     _prefetch([cast(FSDPModule, block) for block in blocks], config.prefetch)

@@ -49,7 +49,7 @@ def split_model(model: nn.Module, rows: Sequence[Row], tp_mesh: DeviceMesh) -> N
         mine = {key: splits[f"{name}.{key}" if name else key] for key in own}
         for key, parameter in own.items():
             module.register_parameter(key, _split_parameter(parameter, mine[key], tp_mesh))
-        module.__class__ = _reading(type(module), mine, tp_mesh)
+        module.__class__ = reading(type(module), mine, tp_mesh)
 
 
 def _split_parameter(parameter: nn.Parameter, split: Split, tp_mesh: DeviceMesh) -> nn.Parameter:
@@ -63,7 +63,7 @@ def _split_parameter(parameter: nn.Parameter, split: Split, tp_mesh: DeviceMesh)
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
-def _reading(
+def reading(
     kind: type[nn.Module], splits: Mapping[str, Split], tp_mesh: DeviceMesh
 ) -> type[nn.Module]:
     """A class like `kind` whose forward reads its parameters as plain tensors, as `splits` say.
@@ -87,7 +87,7 @@ def _reading(
 
 
 def _read(parameter: Tensor, split: Split, tp_mesh: DeviceMesh) -> Tensor:
-    local = _local(parameter, split)
+    local = _local(parameter)
     if split.summed:
         return local / tp_mesh.size()
     if split.part or split.dim is None:
@@ -95,15 +95,14 @@ def _read(parameter: Tensor, split: Split, tp_mesh: DeviceMesh) -> Tensor:
     return gather_dim(local, split.dim, tp_mesh.get_group(), STORED)
 
 
-def _local(parameter: Tensor, split: Split) -> Tensor:
+def _local(parameter: Tensor) -> Tensor:
     """This rank's part, through which its gradient flows back: partial ones are summed later.
 
     An engine that partitions parameters by itself has put that part in the DTensor's place.
     """
     if not isinstance(parameter, DTensor):
         return parameter
-    placement: Placement = Replicate() if split.dim is None else Shard(split.dim)
-    local: Tensor = parameter.to_local(grad_placements=[placement])
+    local: Tensor = parameter.to_local(grad_placements=parameter.placements)
     return local
 
 

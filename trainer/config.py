@@ -39,6 +39,7 @@ from kinodit.trainer.recipe import RunSection, explain, read_recipe
 from kinodit.trainer.redact import redact, redact_values, secret_values
 from kinodit.trainer.resilience.config import ResilienceConfig
 from kinodit.trainer.sinks import LogConfig
+from kinodit.trainer.upcycle import UpcycleConfig
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class RunConfig:
     run: RunSection = field(default_factory=RunSection)
     modalities: ModalitiesConfig = field(default_factory=ModalitiesConfig)
     model: MMDiTConfig = field(default_factory=lambda: PRESETS["tiny"])
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=RectifiedFlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

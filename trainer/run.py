@@ -172,7 +172,8 @@ def _attempt(
     """
     config, topology, mesh, spec = setting.config, setting.topology, setting.mesh, setting.spec
     run_dir, stream = config.run.folder, setting.stream
-    parts = build_parts(config, mesh, setting.encoder, setting.codec)
+    upcycle = config.upcycle if resumed_from is None else None
+    parts = build_parts(config, mesh, setting.encoder, setting.codec, upcycle)
     origin, notes = facts(config, topology.world_size), list(warnings)
     state = TrainState(0, 0, 0, spec.fingerprint)
     if resumed_from is not None:

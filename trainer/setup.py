@@ -20,8 +20,8 @@ from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.build import build_engine
 from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.generate import ClipShape, Generator
-from kinodit.trainer.parallel.deferred import initial_values
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.upcycle import UpcycleConfig, starting_values
 
 CODEC_FILE = "codec.json"
 """Measured statistics of the codec, in the run folder: sampling needs what training used."""
@@ -61,8 +61,17 @@ def build_codec(config: VideoCodecConfig, run_dir: Path, device: torch.device) -
     return config.build(device)
 
 
-def build_parts(config: RunConfig, mesh: Mesh, encoder: SampleEncoder, codec: VideoCodec) -> Parts:
-    """Model, objective, engine and averages for the given encoders. Collective."""
+def build_parts(
+    config: RunConfig,
+    mesh: Mesh,
+    encoder: SampleEncoder,
+    codec: VideoCodec,
+    upcycle: UpcycleConfig | None = None,
+) -> Parts:
+    """Model, objective, engine and averages for the given encoders. Collective.
+
+    `upcycle`: what weights start from; None where a checkpoint is going to be loaded.
+    """
     spec = pack_spec(encoder.text_encoder, codec, config.modalities.video.patch)
     model_config = fit_model(config.model, spec)
     shapes = {
@@ -74,7 +83,8 @@ def build_parts(config: RunConfig, mesh: Mesh, encoder: SampleEncoder, codec: Vi
     with torch.device("meta"):
         model = MMDiT(model_config)
     wish = engine_wish(config, mesh.world_size, mesh.device)
-    engine = build_engine(model, initial_values(config.run.seed), mesh, wish)
+    values = starting_values(upcycle or UpcycleConfig(), model_config, config.run.seed, mesh)
+    engine = build_engine(model, values, mesh, wish)
     emas = {name: Ema(ema, engine) for name, ema in config.ema.items()}
     return Parts(codec, encoder, spec, model_config, objective, engine, emas, mesh)
 

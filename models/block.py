@@ -61,7 +61,7 @@ class Projections(nn.Module):
 def feed_forward(width: int, config: MMDiTConfig, experts: ExpertsConfig | None) -> MLP | MoE:
     """The feed-forward of a stream of `width`, or the experts in its place."""
     if experts is not None:
-        return MoE(width, experts, config.activation, config.bias)
+        return MoE(width, experts, config.activation, config.bias, config.width_of_condition)
     return MLP(width, config.hidden(width), config.activation, config.bias)
 
 

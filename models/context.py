@@ -44,6 +44,7 @@ class Context:
     exchange:  what happens where processes share tokens and matrices; None in one process
     level_t:   [K] noise level of each row of `condition`
     levels_seen: stream -> [M] int64, the row of each token that its matrices see
+    time:      [K, c] activated embedding of each row's noise level, if a router asks for it
     stream:    [M] int64, the stream of each token that single blocks see; None before them
     apply_experts: applies experts to rows
     """
@@ -58,6 +59,7 @@ class Context:
     exchange: Exchange | None
     level_t: Tensor
     levels_seen: Mapping[str, Tensor]
+    time: Tensor | None = None
     stream: Tensor | None = None
     apply_experts: ExpertOp = apply_experts
 
@@ -148,7 +150,9 @@ def call_experts(layer: MoE, name: str, x: Tensor, context: Context) -> Tensor:
     def own(seen: Tensor) -> Tensor:
         return seen if exchange is None else exchange.own(name, seen, context.layout)
 
-    seen = Seen(context.level_t[context.levels_seen[name]], context.stream)
+    level = context.levels_seen[name]
+    seen = Seen(context.level_t[level], context.stream, level, context.time)
     levels = context.level_t[context.level[name]]
-    out: Tensor = layer(x, Surroundings(seen, levels, own, context.apply_experts))
+    is_whole = exchange is None and context.apply_experts is apply_experts
+    out: Tensor = layer(x, Surroundings(seen, levels, own, context.apply_experts, is_whole))
     return out

@@ -66,15 +66,16 @@ class ConditionEmbed(nn.Module):
             }
         )
 
-    def forward(self, batch: TokenBatch, dtype: torch.dtype) -> Tensor:
-        """[K, c], not activated; sine features are computed in `dtype`."""
-        c_Kc: Tensor = self.time(timestep_features(batch.level_t, dtype))
+    def forward(self, batch: TokenBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[K, c], not activated, and the part of it that is time's; features are of `dtype`."""
+        time_Kc: Tensor = self.time(timestep_features(batch.level_t, dtype))
+        c_Kc = time_Kc
         for name, embed in self.vectors.items():
             value = batch.conditions[name]
             if self.kinds[name] == "scalar":
                 value = timestep_features(value.squeeze(-1), dtype)
             c_Kc = c_Kc + embed(value).index_select(0, batch.level_segment)
-        return c_Kc
+        return c_Kc, time_Kc
 
 
 class StreamEmbed(nn.Module):

@@ -158,7 +158,9 @@ def _mlp(
         yield from _feed_forward(config, width, rows, config.mlp_ratio)
         return
     if experts.router.is_learned:
-        yield Matrix(width, experts.num_experts, rows, has_bias=False)
+        by_token = experts.router.kind == "token"
+        inputs, times = (width, rows) if by_token else (config.width_of_condition, "levels")
+        yield Matrix(inputs, experts.num_experts, times, has_bias=False)
     sizes = experts.num_experts, experts.top_k
     yield from _feed_forward(config, width, rows, experts.expert_ratio, *sizes)
     if experts.shared_ratio:

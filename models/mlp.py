@@ -34,16 +34,17 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [N, d] -> [N, d]."""
         h_Nh = self.up(x)
-        gate_Nh = None if self.gate is None else self.gate(x)
-        out: Tensor = self.down(activated(h_Nh, gate_Nh, self.activation))
+        if self.gate is not None:
+            h_Nh = F.silu(self.gate(x)) * h_Nh
+        else:
+            h_Nh = activated(h_Nh, self.activation)
+        out: Tensor = self.down(h_Nh)
         return out
 
 
-def activated(up: Tensor, gate: Tensor | None, activation: Activation) -> Tensor:
-    """What goes into `down`: element-wise, `gate` as large as `up` for "swiglu", else None."""
-    if gate is not None:
-        return F.silu(gate) * up
-    return F.silu(up) if activation == "silu" else gelu_tanh(up)
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    """An activation without a gate, element-wise."""
+    return F.silu(x) if activation == "silu" else gelu_tanh(x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

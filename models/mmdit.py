@@ -64,6 +64,8 @@ class MMDiT(nn.Module):
         self.attend: AttentionOp = attend
         self.exchange: Exchange | None = None
         self.apply_experts: ExpertOp = apply_experts
+        kinds = {experts.router.kind for experts in config.experts.values()}
+        self._routes_by_timestep = "timestep" in kinds
         self.embeds = nn.ModuleDict({name: StreamEmbed(name, config) for name in config.streams})
         self.condition = ConditionEmbed(config)
         self.shared_modulation = nn.ModuleDict(_shared_modulation(config))
@@ -110,7 +112,8 @@ class MMDiT(nn.Module):
             if stream.position == "rope":
                 head_dim = self.config.dim_of_head
                 rotary[name] = rotary_table(self.config.rope, head_dim, *spot, batch.level_t, dtype)
-        condition = F.silu(self.condition(batch, dtype))
+        embedded, time = self.condition(batch, dtype)
+        condition = F.silu(embedded)
         shared: Parts = {name: rows(condition) for name, rows in self.shared_modulation.items()}
         if self.exchange is not None and shared:
             shared = self.exchange.join(shared)
@@ -124,6 +127,7 @@ class MMDiT(nn.Module):
             attend=self.attend,
             exchange=self.exchange,
             level_t=batch.level_t,
+            time=F.silu(time) if self._routes_by_timestep else None,
             levels_seen=levels_seen,
             apply_experts=self.apply_experts,
         )

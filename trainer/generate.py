@@ -16,6 +16,7 @@ from kinodit.models.diffusion.guidance import GuidanceConfig, guided
 from kinodit.models.diffusion.objective import Objective
 from kinodit.models.diffusion.samplers import SamplerConfig, sample, time_grid
 from kinodit.models.errors import ConfigError
+from kinodit.models.moe.cache import cached_experts
 from kinodit.models.random import generator, normal
 from kinodit.models.tokens import SampleKey, TokenBatch
 from kinodit.trainer.ema import Ema
@@ -102,7 +103,7 @@ class Generator:
         """
         clips = []
         rounds = -(-len(prompts) // self.num_ranks)
-        with self.engine.inference() as forward:
+        with self.engine.inference() as forward, cached_experts(self.engine.model):
             for turn in range(rounds):
                 index = turn * self.num_ranks + self.rank
                 prompt = prompts[index] if index < len(prompts) else None

@@ -84,6 +84,7 @@ class Weights:
         with torch.device("meta"):
             self._model = MMDiT(config)
         self.weights = list(_weights(self._model))
+        self._buffered = sum(buffer.numel() for buffer in self._model.buffers())
         self._local: dict[int, list[tuple[int, ...]]] = {}
         self._splits: dict[int, dict[str, Split]] = {}
         self._units: dict[tuple[int, int], Units] = {}
@@ -145,7 +146,7 @@ class Weights:
             parameters=padded * item,
             gradients=padded * item,
             optimizer=optimizer_bytes(self._optim, parts, item),
-            averages=num_averages * own * item,
+            averages=num_averages * (own + self._buffered) * item,
         )
 
     def _cut(self, tp: int, num_ranks: int, rank: int) -> tuple[int, list[Part]]:

@@ -13,6 +13,9 @@ class RouterConfig:
     """Which experts a token goes to, and what each of them counts.
 
     kind:        "token": scores are a linear map of the token (Shazeer et al., arXiv 1701.06538);
+                 "timestep": of the activated embedding of the token's noise level, so that all
+                 tokens of one level have the same experts (Switch-DiT, arXiv 2403.09176, section
+                 3.2, which does not renormalise);
                  "noise_level": expert i has the tokens of noise level t in [i / E, (i + 1) / E)
                  (one expert per range of noise, as in eDiff-I, arXiv 2211.01324); "modality":
                  expert i has the tokens of stream i, in blocks that all streams share
@@ -28,7 +31,7 @@ class RouterConfig:
                  equation 5)
     """
 
-    kind: Literal["token", "noise_level", "modality"] = "token"
+    kind: Literal["token", "timestep", "noise_level", "modality"] = "token"
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True
     scale: float = 1.0
@@ -47,7 +50,12 @@ class RouterConfig:
     @property
     def is_learned(self) -> bool:
         """Whether there is anything to learn; otherwise the place of a token decides alone."""
-        return self.kind == "token"
+        return self.kind in ("token", "timestep")
+
+    @property
+    def is_by_noise(self) -> bool:
+        """Whether the noise level of a token decides alone."""
+        return self.kind in ("timestep", "noise_level")
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ class Experts(nn.Module):
 
         counts: [E] int64; their sum is R. An expert without rows gets a gradient of zero.
         """
-        up = grouped_linear(x, self.up, self.up_bias, counts)
-        gate = None
+        hidden = grouped_linear(x, self.up, self.up_bias, counts)
         if self.gate is not None:
-            gate = grouped_linear(x, self.gate, self.gate_bias, counts)
-        hidden = activated(up, gate, self.activation)
+            hidden = F.silu(grouped_linear(x, self.gate, self.gate_bias, counts)) * hidden
+        else:
+            hidden = activated(hidden, self.activation)
         return grouped_linear(hidden, self.down, self.down_bias, counts)
 
 

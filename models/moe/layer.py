@@ -28,12 +28,17 @@ class Surroundings:
     level_t: [N] float, noise level of each own token
     own:     [M, ...] of the tokens seen -> [N, ...] of the own ones among them
     apply:   applies experts to rows
+    is_whole: whether this process has all tokens of the pack, and whole matrices
     """
 
     seen: Seen
     level_t: Tensor
     own: Callable[[Tensor], Tensor]
     apply: ExpertOp
+    is_whole: bool = True
+
+
+Fuse = Callable[[Tensor, Callable[[], Choice]], nn.Module | None]
 
 
 class MoE(nn.Module):
@@ -42,17 +47,25 @@ class MoE(nn.Module):
     No token is dropped. `tally` is what the backward has counted since it was last emptied: each
     pass counts once, whether its blocks are computed again or not, and evaluation not at all.
 
+    fuse: [M] levels and the way to a choice -> one feed-forward in place of the experts, if it can
+          be; set for as long as weights stay (`cached_experts`)
+
     loss_scale, z_scale: what the auxiliary losses of one token are multiplied with; set before a
                          step by whoever balances the pool
     """
 
     def __init__(
-        self, width: int, config: ExpertsConfig, activation: Activation, bias: bool
+        self,
+        width: int,
+        config: ExpertsConfig,
+        activation: Activation,
+        bias: bool,
+        condition_width: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
         hidden = hidden_width(width, config.expert_ratio, activation)
-        self.router = Router(width, config)
+        self.router = Router(width, config, condition_width)
         self.experts = Experts(config.num_experts, width, hidden, activation, bias)
         self.shared: MLP | None = None
         if config.shared_ratio:
@@ -60,9 +73,15 @@ class MoE(nn.Module):
             self.shared = MLP(width, hidden, activation, bias)
         self.loss_scale = self.z_scale = 0.0
         self.tally = Tally(config.num_experts)
+        self.fuse: Fuse | None = None
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
         """`x` [M, d] -> [M, d]."""
+        if self.fuse is not None and around.is_whole and not torch.is_grad_enabled():
+            fused = self.fuse(around.seen.level_t, lambda: self.router(x, around.seen))
+            if fused is not None:
+                out: Tensor = fused(x)
+                return out if self.shared is None else out + self.shared(x)
         choice: Choice = self.router(x, around.seen)
         order = choice.index.flatten().sort(stable=True).indices
         inverse = torch.empty_like(order)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kinodit.models.modulation import per_token
 from kinodit.models.moe.config import ExpertsConfig
 
 
@@ -20,10 +21,15 @@ class Seen:
 
     level_t: [M] float, noise level of each token
     stream:  [M] int64, index of each token's stream; None in blocks of one stream
+    level:   [M] int64, the row of each token in the table of noise levels
+    time:    [K, c], activated embedding of the noise level of each row; these two are there for
+             routers by timestep
     """
 
     level_t: Tensor
     stream: Tensor | None = None
+    level: Tensor | None = None
+    time: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,15 @@ class Router(nn.Module):
     correction: Tensor
     load: Tensor
 
-    def __init__(self, width: int, config: ExpertsConfig) -> None:
+    def __init__(self, width: int, config: ExpertsConfig, condition_width: int = 0) -> None:
+        """`width` of tokens, and of the embedding of their noise level."""
         super().__init__()
         self.config = config.router
         self.num_experts, self.top_k = config.num_experts, config.top_k
         self.weight: nn.Parameter | None = None
+        inputs = condition_width if config.router.kind == "timestep" else width
         if config.router.is_learned:
-            self.weight = nn.Parameter(torch.empty(config.num_experts, width))
+            self.weight = nn.Parameter(torch.empty(config.num_experts, inputs))
             self.register_buffer("correction", torch.zeros(config.num_experts))
             self.register_buffer("load", torch.zeros(config.num_experts))
 
@@ -68,8 +76,11 @@ class Router(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         if self.weight is None:
             return self._placed(seen, dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        if self.config.kind == "timestep":
+            assert seen.time is not None and seen.level is not None, "no embedding of noise levels"
+            logits = per_token(self._logits(seen.time, dtype), seen.level)
+        else:
+            logits = self._logits(x, dtype)
         if self.config.scores == "softmax":
             scores = shares = logits.softmax(-1)
         else:
@@ -80,6 +91,11 @@ class Router(nn.Module):
         if self.config.renormalise:
             gates = gates / gates.sum(-1, keepdim=True)
         return Choice(index, gates * self.config.scale, shares, logits)
+
+    def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        assert self.weight is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
 
     def _placed(self, seen: Seen, dtype: torch.dtype) -> Choice:
         """The choice that noise level or modality decides alone."""

@@ -43,6 +43,14 @@ VARIANTS = {
             "all": ExpertsConfig(2, 1, 1.0, router=RouterConfig("modality"), blocks=(1,)),
         },
     ),
+    "experts_by_noise": dataclasses.replace(
+        BASE,
+        condition_width=40,
+        experts={
+            "video": ExpertsConfig(4, 2, 1.0, router=RouterConfig("timestep")),
+            "text": ExpertsConfig(3, 1, 1.0, router=RouterConfig("noise_level")),
+        },
+    ),
     "no_qk_norm_sincos": dataclasses.replace(
         BASE,
         qk_norm="none",

@@ -34,6 +34,7 @@ EXPERTS = {
 MODEL = tiny_model_config(num_heads=4, width=32, experts=EXPERTS)
 BY_PLACE = {
     "video": ExpertsConfig(4, 1, 1.0, router=RouterConfig("noise_level")),
+    "text": ExpertsConfig(4, 2, 1.0, router=RouterConfig("timestep", loss_weight=0.1)),
     "all": ExpertsConfig(2, 1, 1.0, router=RouterConfig("modality")),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import torch
@@ -146,19 +146,18 @@ class Mesh:
     device_mesh:       (dp_replicate, dp_shard x cp): parameters are sharded over the second axis,
                        gradients summed over both; None in a run of one process
     tp_mesh:           the ranks that parameters are split over; None where there is one
-    expert_mesh:       (dp_replicate, dp_shard x cp / ep, ep, tp) of the experts' parameters; None
-                       where every rank has all experts
     rank, world_size:  of all processes
     dp_index, dp_size: among the ranks that have packs of their own; cp and tp ranks share an index
     place:             among the ranks that share a pack
     heads, ring:       process groups of the cp axis, None where there is one rank
     pack:              process group of all ranks that share a pack, None where there is one rank
+    expert_mesh:       (dp_replicate, dp_shard x cp / ep, ep, tp) of the experts' parameters; None
+                       where every rank has all experts
     """
 
     device: torch.device
     device_mesh: DeviceMesh | None = None
     tp_mesh: DeviceMesh | None = None
-    expert_mesh: DeviceMesh | None = None
     rank: int = 0
     world_size: int = 1
     dp_index: int = 0
@@ -167,6 +166,7 @@ class Mesh:
     heads: ProcessGroup | None = None
     ring: ProcessGroup | None = None
     pack: ProcessGroup | None = None
+    expert_mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
@@ -261,7 +261,8 @@ def build_mesh(config: ParallelConfig, world_size: int, rank: int, device: torch
             device.type, (replicate * shard, num_shares), mesh_dim_names=("dp", "pack")
         )
         pack = sharing.get_group("pack")
-    return place_rank(config, rank, device, every, Groups(heads, ring, pack))
+    placed = place_rank(config, rank, device, every, Groups(heads, ring, pack))
+    return replace(placed, expert_mesh=experts)
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,6 @@ def place_rank(
         device,
         every["dp_replicate", "dp_shard_cp"],
         every["tp"] if config.tp > 1 else None,
-        experts,
         rank,
         world_size,
         dp_index=dp_index,

@@ -221,6 +221,10 @@ class CopiedTokens:
         made = sum_rows(list(parts.values()), self.among.group, TOKENS)
         return dict(zip(parts, made, strict=True))
 
+    def own(self, name: str, seen: Tensor, layout: AttentionLayout) -> Tensor:
+        """See `Exchange`: all that it sees."""
+        return seen
+
     def join(self, rows: Parts) -> dict[str, Tensor]:
         """See `Exchange`."""
         return self.among.join(rows)

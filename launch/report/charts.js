@@ -120,6 +120,10 @@ function addTraining(host) {
     smoothed.push(new Chart(host, { ...overTrain, title: "Gradient norm", note: "before clipping", log: true, series: [line("norm", columns.grad_norm, PALETTE[4])] }));
   }
   if (columns.lr) new Chart(host, { ...overTrain, title: "Learning rate", zero: true, format: (value) => value.toExponential(3), series: [{ name: "rate", values: columns.lr.mean, color: PALETTE[2] }] });
+  if (columns["moe/violation"]) {
+    smoothed.push(new Chart(host, { ...overTrain, title: "Load of experts", note: "largest over the mean less 1, worst layer; 0 is even", zero: true, series: [line("violation", columns["moe/violation"], PALETTE[1])] }));
+    smoothed.push(new Chart(host, { ...overTrain, title: "Entropy of routers", note: "1: all experts alike", zero: true, series: [line("entropy", columns["moe/entropy"], PALETTE[3])] }));
+  }
   if (!host.children.length) host.append(html("p", { class: "empty" }, "Nothing has been logged."));
 }
 

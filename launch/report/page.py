@@ -17,6 +17,7 @@ import yaml
 
 import kinodit
 from kinodit.launch.report.account import time_section
+from kinodit.launch.report.experts import expert_maps
 from kinodit.launch.report.read import (
     ReportError,
     Row,
@@ -100,6 +101,7 @@ def render(run: Run, now: float, max_media_mib: float) -> str:
         facts=_facts(run, now),
         tiles=_tiles(run),
         spent=time_section(run),
+        experts=expert_maps(run.train),
         drawn=[_embed(file) for file in run.drawn],
         notes=notes,
         events=_event_rows(run.events),

@@ -33,29 +33,28 @@ class Balance:
             return
         names = sorted(batches[0].modalities)
         ours = [sum(batch.modalities[name].num_tokens for batch in batches) for name in names]
-        table = torch.tensor(ours, device=self._mesh.device) * int(self._mesh.counts)
-        counts = dict(zip(names, self._mesh.sum(table).tolist(), strict=True))
+        table = torch.tensor([*ours, sum(ours)]) * int(self._mesh.counts)
+        sums = self._mesh.sum(table.to(self._mesh.device, torch.float64)).clamp(min=1)
         for name, layer in self._layers.items():
-            router = layer.config.router
-            tokens = max(1, counts.get(_stream(name), sum(counts.values())))
-            is_balanced = router.is_learned and router.balance == "loss"
+            router, stream = layer.config.router, _stream(name)
+            tokens = sums[names.index(stream) if stream else -1]
             weight = router.loss_weight * layer.config.num_experts
-            layer.loss_scale = weight / tokens if is_balanced else 0.0
+            layer.loss_scale = (weight if router.balance == "loss" else 0.0) / tokens
             layer.z_scale = router.z_weight / tokens
             layer.tally.take(self._mesh.device)
 
-    def count(self) -> dict[str, Load]:
-        """After the last backward: layer -> the sums of the step over all ranks. Collective."""
+    def count(self) -> dict[str, Tensor]:
+        """After the last backward: layer -> its tally of the step, of all ranks. Collective.
+
+        On the device, for which the host does not wait.
+        """
         if not self._layers:
             return {}
         device = self._mesh.device
         sums = torch.cat([layer.tally.take(device) for layer in self._layers.values()])
         flat = self._mesh.sum(sums)
         self._sums = list(flat.split([layer.tally.size for layer in self._layers.values()]))
-        return {
-            name: Load.of(sums.tolist(), layer.config.num_experts)
-            for (name, layer), sums in zip(self._layers.items(), self._sums, strict=True)
-        }
+        return dict(zip(self._layers, self._sums, strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -82,15 +81,16 @@ def _update(layer: MoE, sums: Tensor) -> None:
     router.load.copy_(counts / counts.sum().clamp(min=1))
 
 
-def report(loads: Mapping[str, Load]) -> dict[str, object]:
-    """What a row of metrics says of the experts. `loads`: layer -> sums over some steps.
+def report(tallies: Mapping[str, Tensor]) -> dict[str, object]:
+    """What a row of metrics says of the experts. `tallies`: layer -> sums over some steps.
 
     moe/violation: the largest load over the mean, less 1, of the worst layer
     moe/entropy:   of the tokens' shares, over that of equal shares, mean over layers
     experts:       layer -> load of each expert over the mean; the same by bin of the noise level
     """
-    if not loads:
+    if not tallies:
         return {}
+    loads = {name: Load.of(sums.tolist()) for name, sums in tallies.items()}
     layers: dict[str, object] = {}
     entropies = []
     for name, load in loads.items():

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kinodit.models.flops import forward_flops
 from kinodit.models.mmdit import MMDiTConfig
-from kinodit.models.moe.tally import Load
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer import balance
 from kinodit.trainer.parallel.mesh import Mesh
@@ -94,7 +93,7 @@ class Window:
     clock: Clock = field(default_factory=Clock)
     sums: Tensor | None = None
     grad_norm: Tensor | None = None
-    loads: dict[str, Load] = field(default_factory=dict)
+    loads: dict[str, Tensor] = field(default_factory=dict)
     num_steps: int = 0
     num_skipped: int = 0
     num_tokens: int = 0

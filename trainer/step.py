@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kinodit.models.diffusion.objective import NoisedBatch, Objective, bin_errors
-from kinodit.models.moe.tally import Load
 from kinodit.models.tokens import Role, TokenBatch
 from kinodit.trainer import faults
 from kinodit.trainer.balance import Balance
@@ -56,7 +55,7 @@ class StepResult:
     grad_norm:  scalar, global, before clipping
     counts:     over all ranks
     updated:    False: the gate refused, and parameters, moments and averages are as before
-    loads:      layer with experts -> how they were used, over all ranks
+    loads:      layer with experts -> tally of their use, over all ranks
     """
 
     losses: Tensor
@@ -65,7 +64,7 @@ class StepResult:
     grad_norm: Tensor
     counts: StepCounts
     updated: bool = True
-    loads: Mapping[str, Load] = field(default_factory=dict)
+    loads: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def loss_tokens(tokens_weight: Tensor, role: Tensor) -> Tensor:

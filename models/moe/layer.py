@@ -71,7 +71,8 @@ class MoE(nn.Module):
         if config.shared_ratio:
             hidden = hidden_width(width, config.shared_ratio, activation)
             self.shared = MLP(width, hidden, activation, bias)
-        self.loss_scale = self.z_scale = 0.0
+        self.loss_scale: Tensor | float = 0.0
+        self.z_scale: Tensor | float = 0.0
         self.tally = Tally(config.num_experts)
         self.fuse: Fuse | None = None
 
@@ -109,7 +110,7 @@ class MoE(nn.Module):
         logits = None if choice.logits is None else around.own(choice.logits)
         squares = shares.new_zeros(()) if logits is None else logits.logsumexp(-1).square().sum()
         aux = self.z_scale * squares
-        if self.loss_scale:
+        if self.router.config.is_learned:
             aux = aux + self.loss_scale * (shares * self.router.load.to(shares.dtype)).sum()
         counted = self.tally.count(index, shares.detach(), squares.detach(), around.level_t)
         made: Tensor = _Observe.apply(out, aux, lambda: self.tally.add(counted))  # type: ignore[no-untyped-call]

@@ -70,23 +70,13 @@ class Load:
     squares: float
 
     @classmethod
-    def of(cls, sums: list[float], num_experts: int) -> Load:
+    def of(cls, sums: list[float]) -> Load:
         """From the numbers of a `Tally`."""
+        num_experts = (len(sums) - 2) // (NUM_BINS + 1)
         cells = NUM_BINS * num_experts
         counts = [tuple(sums[i : i + num_experts]) for i in range(0, cells, num_experts)]
         shares = tuple(sums[cells : cells + num_experts])
         return cls(tuple(counts), shares, sums[-2], sums[-1])
-
-    def __add__(self, other: Load) -> Load:
-        return Load(
-            tuple(
-                tuple(a + b for a, b in zip(ours, theirs, strict=True))
-                for ours, theirs in zip(self.counts, other.counts, strict=True)
-            ),
-            tuple(a + b for a, b in zip(self.shares, other.shares, strict=True)),
-            self.entropy + other.entropy,
-            self.squares + other.squares,
-        )
 
     @property
     def by_expert(self) -> list[float]:

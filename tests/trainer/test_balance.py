@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from tests.support.synthetic import synthetic_pack
 
 WIDTH, NUM_EXPERTS, NUM_TOKENS = 16, 8, 512
 NUM_STEPS, LAST = 300, 50
+NUM_PACKED = sum(tokens.num_tokens for tokens in synthetic_pack(0, [0]).modalities.values())
+"""Tokens of the pack that stands for the stream's where only their number counts."""
 MESH = Mesh(torch.device("cpu"))
 
 
@@ -43,26 +47,19 @@ def largest_load(balance: str) -> float:
         nn.init.normal_(parameter, std=0.25)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
     balancing = Balance(nn.ModuleList([layer]), MESH)
-    loads = []
+    total = torch.zeros(())
     for step in range(NUM_STEPS):
         balancing.begin([synthetic_pack(0, [0])])
-        layer.loss_scale *= layer_tokens(balancing) / NUM_TOKENS
+        layer.loss_scale *= NUM_PACKED / NUM_TOKENS
         x = skewed_tokens(step)
         (forward(layer, x) - 2 * x).square().mean().backward()
-        (load,) = balancing.count().values()
+        (tally,) = balancing.count().values()
         optimizer.step()
         optimizer.zero_grad()
         balancing.update()
-        loads.append(load)
-    total = loads[-LAST]
-    for load in loads[-LAST + 1 :]:
-        total = total + load
-    return 1 + total.violation
-
-
-def layer_tokens(balancing: Balance) -> int:
-    """The tokens of the pack that `begin` was told of."""
-    return sum(tokens.num_tokens for tokens in synthetic_pack(0, [0]).modalities.values())
+        if step >= NUM_STEPS - LAST:
+            total = total + tally
+    return 1 + Load.of(total.tolist()).violation
 
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
@@ -83,23 +80,30 @@ def test_corrections_move_towards_experts_with_less_than_the_mean() -> None:
         nn.init.zeros_(parameter)
     layer.router.correction[1] = 0.1
     forward(layer, torch.ones(4, WIDTH)).sum().backward()
-    (load,) = balancing.count().values()
-    assert load.by_expert == [0, 4, 0]
+    (tally,) = balancing.count().values()
+    assert Load.of(tally.tolist()).by_expert == [0, 4, 0]
     assert layer.router.correction.tolist() == pytest.approx([0, 0.1, 0])
     balancing.update()
     assert layer.router.correction.tolist() == pytest.approx([0.5, -0.4, 0.5])
     assert layer.router.load.tolist() == [0, 1, 0]
 
 
+def tally_of(counts: list[list[float]], entropy: float, squares: float) -> Tensor:
+    """A tally of two experts with these counts in the first bins of the noise level."""
+    cells = [count for row in counts for count in row] + [0.0] * (20 - 2 * len(counts))
+    shares = [sum(column) for column in zip(*counts, strict=True)]
+    return torch.tensor([*cells, *shares, entropy, squares], dtype=torch.float64)
+
+
 def test_a_report_says_how_far_from_even_and_how_sure() -> None:
-    even = Load(((2.0, 2.0), (0.0, 0.0)), (2.0, 2.0), 4 * torch.tensor(2.0).log().item(), 0.0)
-    skewed = Load(((3.0, 1.0), (0.0, 0.0)), (3.0, 1.0), 0.0, 8.0)
+    even = tally_of([[2.0, 2.0]], 4 * math.log(2), 0.0)
+    skewed = tally_of([[3.0, 1.0]], 0.0, 8.0)
     row = report({"a": even, "b": skewed})
     assert row["moe/violation"] == 0.5
     assert row["moe/entropy"] == pytest.approx(0.5)
     layers = row["experts"]
     assert isinstance(layers, dict)
     assert layers["b"]["load"] == [1.5, 0.5]
-    assert layers["b"]["noise_bins"] == [[1.5, 0.5], []]
+    assert layers["b"]["noise_bins"] == [[1.5, 0.5], *[[]] * 9]
     assert layers["b"]["z"] == 2.0
     assert report({}) == {}

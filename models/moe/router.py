@@ -78,7 +78,8 @@ class Router(nn.Module):
             return self._placed(seen, dtype)
         if self.config.kind == "timestep":
             assert seen.time is not None and seen.level is not None, "no embedding of noise levels"
-            logits = per_token(self._logits(seen.time, dtype), seen.level)
+            by_level = self._logits(seen.time, dtype)
+            logits = per_token(by_level, seen.level).expand(len(seen.level), -1)
         else:
             logits = self._logits(x, dtype)
         if self.config.scores == "softmax":

@@ -108,7 +108,7 @@ def test_the_grouped_product_is_the_loop(dtype: torch.dtype) -> None:
     for product in (grouped_product, looped_product):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
         out = product(*inputs, counts)
-        out.backward(grad)  # type: ignore[no-untyped-call]
+        out.backward(grad)
         made.append((out, inputs[0].grad, inputs[1].grad))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for ours, theirs in zip(*made, strict=True):
@@ -142,7 +142,7 @@ def test_auxiliary_losses_are_sums_over_tokens() -> None:
     again = weight.detach().clone().requires_grad_()
     logits = x @ again.t()
     aux = 0.3 * (logits.softmax(-1) * layer.router.load).sum()
-    (aux + 0.2 * logits.logsumexp(-1).square().sum()).backward()  # type: ignore[no-untyped-call]
+    (aux + 0.2 * logits.logsumexp(-1).square().sum()).backward()
     torch.testing.assert_close(weight.grad, again.grad, rtol=1e-12, atol=1e-12)
 
 

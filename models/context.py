@@ -87,9 +87,7 @@ class Context:
 
     def feed_forward(self, mlp: nn.Module, name: str, x: Tensor) -> Tensor:
         """`x` [M, d] of stream `name` through its feed-forward, or through its experts."""
-        if isinstance(mlp, MoE):
-            return call_experts(mlp, name, x, self)
-        out: Tensor = mlp(x)
+        out: Tensor = call_experts(mlp, name, x, self) if isinstance(mlp, MoE) else mlp(x)
         return out
 
     def rows(self, modulations: Mapping[str, Modulation]) -> dict[str, list[Rows]]:

@@ -33,8 +33,8 @@ class Balance:
             return
         names = sorted(batches[0].modalities)
         ours = [sum(batch.modalities[name].num_tokens for batch in batches) for name in names]
-        table = torch.tensor([*ours, sum(ours)]) * int(self._mesh.counts)
-        sums = self._mesh.sum(table.to(self._mesh.device, torch.float64)).clamp(min=1)
+        counted = [float(n) * self._mesh.counts for n in (*ours, sum(ours))]
+        sums = self._mesh.sum(self._mesh.tensor(counted, torch.float64)).clamp(min=1)
         for name, layer in self._layers.items():
             router, stream = layer.config.router, _stream(name)
             tokens = sums[names.index(stream) if stream else -1]

@@ -77,7 +77,7 @@ class _Reorder(torch.autograd.Function):
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad.index_select(0, torch.argsort(order)), None
 
@@ -123,4 +123,4 @@ def _deal(experts: Experts, mesh: DeviceMesh) -> None:
         experts.register_parameter(key, made)
     if not is_split:
         parts = dict.fromkeys(own, Split(0, part=True))
-        experts.__class__ = reading(type(experts), parts, mesh["ep"])
+        experts.__class__ = cast(type[Experts], reading(type(experts), parts, mesh["ep"]))

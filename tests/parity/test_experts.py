@@ -13,6 +13,8 @@ from torch import Tensor
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.moe import router
 from kinodit.models.moe.config import ExpertsConfig, RouterConfig
+from kinodit.trainer.certify.engines import engines_for
+from kinodit.trainer.certify.layouts import default_layouts
 from kinodit.trainer.certify.trace import Array, Trace, trace
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.config import RunConfig
@@ -161,3 +163,21 @@ def test_experts_by_place(ranks: dict[int, Ranks]) -> None:
     expected = trace(0, 1, twin, ParallelConfig(dp_shard=1))
     for found in ranks[2].run(trace, twin, ParallelConfig(dp_shard=1, tp=2)):
         check(found, expected)
+
+
+def test_certificates_deal_experts_out_where_there_are_any() -> None:
+    base = ParallelConfig()
+    with_experts = default_layouts(MODEL, base, 4)
+    assert {(one.ep, one.dp_shard, one.cp, one.tp) for one in with_experts if one.ep > 1} == {
+        (2, 2, 1, 1),
+        (4, 4, 1, 1),
+        (2, 4, 1, 1),
+        (2, 1, 2, 1),
+        (4, 2, 2, 1),
+        (2, 1, 2, 2),
+        (2, 2, 1, 2),
+    }
+    dense = default_layouts(tiny_model_config(num_heads=4), base, 4)
+    assert all(one.ep == 1 for one in dense)
+    assert engines_for(MODEL) == ("native",)
+    assert len(engines_for(tiny_model_config())) > 1

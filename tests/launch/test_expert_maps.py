@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kinodit.launch.report.experts import Cell, expert_maps
 from kinodit.launch.report.page import write_report
+from kinodit.launch.report.read import Row
 from tests.support.fake_run import make_run
 
 NAME = "joint_blocks.2.streams.video.mlp"
@@ -14,7 +15,8 @@ LAYER = {"load": [0.0, 1.0, 3.0, "NaN"], "noise_bins": [[1.5, 0.5], []], "violat
 
 
 def test_the_last_row_that_tells_of_them_is_shown() -> None:
-    rows = [{"experts": {NAME: {"load": [1.0]}}}, {"experts": {NAME: LAYER}}, {"loss": 1.0}]
+    early: Row = {"experts": {NAME: {"load": [1.0]}}}
+    rows: list[Row] = [early, {"experts": {NAME: LAYER}}, {"loss": 1.0}]
     (found,) = expert_maps(rows)
     assert found.name == "video, joint block 2"
     assert found.violation == "largest load 3.00 of the mean"

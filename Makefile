@@ -56,6 +56,7 @@ test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
 	$(BIN)/pytest $(PYTEST_PARALLEL)
 
 proof: setup certificates ## run the long proofs to their end and keep their figures (hours)
+	$(BIN)/pytest -m slow
 	$(BIN)/pytest -m learning --size full
 	$(BIN)/pytest -m chaos --size full
 

@@ -142,7 +142,10 @@ def call_join(exchange: Exchange, parts: Parts) -> Parts:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def call_experts(layer: MoE, name: str, x: Tensor, context: Context) -> Tensor:
-    """A layer of experts, kept out of compiled graphs: each has other counts in every batch."""
+    """A layer of experts on stream `name`, `x` [n, d] -> [n, d].
+
+    Kept out of compiled graphs: each has other counts in every batch.
+    """
     exchange = context.exchange
 
     def own(seen: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _run(model: MMDiT, own: TokenBatch, dtype: torch.dtype, *, is_split: bool) -
         return pretend(part)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(ring, "Shift", _Hop))
+        stack.enter_context(patch.object(ring, "Transfer", _Arrived))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(torch.no_grad())
         ops = stack.enter_context(Ops())
@@ -148,10 +148,18 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Hop:
-    """In the place of `Shift`: batched transfers ask the device driver, which is not there."""
+class _Arrived:
+    """In the place of `Transfer`: batched transfers ask the device driver, which is not there."""
 
-    def __init__(self, x: Tensor, receive_shape: Sequence[int], group: object, label: str) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        to: int,
+        receive_shape: Sequence[int],
+        source: int,
+        group: object,
+        label: str,
+    ) -> None:
         self._out = x.new_empty(receive_shape)
 
     def wait(self) -> Tensor:

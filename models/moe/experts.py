@@ -53,7 +53,7 @@ class ExpertOp(Protocol):
 
 
 def apply_experts(experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
-    """The `ExpertOp` of one process: all experts are here."""
+    """The `ExpertOp` of one process, where all experts are: `x` [R, d], `counts` [E] -> [R, d]."""
     out: Tensor = experts(x, counts)
     return out
 
@@ -76,21 +76,24 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
 
 
 def fits_grouped(x: Tensor, weight: Tensor) -> bool:
-    """Whether the backend has a grouped product for these: not for float64, nor for odd widths."""
+    """Whether the backend has a grouped product for `x` [R, i] and `weight` [E, o, i].
+
+    It has none for float64, nor for odd widths.
+    """
     kinds = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
     aligned = all(size * x.itemsize % 16 == 0 for size in weight.shape[1:])
     return x.dtype in kinds and x.dtype == weight.dtype and aligned
 
 
 def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """All groups in one kernel."""
+    """`x` [R, i], `weight` [E, o, i], `counts` [E] -> [R, o]: all groups in one kernel."""
     ends = counts.cumsum(0).to(torch.int32)
     out: Tensor = F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
     return out
 
 
 def looped_product(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Group after group."""
+    """As `grouped_product`, with `bias` [E, o]: group after group. Waits for the counts."""
     groups = x.split(counts.tolist())
     biases = [None] * len(groups) if bias is None else bias.unbind()
     parts = zip(groups, weight.unbind(), biases, strict=True)

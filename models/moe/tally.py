@@ -43,11 +43,11 @@ class Tally:
         return torch.cat([counts.double(), wide.sum(0), rest])
 
     def add(self, counted: Tensor) -> None:
-        """Add what `count` made."""
+        """Add what `count` made, [size]."""
         self._sums = counted if self._sums is None else self._sums + counted
 
     def take(self, device: torch.device) -> Tensor:
-        """The sums; starts anew."""
+        """The sums, [size]; starts anew."""
         sums, self._sums = self._sums, None
         if sums is None:
             return torch.zeros(self.size, dtype=torch.float64, device=device)

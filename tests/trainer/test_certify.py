@@ -44,7 +44,6 @@ from kinodit.trainer.certify.layouts import (
     parse_layouts,
 )
 from kinodit.trainer.certify.modules import sum_of_squares
-from kinodit.trainer.certify.ranks import MAX_CASES
 from kinodit.trainer.certify.run import Case, Row, Variant
 from kinodit.trainer.certify.trace import SLOTS_OF_PACKS, Trace, low_precision
 from kinodit.trainer.certify.twin import Twin, twin
@@ -477,17 +476,15 @@ def pid_and_threads(rank: int, world_size: int) -> tuple[int, int]:
 
 
 @pytest.mark.gloo
-def test_processes_are_started_anew_before_groups_of_earlier_cases_fill_them() -> None:
+def test_process_groups_end_with_their_case() -> None:
     group = Ranks(2)
     try:
-        found = [group.run(pid_and_threads)[0] for _ in range(2 * MAX_CASES + 1)]
+        found = [group.run(pid_and_threads)[0] for _ in range(4)]
     finally:
         group.close()
-    pids = [pid for pid, _ in found]
-    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [MAX_CASES, MAX_CASES, 1]
-    assert max(threads for _, threads in found[MAX_CASES:]) <= max(
-        threads for _, threads in found[:MAX_CASES]
-    )
+    pids, threads = zip(*found, strict=True)
+    assert len(set(pids)) == 1
+    assert max(threads[1:]) <= threads[0]
 
 
 def test_devices_that_are_not_there_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
 """Real processes that talk over gloo, started once and used for many cases.
 
 Ranks are forked from a server that has all modules loaded: a group of four starts in a fraction of
-a second. It is started anew now and then, as process groups that a case made stay with a process:
-gloo's threads pile up, and NCCL's communicators fill the device. A case is a module-level function
+a second. Every case has process groups of its own, which end with it: each has threads that wake a
+hundred times a second, or memory on the device. A case is a module-level function
 `case(rank, world_size, *args)`; what it returns comes back by rank, and what it raises is raised
 here as `RankError` with the rank's traceback.
 """
@@ -10,6 +10,7 @@ here as `RankError` with the rank's traceback.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -23,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
-MAX_CASES = 8
-"""Cases that a process lives for."""
 PRELOADED = [
     "torch",
     "torch.distributed",
@@ -32,6 +31,9 @@ PRELOADED = [
     "kinodit.trainer.engine.megatron",
 ]
 """Imported once, if it is installed, before ranks are forked: it takes longer than most cases."""
+
+KEEPS_GROUPS = {"deepspeed"}
+"""Libraries that keep process groups in globals of their own: a rank that has one ends its life."""
 
 
 def _serve(
@@ -50,21 +52,35 @@ def _serve(
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        store=dist.FileStore(store, world_size),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
+    # What is loaded now stays: collecting after each case looks at the case's objects alone.
+    gc.freeze()
+    meeting = dist.FileStore(store, world_size)
+    num_cases = 0
     while (request := pipe.recv()) is not None:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            store=dist.PrefixStore(str(num_cases), meeting),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=TIMEOUT_S),
+        )
+        num_cases += 1
         module, name, args = request
         try:
             case = getattr(importlib.import_module(module), name)
-            pipe.send((True, case(rank, world_size, *args)))
+            result = case(rank, world_size, *args)
+            is_last = not KEEPS_GROUPS.isdisjoint(sys.modules)
+            pipe.send((True, result, is_last))
         except BaseException:  # noqa: BLE001 - whatever a case raises belongs to the caller
-            pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
+            pipe.send((False, traceback.format_exc(), True))
+            return
+        # Nobody closes a connection that another still reads from. One that is gone has failed.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+        dist.destroy_process_group()
+        if is_last:
+            return
+        gc.collect()
 
 
 class RankError(RuntimeError):
@@ -75,18 +91,18 @@ class Ranks:
     """A group of `world_size` processes that talk over gloo, or over NCCL with a device each."""
 
     def __init__(self, world_size: int, paths: tuple[str, ...] = (), device: str = "cpu") -> None:
-        """Start the processes; `paths` are put before their `sys.path`. device: "cpu" or "cuda"."""
+        """`paths` are put before the processes' `sys.path`. device: "cpu" or "cuda"."""
         self.world_size = world_size
         self._paths, self._device = paths, device
+        self._pipes: list[Connection] = []
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self._num_cases = 0
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
-        self._pipes: list[Connection] = []
+        self._pipes = []
         self._processes: list[multiprocessing.context.ForkServerProcess] = []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
@@ -108,13 +124,12 @@ class Ranks:
                 closed.
             TimeoutError: some rank did not answer.
         """
-        if self._num_cases == MAX_CASES:
-            self.close()
+        if not self._pipes:
             self._start()
-        self._num_cases += 1
         for pipe in self._pipes:
             pipe.send((case.__module__, case.__qualname__, args))
         results: dict[int, Any] = {}
+        ended = False
         while len(results) < self.world_size:
             waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in results}
             answered = multiprocessing.connection.wait(list(waiting), TIMEOUT_S)
@@ -127,13 +142,16 @@ class Ranks:
                     continue
                 rank = waiting[pipe]
                 try:
-                    ok, value = pipe.recv()
+                    ok, value, is_last = pipe.recv()
                 except EOFError:
-                    ok, value = False, "it died"
+                    ok, value, is_last = False, "it died", True
+                ended |= is_last
                 if not ok:
                     self.close()
                     raise RankError(f"rank {rank} of {self.world_size}:\n{value}")
                 results[rank] = value
+        if ended:
+            self.close()
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
@@ -146,4 +164,5 @@ class Ranks:
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
+        self._pipes, self._processes = [], []
         self._folder.cleanup()

@@ -101,7 +101,7 @@ def peaks(
 @pytest.mark.gloo
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("ring", [2, 4])
+@pytest.mark.parametrize("ring", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_of_a_ring_hold_the_activations_that_were_planned(
     ranks: dict[int, Ranks], ring: int, mode: str, compute: str
 ) -> None:

@@ -58,7 +58,18 @@ def begun(recipe: Path, two: Ranks) -> dict[str, Path]:
     return {engine: recipe.parent / "runs" / engine for engine in ENGINES}
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=[" to ".join(pair) for pair in PAIRS])
+FEW = {("native", "deepspeed"), ("deepspeed", "megatron"), ("megatron", "native")}
+"""Each engine once before and once after the change: what the default run has time for."""
+
+
+def _slow_unless(is_quick: bool) -> list[pytest.MarkDecorator]:
+    return [] if is_quick else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [pytest.param(*pair, id=" to ".join(pair), marks=_slow_unless(pair in FEW)) for pair in PAIRS],
+)
 def test_the_loss_goes_on(
     first: str, second: str, recipe: Path, two: Ranks, begun: dict[str, Path]
 ) -> None:

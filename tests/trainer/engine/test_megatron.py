@@ -170,7 +170,7 @@ ZERO = importlib.util.find_spec("deepspeed") is not None
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("sequence_parallel", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_it_trains_as_one_process_does(sequence_parallel: bool, four: Ranks) -> None:
     small, config = small_twin(), MegatronConfig(sequence_parallel=sequence_parallel)
     reference = trace(0, 1, small, layout())

@@ -164,13 +164,16 @@ def life(rank: int, world_size: int, twin: Twin, config: DeepSpeedConfig) -> Non
     "config",
     [
         DeepSpeedConfig(stage=1),
-        DeepSpeedConfig(stage=2),
         DeepSpeedConfig(stage=3),
-        DeepSpeedConfig(stage=3, hpz=2),
-        DeepSpeedConfig(stage=2, offload_optimizer="cpu"),
-        DeepSpeedConfig(stage=3, offload_optimizer="cpu", offload_params="cpu"),
+        pytest.param(DeepSpeedConfig(stage=2), marks=pytest.mark.slow),
+        pytest.param(DeepSpeedConfig(stage=3, hpz=2), marks=pytest.mark.slow),
+        pytest.param(DeepSpeedConfig(stage=2, offload_optimizer="cpu"), marks=pytest.mark.slow),
+        pytest.param(
+            DeepSpeedConfig(stage=3, offload_optimizer="cpu", offload_params="cpu"),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["zero1", "zero2", "zero3", "hpz", "offload2", "offload3"],
+    ids=["zero1", "zero3", "zero2", "hpz", "offload2", "offload3"],
 )
 def test_skipped_steps_leave_no_trace_and_loaded_state_goes_on_bit_equal(
     config: DeepSpeedConfig, small: Twin, two: Ranks

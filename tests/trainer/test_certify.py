@@ -44,6 +44,7 @@ from kinodit.trainer.certify.layouts import (
     parse_layouts,
 )
 from kinodit.trainer.certify.modules import sum_of_squares
+from kinodit.trainer.certify.ranks import MAX_THREADS
 from kinodit.trainer.certify.run import Case, Row, Variant
 from kinodit.trainer.certify.trace import SLOTS_OF_PACKS, Trace, low_precision
 from kinodit.trainer.certify.twin import Twin, twin
@@ -476,15 +477,16 @@ def pid_and_threads(rank: int, world_size: int) -> tuple[int, int]:
 
 
 @pytest.mark.gloo
-def test_process_groups_end_with_their_case() -> None:
+def test_processes_are_started_anew_before_groups_of_earlier_cases_fill_them() -> None:
     group = Ranks(2)
     try:
-        found = [group.run(pid_and_threads)[0] for _ in range(4)]
+        found = [group.run(pid_and_threads)[0] for _ in range(12)]
     finally:
         group.close()
-    pids, threads = zip(*found, strict=True)
-    assert len(set(pids)) == 1
-    assert max(threads[1:]) <= threads[0]
+    pids = [pid for pid, _ in found]
+    assert 1 < len(set(pids)) < 12 and pids == sorted(pids, key=pids.index)
+    growth = found[1][1] - found[0][1]
+    assert growth > 0 and max(threads for _, threads in found) <= MAX_THREADS + growth
 
 
 def test_devices_that_are_not_there_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

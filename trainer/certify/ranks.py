@@ -1,8 +1,9 @@
 """Real processes that talk over gloo, started once and used for many cases.
 
 Ranks are forked from a server that has all modules loaded: a group of four starts in a fraction of
-a second. Every case has process groups of its own, which end with it: each has threads that wake a
-hundred times a second, or memory on the device. A case is a module-level function
+a second. It is started anew when there are many of the process groups that cases made, which stay
+with a process: each has threads that wake a hundred times a second, or memory on the device. A case
+is a module-level function
 `case(rank, world_size, *args)`; what it returns comes back by rank, and what it raises is raised
 here as `RankError` with the rank's traceback.
 """
@@ -10,7 +11,6 @@ here as `RankError` with the rank's traceback.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -32,8 +32,9 @@ PRELOADED = [
 ]
 """Imported once, if it is installed, before ranks are forked: it takes longer than most cases."""
 
-KEEPS_GROUPS = {"deepspeed"}
-"""Libraries that keep process groups in globals of their own: a rank that has one ends its life."""
+MAX_THREADS = 100
+"""A process that has more after a case ends with it. Destroying the groups instead would leave
+caches of meshes behind, in torch and in DeepSpeed, that name groups which are gone."""
 
 
 def _serve(
@@ -52,35 +53,24 @@ def _serve(
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
-    # What is loaded now stays: collecting after each case looks at the case's objects alone.
-    gc.freeze()
-    meeting = dist.FileStore(store, world_size)
-    num_cases = 0
-    while (request := pipe.recv()) is not None:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore(str(num_cases), meeting),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=TIMEOUT_S),
-        )
-        num_cases += 1
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )
+    is_last = False
+    while not is_last and (request := pipe.recv()) is not None:
         module, name, args = request
         try:
             case = getattr(importlib.import_module(module), name)
             result = case(rank, world_size, *args)
-            is_last = not KEEPS_GROUPS.isdisjoint(sys.modules)
+            is_last = len(list(Path("/proc/self/task").iterdir())) > MAX_THREADS
             pipe.send((True, result, is_last))
         except BaseException:  # noqa: BLE001 - whatever a case raises belongs to the caller
             pipe.send((False, traceback.format_exc(), True))
-            return
-        # Nobody closes a connection that another still reads from. One that is gone has failed.
-        with contextlib.suppress(RuntimeError):
-            dist.barrier()
-        dist.destroy_process_group()
-        if is_last:
-            return
-        gc.collect()
+    dist.destroy_process_group()
 
 
 class RankError(RuntimeError):

@@ -296,21 +296,47 @@ class Blocks:
         if experts is None:
             return self._mlp(x, count, width, self.model.mlp_ratio)
         tape, rows = self.tape, count * experts.top_k
-        if experts.router.is_learned:
-            wide = ops.copy(tape, x, self.sizes.widened(x.nbytes)) if self.sizes.is_narrow else x
-            logits = count * experts.num_experts * self.sizes.wide
-            ops.pointwise(tape, ops.linear(tape, wide, logits))
-            del wide
-        spread = ops.copy(tape, x, self.work.tokens(rows, width))
-        made = self._mlp(spread, rows, width, experts.expert_ratio)
+        gates = self._route(x, count, experts)
+        # The order of rows by expert, and the way back.
+        order, inverse = tape.new(rows * ops.INDEX_BYTES), tape.new(rows * ops.INDEX_BYTES)
+        size = self.work.tokens(rows, width)
+        spread = ops.permute(tape, x, size, [inverse])
+        made = self._experts(spread, rows, width, experts)
         del spread
-        back = ops.copy(tape, made)
-        del made
-        weighed = ops.copy(tape, ops.pointwise(tape, back), self.work.tokens(count, width))
-        del back
+        back = ops.permute(tape, made, size, [inverse, order])
+        del made, order, inverse
+        weighed = ops.weigh(tape, back, gates, self.sizes, experts.top_k)
+        del back, gates
         if experts.shared_ratio:
             weighed = ops.add(tape, weighed, self._mlp(x, count, width, experts.shared_ratio))
         return weighed
+
+    def _route(self, x: Shadow, count: int, experts: ExpertsConfig) -> Shadow:
+        """`Router.forward`: the gates."""
+        tape, router, wide = self.tape, experts.router, self.sizes.wide
+        size = count * experts.top_k * wide
+        if not router.is_learned:
+            return tape.leaf(size)
+        if self.sizes.is_narrow:
+            x = ops.copy(tape, x, self.sizes.widened(x.nbytes))
+        logits = ops.linear(tape, x, count * experts.num_experts * wide)
+        del x
+        scores = ops.score(tape, logits)
+        # The chosen experts are a view of all of them in order.
+        index = tape.new(count * experts.num_experts * ops.INDEX_BYTES)
+        gates = ops.permute(tape, scores, size, [index])
+        if router.renormalise:
+            gates = ops.divide_by_sum(tape, gates, count * wide)
+        return ops.pointwise(tape, gates, keeps=False)
+
+    def _experts(self, x: Shadow, rows: int, width: int, experts: ExpertsConfig) -> Shadow:
+        """`Experts.forward`: as an MLP, but that biases are spread over rows before they count."""
+        made = self._mlp(x, rows, width, experts.expert_ratio)
+        if self.model.bias:
+            products = 3 if self.model.activation == "swiglu" else 2
+            index = [self.tape.new(rows * ops.INDEX_BYTES) for _ in range(products)]
+            made = ops.view(self.tape, made, index)
+        return made
 
     def _mlp(self, x: Shadow, count: int, width: int, ratio: float) -> Shadow:
         """`MLP.forward`."""

@@ -15,6 +15,9 @@ from kinodit.launch.plan.shadow import Shadow, Storage, Tape
 
 Grads = list[Storage | None]
 
+INDEX_BYTES = 8
+"""Of a number that says where something is: int64."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -97,6 +100,60 @@ def copy(tape: Tape, x: Shadow, size: int | None = None) -> Shadow:
     """A copy in another order, or with repeated heads; so is its gradient."""
     out, before = tape.new(x.nbytes if size is None else size), x.nbytes
     return tape.op([x], [(out.nbytes, out)], [], lambda *_: [tape.new(before)])[0]
+
+
+def permute(tape: Tape, x: Shadow, size: int, index: Sequence[Storage]) -> Shadow:
+    """Rows of `x` picked by an index that is kept, as `models/moe/layer.py: _Spread` does."""
+    out, before = tape.new(size), x.nbytes
+    # Rows that come more than once have gradients of their own before they are added up.
+    between = size if size > before else 0
+
+    def back(grads: Grads, saved: list[Storage]) -> list[Storage | None]:
+        by_row = tape.new(between)
+        made = tape.new(before)
+        del by_row
+        return [made]
+
+    return tape.op([x], [(size, out)], index, back)[0]
+
+
+def view(tape: Tape, x: Shadow, kept: Sequence[Storage]) -> Shadow:
+    """`x` itself, where something besides is kept."""
+    return tape.op([x], [(x.nbytes, x.storage)], kept, lambda grads, _: [grads[0]])[0]
+
+
+def score(tape: Tape, logits: Shadow) -> Shadow:
+    """Scores of `models/moe/router.py`: softmax keeps what it gives, the z-loss the logits."""
+    out, size = tape.new(logits.nbytes), logits.nbytes
+    return tape.op([logits], [(size, out)], [logits, out], lambda *_: [tape.new(size)])[0]
+
+
+def divide_by_sum(tape: Tape, x: Shadow, sums: int) -> Shadow:
+    """x / x.sum(-1), which keeps `x` and the sums."""
+    total, out, size = tape.new(sums), tape.new(x.nbytes), x.nbytes
+    return tape.op([x], [(size, out)], [x, total], lambda *_: [tape.new(size)])[0]
+
+
+def weigh(tape: Tape, x: Shadow, gates: Shadow, sizes: Sizes, top_k: int) -> Shadow:
+    """(x * gates).sum over the `top_k` rows of a token, in the format of gates, then in that of x.
+
+    Both gradients are there in the wide format and full size before they are made narrow or summed.
+    """
+    size, wide = x.nbytes, sizes.widened(x.nbytes)
+    of_gates = gates.nbytes
+    product = tape.new(wide)
+    out = tape.new(wide // top_k)
+    del product
+    if sizes.is_narrow:
+        out = tape.new(size // top_k)
+
+    def back(grads: Grads, saved: list[Storage]) -> list[Storage | None]:
+        grad = tape.new(wide // top_k) if sizes.is_narrow else None
+        made, product = tape.new(wide), tape.new(wide)
+        del grad, product
+        return [tape.new(size) if sizes.is_narrow else made, tape.new(of_gates)]
+
+    return tape.op([x, gates], [(size // top_k, out)], [x, gates], back)[0]
 
 
 def ada_norm(

@@ -170,8 +170,8 @@ def _ring(
     statistics, share = rows * sizes.wide, crowd.segments
     repeated = 2 * q.nbytes if k.nbytes < q.nbytes else 0
     total, lse = tape.new(wide), tape.new(statistics)
-    # A third turn stands for those after it, too.
-    turns = [1, 1, crowd.ring - 2][: min(crowd.ring, 3)]
+    # The third turn stands for all between it and the last, which has nothing on its way to it.
+    turns = [1] * crowd.ring if crowd.ring < 4 else [1, 1, crowd.ring - 3, 1]
     own = tape.new(both)
     here = own
     for turn, times in enumerate(turns):
@@ -203,7 +203,7 @@ def _ring(
             summed = tape.new(sizes.widened(k_size) // share)
             del parts, summed
             if turn:
-                del coming
+                del sent, coming
                 sent, coming = made, tape.new(both_wide)
             here = following
         del here, following, own, made, sent, coming

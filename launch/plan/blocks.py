@@ -301,7 +301,7 @@ class Blocks:
         order, inverse = tape.new(rows * ops.INDEX_BYTES), tape.new(rows * ops.INDEX_BYTES)
         size = self.work.tokens(rows, width)
         spread = ops.permute(tape, x, size, [inverse])
-        made = self._experts(spread, rows, width, experts)
+        made = self._mlp(spread, rows, width, experts.expert_ratio, is_grouped=True)
         del spread
         back = ops.permute(tape, made, size, [inverse, order])
         del made, order, inverse
@@ -329,23 +329,22 @@ class Blocks:
             gates = ops.divide_by_sum(tape, gates, count * wide)
         return ops.pointwise(tape, gates, keeps=False)
 
-    def _experts(self, x: Shadow, rows: int, width: int, experts: ExpertsConfig) -> Shadow:
-        """`Experts.forward`: as an MLP, but that biases are spread over rows before they count."""
-        made = self._mlp(x, rows, width, experts.expert_ratio)
-        if self.model.bias:
-            products = 3 if self.model.activation == "swiglu" else 2
-            index = [self.tape.new(rows * ops.INDEX_BYTES) for _ in range(products)]
-            made = ops.view(self.tape, made, index)
-        return made
-
-    def _mlp(self, x: Shadow, count: int, width: int, ratio: float) -> Shadow:
-        """`MLP.forward`."""
+    def _mlp(
+        self, x: Shadow, count: int, width: int, ratio: float, *, is_grouped: bool = False
+    ) -> Shadow:
+        """`MLP.forward`, or `Experts.forward` of rows in groups."""
         tape = self.tape
         inner = hidden_width(width, ratio, self.model.activation)
         size = self.work.tokens(count, inner // self.crowd.tp)
-        hidden = ops.linear(tape, x, size)
+
+        def linear(x: Shadow, size: int) -> Shadow:
+            made = ops.linear(tape, x, size)
+            is_spread = is_grouped and self.model.bias
+            return ops.add_spread(tape, made, count) if is_spread else made
+
+        hidden = linear(x, size)
         if self.model.activation == "swiglu":
-            hidden = ops.multiply(tape, ops.pointwise(tape, ops.linear(tape, x, size)), hidden)
+            hidden = ops.multiply(tape, ops.pointwise(tape, linear(x, size)), hidden)
         else:
             hidden = ops.pointwise(tape, hidden)
-        return ops.linear(tape, hidden, self.work.tokens(count, width))
+        return linear(hidden, self.work.tokens(count, width))

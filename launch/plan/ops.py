@@ -117,9 +117,12 @@ def permute(tape: Tape, x: Shadow, size: int, index: Sequence[Storage]) -> Shado
     return tape.op([x], [(size, out)], index, back)[0]
 
 
-def view(tape: Tape, x: Shadow, kept: Sequence[Storage]) -> Shadow:
-    """`x` itself, where something besides is kept."""
-    return tape.op([x], [(x.nbytes, x.storage)], kept, lambda grads, _: [grads[0]])[0]
+def add_spread(tape: Tape, x: Shadow, rows: int) -> Shadow:
+    """x + the bias of each of its rows, as `models/moe/experts.py: grouped_linear`."""
+    index, spread = tape.new(rows * INDEX_BYTES), tape.new(x.nbytes)
+    out = tape.new(x.nbytes)
+    del spread
+    return tape.op([x], [(x.nbytes, out)], [index], lambda grads, _: [grads[0]])[0]
 
 
 def score(tape: Tape, logits: Shadow) -> Shadow:

@@ -36,12 +36,6 @@ def zero(stage: int, *more: str) -> tuple[str, ...]:
 
 # What a run goes through: (ranks, overrides), one start after the other.
 JOURNEYS: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
-    "zero3-native-tp2-zero2": (
-        (2, zero(3)),
-        (2, ("parallel.tp=2",)),
-        (2, zero(2, "parallel.tp=2")),
-        (2, zero(1, "parallel.cp=2")),
-    ),
     "native-zero1-alone": ((2, ()), (2, zero(1)), (1, ())),
 }
 LONG: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
@@ -50,6 +44,12 @@ LONG: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {
         (2, ()),
         (2, ("parallel.tp=2",)),
         (4, zero(3, "parallel.tp=2")),
+    ),
+    "zero3-native-tp2-zero2": (
+        (2, zero(3)),
+        (2, ("parallel.tp=2",)),
+        (2, zero(2, "parallel.tp=2")),
+        (2, zero(1, "parallel.cp=2")),
     ),
     "alone-zero2x4": ((1, ()), (4, zero(2)), (2, zero(3))),
 }
@@ -114,7 +114,8 @@ def test_engines_take_over_from_each_other(
 def test_float32_masters_stay_within_the_stated_bound(
     stage: int, recipe: Path, groups: dict[int, Ranks]
 ) -> None:
-    ten = (f"run.steps={LONGER}",)
+    # A velocity that is made from a predicted x0 multiplies the forward's own rounding by 1 / t.
+    ten = (f"run.steps={LONGER}", "objective.prediction=velocity")
     run_case(0, 1, Start(recipe, "exact", overrides=(*FLOAT64, *ten)))
     if 2 not in groups:
         groups[2] = Ranks(2)

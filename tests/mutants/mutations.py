@@ -94,8 +94,8 @@ def mutated_trace(
 def gradients_over_dp_only() -> AbstractContextManager[Any]:
     real = original(trace_module, "build_mesh")
 
-    def build_mesh(config: ParallelConfig, world_size: int, rank: int, device: Any) -> Mesh:
-        mesh = real(config, world_size, rank, device)
+    def build_mesh(config: ParallelConfig, *rest: Any) -> Mesh:
+        mesh = real(config, *rest)
         shape = (config.dp_replicate, mesh.dp_size // config.dp_replicate, config.cp)
         names = ("dp_replicate", "dp_shard", "cp")
         every = init_device_mesh("cpu", shape, mesh_dim_names=names)

@@ -34,6 +34,8 @@ DOUBT_S = 4.0
 """Silence after which a watchdog looks for hangs that others have found, until a sign comes."""
 DUMP_S = 0.8
 """How long a rank has to write its stacks; a hang is over GATHER_S + this after it was found."""
+STILL = 6
+"""Looks, .05 s apart, over which a file of stacks that does not grow is taken to be whole."""
 NUM_SUMMARISERS = 8
 """Only the lowest of so many ranks reads all reports: thousands would ask the same of the disk."""
 _PR_SET_PDEATHSIG = 1
@@ -212,7 +214,8 @@ class Watchdog:
         while time.monotonic() < end_s:
             time.sleep(0.05)
             sizes.append(os.fstat(self._stacks).st_size)
-            if sizes[-1] > 0 and len(set(sizes[-3:])) == 1:
+            # On a busy machine a rank may not get on for a while in the middle of a thread.
+            if sizes[-1] > 0 and len(set(sizes[-STILL:])) == 1:
                 return
 
     def _stack_text(self) -> str:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.support.ranks import Groups, Ranks
 
 # Set before torch is imported: tests start processes of their own on few cores, and one thread
 # each is both faster there and the same order of summation everywhere.
@@ -38,3 +43,25 @@ def size(request: pytest.FixtureRequest) -> str:
     """`ci` or `full`."""
     chosen: str = request.config.getoption("--size")
     return chosen
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Groups]:
+    """Number of ranks -> a group of so many, for all tests of a file, started when first used."""
+    from tests.support.ranks import Groups
+
+    made = Groups()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def two(groups: Groups) -> Ranks:
+    """A group of two ranks."""
+    return groups[2]
+
+
+@pytest.fixture(scope="module")
+def four(groups: Groups) -> Ranks:
+    """A group of four ranks."""
+    return groups[4]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +73,6 @@ def rows(run: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def curve(run: Path) -> list[tuple[int, Any, Any]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(run)]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 @pytest.mark.parametrize("action", ["nan", "spike"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -106,14 +105,6 @@ def rank_errors(rank: int, world_size: int, case: Case) -> list[float]:
     return errors
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[dict[int, Ranks]]:
-    groups = {2: Ranks(2), 4: Ranks(4)}
-    yield groups
-    for group in groups.values():
-        group.close()
-
-
 SHAPES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 
 
@@ -122,26 +113,26 @@ SHAPES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("grids", GRIDS)
 def test_equals_one_place(
-    ranks: dict[int, Ranks], grids: str, mask: str, cp: int, ring: int
+    groups: dict[int, Ranks], grids: str, mask: str, cp: int, ring: int
 ) -> None:
-    for errors in ranks[cp].run(rank_errors, Case(grids, cp, ring, mask)):
+    for errors in groups[cp].run(rank_errors, Case(grids, cp, ring, mask)):
         assert max(errors) < 1e-13
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
 @pytest.mark.parametrize(("cp", "ring"), SHAPES)
-def test_fewer_key_heads(ranks: dict[int, Ranks], cp: int, ring: int, num_kv_heads: int) -> None:
+def test_fewer_key_heads(groups: dict[int, Ranks], cp: int, ring: int, num_kv_heads: int) -> None:
     case = Case("odd", cp, ring, num_kv_heads=num_kv_heads)
-    for errors in ranks[cp].run(rank_errors, case):
+    for errors in groups[cp].run(rank_errors, case):
         assert max(errors) < 1e-13
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(("cp", "ring"), [(2, 1), (2, 2), (4, 2)])
-def test_bfloat16_stays_within_its_rounding(ranks: dict[int, Ranks], cp: int, ring: int) -> None:
+def test_bfloat16_stays_within_its_rounding(groups: dict[int, Ranks], cp: int, ring: int) -> None:
     case = Case("odd", cp, ring, mask="block_causal", dtype=torch.bfloat16)
-    for errors in ranks[cp].run(rank_errors, case):
+    for errors in groups[cp].run(rank_errors, case):
         assert max(errors) < 2e-2
 
 

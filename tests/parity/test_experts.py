@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,14 +87,6 @@ def reference() -> Routed:
     return routed(0, 1, twin_of(MODEL), ParallelConfig(dp_shard=1))
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[dict[int, Ranks]]:
-    groups = {2: Ranks(2), 4: Ranks(4)}
-    yield groups
-    for group in groups.values():
-        group.close()
-
-
 def check(found: Trace, expected: Trace) -> None:
     assert found.losses == pytest.approx(expected.losses, rel=1e-12)
     assert found.norms == pytest.approx(expected.norms, rel=1e-12)
@@ -148,20 +139,20 @@ def size_of(parallel: ParallelConfig) -> int:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout(name: str, ranks: dict[int, Ranks], reference: Routed) -> None:
+def test_layout(name: str, groups: dict[int, Ranks], reference: Routed) -> None:
     parallel = LAYOUTS[name]
     known = answers(reference)
-    for found in ranks[size_of(parallel)].run(routed, twin_of(MODEL), parallel):
+    for found in groups[size_of(parallel)].run(routed, twin_of(MODEL), parallel):
         check(found.trace, reference.trace)
         ours = answers(found)
         assert ours and {row: known[row] for row in ours} == ours
 
 
 @pytest.mark.gloo
-def test_experts_by_place(ranks: dict[int, Ranks]) -> None:
+def test_experts_by_place(groups: dict[int, Ranks]) -> None:
     twin = twin_of(tiny_model_config(num_heads=4, width=32, experts=BY_PLACE))
     expected = trace(0, 1, twin, ParallelConfig(dp_shard=1))
-    for found in ranks[2].run(trace, twin, ParallelConfig(dp_shard=1, tp=2)):
+    for found in groups[2].run(trace, twin, ParallelConfig(dp_shard=1, tp=2)):
         check(found, expected)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,14 +172,6 @@ def few_steps() -> Trace:
     return run(0, 1, Layout(1), num_steps=FEW_STEPS)
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[dict[int, Ranks]]:
-    groups = {2: Ranks(2), 4: Ranks(4)}
-    yield groups
-    for group in groups.values():
-        group.close()
-
-
 def check(trace: Trace, reference: Trace) -> None:
     assert trace.losses == pytest.approx(reference.losses, rel=1e-12)
     assert trace.norms == pytest.approx(reference.norms, rel=1e-12)
@@ -242,17 +233,17 @@ SHARED = {
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout(name: str, ranks: dict[int, Ranks], reference: Trace) -> None:
+def test_layout(name: str, groups: dict[int, Ranks], reference: Trace) -> None:
     layout = LAYOUTS[name]
-    for trace in ranks[layout.world_size].run(run, layout):
+    for trace in groups[layout.world_size].run(run, layout):
         check(trace, reference)
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("name", SHARED)
-def test_layout_that_shares_packs(name: str, ranks: dict[int, Ranks], few_steps: Trace) -> None:
+def test_layout_that_shares_packs(name: str, groups: dict[int, Ranks], few_steps: Trace) -> None:
     layout = SHARED[name]
-    for trace in ranks[layout.world_size].run(run, layout, FLOAT64, FEW_STEPS):
+    for trace in groups[layout.world_size].run(run, layout, FLOAT64, FEW_STEPS):
         check(trace, few_steps)
 
 
@@ -261,9 +252,9 @@ def test_layout_that_shares_packs(name: str, ranks: dict[int, Ranks], few_steps:
     "layout", [Layout(2, cp=2), Layout(2, tp=2), Layout(4, cp=2, ring=2, tp=2)], ids=str
 )
 def test_whole_packs_may_be_given_to_ranks_that_share_them(
-    layout: Layout, ranks: dict[int, Ranks]
+    layout: Layout, groups: dict[int, Ranks]
 ) -> None:
     expected = predict(0, 1, Layout(1))
     assert np.abs(expected[0] - expected[1]).max() > 1e-3
-    for made in ranks[layout.world_size].run(predict, layout):
+    for made in groups[layout.world_size].run(predict, layout):
         assert np.abs(made - expected).max() < 1e-12

@@ -5,7 +5,7 @@ Each is trained under layouts that it knows nothing of, and compared with one pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import patch
@@ -137,13 +137,6 @@ def extended_trace(
         made = trace(rank, world_size, small, parallel)
         assert bool(CALLS) == (what == "strategy")
         return made
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 @pytest.mark.gloo

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +37,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[dict[int, Ranks]]:
-    made: dict[int, Ranks] = {}
-    yield made
-    for group in made.values():
-        group.close()
-
-
 @pytest.mark.parametrize("name", JOURNEYS)
 def test_every_leg_goes_on_exactly(name: str, recipe: Path, groups: dict[int, Ranks]) -> None:
     legs = JOURNEYS[name]
@@ -55,8 +46,6 @@ def test_every_leg_goes_on_exactly(name: str, recipe: Path, groups: dict[int, Ra
         if size == 1:
             run_case(0, 1, start)
         else:
-            if size not in groups:
-                groups[size] = Ranks(size)
             groups[size].run(run_case, start)
     expected, found = final_tensors(recipe, "alone"), final_tensors(recipe, name)
     assert expected.keys() == found.keys()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +40,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tiny_recipe(root, write_dataset(root), run=run, schedule={"name": "cosine"})
     run_case(0, 1, Start(path, "alone", overrides=FLOAT64))
     return path
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ float32 ones, within the bound that docs/engines.md states.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +63,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[dict[int, Ranks]]:
-    made: dict[int, Ranks] = {}
-    yield made
-    for group in made.values():
-        group.close()
-
-
 def travel(
     name: str,
     legs: tuple[tuple[int, tuple[str, ...]], ...],
@@ -86,8 +77,6 @@ def travel(
         if size == 1:
             run_case(0, 1, start)
         else:
-            if size not in groups:
-                groups[size] = Ranks(size)
             groups[size].run(run_case, start)
     expected, found = final_tensors(recipe, "alone"), final_tensors(recipe, name)
     assert expected.keys() == found.keys()
@@ -117,8 +106,6 @@ def test_float32_masters_stay_within_the_stated_bound(
     # A velocity that is made from a predicted x0 multiplies the forward's own rounding by 1 / t.
     ten = (f"run.steps={LONGER}", "objective.prediction=velocity")
     run_case(0, 1, Start(recipe, "exact", overrides=(*FLOAT64, *ten)))
-    if 2 not in groups:
-        groups[2] = Ranks(2)
     groups[2].run(run_case, Start(recipe, f"float32-{stage}", overrides=(*zero(stage), *ten)))
     exact = np.array(metrics(recipe, "exact"))
     found = np.array(metrics(recipe, f"float32-{stage}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # The feed-forward's second matrix has rows of 256.
         model={"preset": "tiny", "width": 64, "num_heads": 2, "num_double_blocks": 1},
     )
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 @pytest.mark.gloo

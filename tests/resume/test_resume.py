@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,13 +87,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_recipe(
         root, write_dataset(root), run={"steps": STEPS, "out_dir": str(root / "runs")}
     )
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    group = Ranks(4)
-    yield group
-    group.close()
 
 
 @pytest.fixture(scope="module")

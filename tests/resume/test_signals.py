@@ -6,7 +6,7 @@ import io
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,13 +75,6 @@ def run_case(rank: int, world_size: int, told: Told) -> int:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("signals")
     return tiny_recipe(root, write_dataset(root), run={"steps": STEPS, "out_dir": str(root)})
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 def rows(recipe: Path, name: str) -> list[tuple[int, float, float]]:

@@ -14,3 +14,16 @@ class Ranks(ranks.Ranks):
 
     def __init__(self, world_size: int) -> None:
         super().__init__(world_size, (str(ROOT), str(ROOT / "src")))
+
+
+class Groups(dict[int, Ranks]):
+    """Number of ranks -> a group of so many, which is started when it is first asked for."""
+
+    def __missing__(self, num_ranks: int) -> Ranks:
+        made = self[num_ranks] = Ranks(num_ranks)
+        return made
+
+    def close(self) -> None:
+        """Stop all processes."""
+        for group in self.values():
+            group.close()

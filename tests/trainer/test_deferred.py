@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -38,13 +36,6 @@ def expected() -> dict[str, Array]:
     model = MMDiT(CONFIG)
     initialize(model, 3)
     return {name: whole(parameter) for name, parameter in model.named_parameters()}
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    group = Ranks(4)
-    yield group
-    group.close()
 
 
 def test_one_process_starts_from_them() -> None:

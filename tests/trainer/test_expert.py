@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -22,13 +20,6 @@ from tests.support.synthetic import tiny_model_config
 WIDTH, HIDDEN = 8, 16
 COUNTS_OF_RANKS = ([5, 0, 2, 1], [0, 0, 0, 9])
 """Rows for each of four experts, of which each rank has two. The second has none at all."""
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 def test_rows_that_came_by_rank_are_put_in_the_order_of_experts() -> None:

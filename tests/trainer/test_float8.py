@@ -6,7 +6,6 @@ torchao can emulate the products, so that all but the kernel itself runs here.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -101,13 +100,6 @@ def test_dims_that_are_not_multiplied_and_a_missing_library(
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingExtraError, match=r"kinodit\[torchao\]"):
         use_float8(made(), FLOAT8, 1)
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 def split_case(rank: int, world_size: int, parallel: ParallelConfig) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from kinodit.trainer.parallel.apply import PrecisionConfig
@@ -13,13 +11,6 @@ from tests.support.ranks import Ranks
 FLOAT32 = PrecisionConfig()
 BF16 = PrecisionConfig(compute="bfloat16")
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -74,14 +73,6 @@ LAYOUTS = {
 """(ranks, layout, what is recomputed)"""
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[dict[int, Ranks]]:
-    groups = {2: Ranks(2), 4: Ranks(4)}
-    yield groups
-    for group in groups.values():
-        group.close()
-
-
 def is_complete(counted: Counted) -> bool:
     """Whether what was reported is what was sent."""
     messages, num_bytes = counted.by_kind()
@@ -147,10 +138,10 @@ def means(ranks: list[Counted]) -> dict[str, Volume]:
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("config", [MODEL, UNEVEN], ids=["single", "uneven"])
 def test_a_step_sends_the_least_there_can_be(
-    name: str, config: MMDiTConfig, ranks: dict[int, Ranks]
+    name: str, config: MMDiTConfig, groups: dict[int, Ranks]
 ) -> None:
     world_size, parallel, remat = LAYOUTS[name]
-    ours = ranks[world_size].run(counted_step, config, parallel, [EVEN, EVEN], remat)
+    ours = groups[world_size].run(counted_step, config, parallel, [EVEN, EVEN], remat)
     assert all(is_complete(counted) for counted in ours)
     assert means(ours) == least_of(config, EVEN, name, passes=2)
     assert {counted.label("control")[0] for counted in ours} == {2}
@@ -172,10 +163,10 @@ def islands(batch: TokenBatch) -> TokenBatch:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("name", ["ring2", "ulysses2 x ring2", "ring2 x tp2"])
-def test_a_ring_sends_the_keys_that_a_query_there_sees(name: str, ranks: dict[int, Ranks]) -> None:
+def test_a_ring_sends_the_keys_that_a_query_there_sees(name: str, groups: dict[int, Ranks]) -> None:
     batch = islands(EVEN)
     world_size, parallel, remat = LAYOUTS[name]
-    ours = ranks[world_size].run(counted_step, MODEL, parallel, [batch], remat)
+    ours = groups[world_size].run(counted_step, MODEL, parallel, [batch], remat)
     assert all(is_complete(counted) for counted in ours)
     messages, num_bytes = zip(*(counted.label("ring") for counted in ours), strict=True)
     least, most = (least_of(MODEL, pack, name)["ring"] for pack in (batch, EVEN))
@@ -187,40 +178,40 @@ def test_a_ring_sends_the_keys_that_a_query_there_sees(name: str, ranks: dict[in
 
 
 @pytest.mark.gloo
-def test_gradients_travel_in_the_format_that_they_are_summed_in(ranks: dict[int, Ranks]) -> None:
+def test_gradients_travel_in_the_format_that_they_are_summed_in(groups: dict[int, Ranks]) -> None:
     name, precision = "ring2 x tp2", PrecisionConfig(compute="bfloat16")
-    ours = ranks[4].run(counted_step, MODEL, LAYOUTS[name][1], [EVEN], "none", precision)
+    ours = groups[4].run(counted_step, MODEL, LAYOUTS[name][1], [EVEN], "none", precision)
     assert all(is_complete(counted) for counted in ours)
     assert means(ours) == least_of(MODEL, EVEN, name, formats=Formats(4, 2, 4))
 
 
 @pytest.mark.gloo
-def test_lengths_that_do_not_divide_cost_at_most_a_token_a_rank(ranks: dict[int, Ranks]) -> None:
-    found = means(ranks[4].run(counted_step, MODEL, LAYOUTS["ring2 x tp2"][1], [ODD]))
+def test_lengths_that_do_not_divide_cost_at_most_a_token_a_rank(groups: dict[int, Ranks]) -> None:
+    found = means(groups[4].run(counted_step, MODEL, LAYOUTS["ring2 x tp2"][1], [ODD]))
     expected = least_of(MODEL, ODD, "ring2 x tp2")
     assert found["ring"] == expected["ring"]
     assert found["fsdp"] == expected["fsdp"]
     assert found["tp"].messages == expected["tp"].messages
     assert found["tp"].num_bytes / expected["tp"].num_bytes == pytest.approx(32 / 31)
-    found = means(ranks[2].run(counted_step, MODEL, LAYOUTS["ulysses2"][1], [ODD]))
+    found = means(groups[2].run(counted_step, MODEL, LAYOUTS["ulysses2"][1], [ODD]))
     assert found == least_of(MODEL, ODD, "ulysses2")
 
 
 @pytest.mark.gloo
-def test_a_message_without_a_label_is_found(ranks: dict[int, Ranks]) -> None:
+def test_a_message_without_a_label_is_found(groups: dict[int, Ranks]) -> None:
     args = (MODEL, ParallelConfig(), [EVEN], "none", None, True)
-    for counted in ranks[2].run(counted_step, *args):
+    for counted in groups[2].run(counted_step, *args):
         assert not is_complete(counted)
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("name", ["fsdp2", "hsdp2x2", "ddp2 x tp2"])
 def test_gradients_are_reduced_once_for_all_micro_batches(
-    name: str, ranks: dict[int, Ranks]
+    name: str, groups: dict[int, Ranks]
 ) -> None:
     world_size, parallel, _ = LAYOUTS[name]
     one, four = (
-        ranks[world_size].run(counted_step, MODEL, parallel, packs)
+        groups[world_size].run(counted_step, MODEL, parallel, packs)
         for packs in ([EVEN], [EVEN] * 4)
     )
     reduced = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ from tests.support.checkpoints import MESH
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.gloo
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
 
 
 def mesh_of(rank: int, world_size: int) -> Mesh:

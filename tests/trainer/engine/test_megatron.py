@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,13 +43,6 @@ def small_twin() -> Twin:
 
 def layout(**degrees: int) -> ParallelConfig:
     return with_degrees(ParallelConfig(), degrees)
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    group = Ranks(4)
-    yield group
-    group.close()
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

@@ -181,13 +181,6 @@ def test_skipped_steps_leave_no_trace_and_loaded_state_goes_on_bit_equal(
     two.run(life, small, config)
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    group = Ranks(2)
-    yield group
-    group.close()
-
-
 def loaded(rank: int, world_size: int, twin: Twin) -> list[str]:
     engine_of(twin, rank, world_size, DeepSpeedConfig(stage=1))
     import sys

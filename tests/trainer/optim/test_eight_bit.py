@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -121,13 +120,6 @@ def eight_bit_twin() -> Twin:
     """A twin whose optimizer was put back: matrices of 64 x 256 take 8 bits."""
     small = twin(RunConfig(model=tiny_model_config(width=64, num_heads=4)))
     return replace(small, config=replace(small.config, optim=AdamW8bitConfig(lr=3e-3)))
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    group = Ranks(4)
-    yield group
-    group.close()
 
 
 @pytest.mark.gloo

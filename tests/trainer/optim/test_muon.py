@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -141,13 +140,6 @@ LAYOUTS = [
     ParallelConfig(dp_shard=2, tp=2),
     ParallelConfig(dp_shard=1, cp=2, tp=2),
 ]
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    group = Ranks(4)
-    yield group
-    group.close()
 
 
 @pytest.mark.gloo

@@ -7,14 +7,12 @@ import itertools
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from kinodit.trainer.config import CONFIG_FILE
-from tests.resume.test_elastic import FLOAT64, TOLERANCE
-from tests.resume.test_resume import STEPS, Start, final_tensors, metrics, run_case
+from tests.resume.journeys import FLOAT64, assert_as_alone, undisturbed
+from tests.resume.test_resume import Start, run_case
 from tests.support.ranks import Ranks
-from tests.support.recipes import tiny_recipe, write_dataset
 
 FIRST = 3
 ENGINES = {
@@ -35,11 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pairs")
-    run: dict[str, object] = {"steps": STEPS, "out_dir": str(root / "runs")}
-    path = tiny_recipe(root, write_dataset(root), run=run, schedule={"name": "cosine"})
-    run_case(0, 1, Start(path, "alone", overrides=FLOAT64))
-    return path
+    return undisturbed(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +65,4 @@ def test_the_loss_goes_on(
     config = folder / CONFIG_FILE
     config.write_text(config.read_text().replace(f"name: {first}\n", f"name: {name}\n", 1))
     two.run(run_case, Start(recipe, name, overrides=(*FLOAT64, *ENGINES[second])))
-    ours, theirs = np.array(metrics(recipe, name)), np.array(metrics(recipe, "alone"))
-    assert ours.shape == theirs.shape == (STEPS, 3)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-11)
-    expected, found = final_tensors(recipe, "alone"), final_tensors(recipe, name)
-    assert expected.keys() == found.keys()
-    scale = max(float(np.abs(value).max()) for value in expected.values())
-    assert max(float(np.abs(found[key] - expected[key]).max()) for key in expected) < (
-        TOLERANCE * scale
-    )
+    assert_as_alone(recipe, name)

@@ -151,15 +151,7 @@ class Ops(TorchDispatchMode):
 class _Arrived:
     """In the place of `Transfer`: batched transfers ask the device driver, which is not there."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        to: int,
-        receive_shape: Sequence[int],
-        source: int,
-        group: object,
-        label: str,
-    ) -> None:
+    def __init__(self, x: Tensor, to: int, receive_shape: Sequence[int], *rest: object) -> None:
         self._out = x.new_empty(receive_shape)
 
     def wait(self) -> Tensor:

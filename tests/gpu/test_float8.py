@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kinodit.models.init import initialize
-from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.float8 import CAPABILITY, use_float8
-from tests.support.synthetic import synthetic_pack, tiny_model_config
+from tests.support.synthetic import synthetic_pack, uneven_model
 
 HAS_UNITS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
 pytestmark = [
@@ -21,12 +19,7 @@ pytestmark = [
 @pytest.mark.parametrize("kind", ["tensorwise", "rowwise"])
 def test_products_are_those_that_are_emulated(kind: str) -> None:
     def predicted(emulate: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        model = MMDiT(tiny_model_config(width=64, num_heads=4))
-        initialize(model, seed=1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                ramp = torch.arange(parameter.numel(), dtype=torch.float32)
-                parameter.add_(0.1 * torch.sin(ramp * ramp).view_as(parameter))
+        model = uneven_model(width=64, num_heads=4)
         model.to("cuda", torch.bfloat16)
         precision = PrecisionConfig(compute="bfloat16", float8=kind)  # type: ignore[arg-type]
         use_float8(model, precision, 1, emulate=emulate)

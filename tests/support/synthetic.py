@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kinodit.models.mmdit import ConditionConfig, MMDiTConfig, StreamConfig
+from kinodit.models.init import initialize
+from kinodit.models.mmdit import ConditionConfig, MMDiT, MMDiTConfig, StreamConfig
 from kinodit.models.random import generator, normal
 from kinodit.models.rope import RopeConfig
 from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch, build_layout
@@ -28,6 +29,17 @@ def tiny_model_config(**changes: object) -> MMDiTConfig:
         **changes,
     }
     return MMDiTConfig(**fields)  # type: ignore[arg-type]
+
+
+def uneven_model(**changes: object) -> MMDiT:
+    """A tiny model whose every parameter is off its initial value, also where that is zero."""
+    model = MMDiT(tiny_model_config(**changes))
+    initialize(model, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            ramp = torch.arange(parameter.numel(), dtype=torch.float32)
+            parameter.add_(0.1 * torch.sin(ramp * ramp).view_as(parameter))
+    return model
 
 
 def _tokens(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from kinodit.models.errors import ConfigError, MissingExtraError
-from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.engine.config import DeepSpeedConfig, NativeConfig
 from kinodit.trainer.engine.refusals import Wish, check_wish, refusal
@@ -24,7 +23,7 @@ from kinodit.trainer.parallel.float8 import use_float8
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
 from tests.support.ranks import Ranks
-from tests.support.synthetic import synthetic_pack, tiny_model_config
+from tests.support.synthetic import synthetic_pack, uneven_model
 
 FLOAT8 = PrecisionConfig(compute="bfloat16", float8="tensorwise")
 WISH = Wish(
@@ -33,12 +32,7 @@ WISH = Wish(
 
 
 def made(**settings: Any) -> MMDiT:
-    model = MMDiT(tiny_model_config(width=64, num_heads=4))
-    initialize(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            ramp = torch.arange(parameter.numel(), dtype=torch.float32)
-            parameter.add_(0.1 * torch.sin(ramp * ramp).view_as(parameter))
+    model = uneven_model(width=64, num_heads=4)
     if settings:
         use_float8(model, settings.pop("precision"), 1, **settings)
     return model

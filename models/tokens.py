@@ -203,3 +203,9 @@ class TokenBatch:
         """The same batch with other latents ([N, C] each) for the named modalities."""
         changed = {name: replace(self.modalities[name], latents=x) for name, x in latents.items()}
         return replace(self, modalities={**self.modalities, **changed})
+
+    def in_dtype(self, dtype: torch.dtype) -> TokenBatch:
+        """The same batch with latents and conditions, which the model multiplies, in `dtype`."""
+        latents = {name: tokens.latents.to(dtype) for name, tokens in self.modalities.items()}
+        conditions = {name: vector.to(dtype) for name, vector in self.conditions.items()}
+        return replace(self.with_latents(latents), conditions=conditions)

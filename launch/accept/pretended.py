@@ -81,10 +81,7 @@ def _run(model: MMDiT, own: TokenBatch, dtype: torch.dtype, *, is_split: bool) -
         stack.enter_context(FakeTensorMode())
         stack.enter_context(torch.no_grad())
         ops = stack.enter_context(Ops())
-        batch = on_cuda(own)
-        latents = {name: x.latents.to(dtype) for name, x in batch.modalities.items()}
-        conditions = {name: x.to(dtype) for name, x in batch.conditions.items()}
-        batch = dataclasses.replace(batch.with_latents(latents), conditions=conditions)
+        batch = on_cuda(own).in_dtype(dtype)
         if is_split:
             with patch.object(tensor, "_local", local):
                 outputs = model(batch)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kinodit.models.attention import permute
 from kinodit.models.mlp import MLP, Activation, hidden_width
 from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.moe.experts import ExpertOp, Experts
@@ -90,7 +91,7 @@ class MoE(nn.Module):
         counts = torch.bincount(choice.index.flatten(), minlength=self.config.num_experts)
         rows = _Spread.apply(x, order, inverse, self.config.top_k)  # type: ignore[no-untyped-call]
         made = around.apply(self.experts, rows, counts)
-        made = _Permute.apply(made, inverse, order)  # type: ignore[no-untyped-call]
+        made = permute(made, inverse, order)
         made = made.unflatten(0, (len(x), self.config.top_k))
         out = (made * choice.gates.unsqueeze(-1)).sum(1).to(made.dtype)
         if self.shared is not None:
@@ -135,20 +136,6 @@ class _Spread(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         by_token = grad.index_select(0, inverse).unflatten(0, ctx.shape)
         return by_token.sum(1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """`x` [R, d] -> x[index]; `inverse` undoes it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
 
 
 class _Observe(torch.autograd.Function):

@@ -12,6 +12,7 @@ import pytest
 from tests.slurm.lab import SlurmLab
 from tests.support.ranks import ROOT
 from tests.support.recipes import tiny_recipe, write_dataset
+from tests.support.sampling import sampled
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 STEPS = 60
@@ -112,7 +113,7 @@ def test_signal_to_the_batch_shell_as_before_the_limit(runs: Runs, undisturbed: 
     assert runs.curve("warned") == undisturbed
 
 
-def test_time_limits_are_met_with_a_save(runs: Runs, undisturbed: Curve) -> None:
+def test_time_limits_are_met_with_a_save(runs: Runs, undisturbed: Curve, size: str) -> None:
     """One minute, which is the least that Slurm knows, for a run that takes longer.
 
     Warned by Slurm, and without a word of it: then a signal that means nothing is asked for, and
@@ -120,7 +121,9 @@ def test_time_limits_are_met_with_a_save(runs: Runs, undisturbed: Curve) -> None
     """
     # Every start takes twenty steps at once, and the next ones slowly.
     slowly = "sleep:point=step:begin,after=20,seconds=1.5,times=1000"
-    warnings = {"limited": "B:USR1@20", "unwarned": "B:CONT@1"}
+    # Each takes more than a minute: one of them, or both in full size.
+    every = [("limited", "B:USR1@20"), ("unwarned", "B:CONT@1")]
+    warnings = dict(sampled(every, 1, size, "time limits"))
     jobs = {
         name: runs.submit(name, options=("--time=1", f"--signal={warning}"), faults=slowly)
         for name, warning in warnings.items()

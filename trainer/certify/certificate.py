@@ -33,10 +33,12 @@ FILE = "certificate.json"
 SOURCES = (
     "models/*.py",
     "models/diffusion/*.py",
+    "models/moe/*.py",
     "trainer/parallel/*.py",
     "trainer/engine/*.py",
     "trainer/engine/*/*.py",
     "trainer/step.py",
+    "trainer/balance.py",
     "trainer/ema.py",
     "trainer/optim/*.py",
 )

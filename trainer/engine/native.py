@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.deferred import Values, materialize
 from kinodit.trainer.parallel.float8 import use_float8
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.parallel.sequence import CutLayout
 from kinodit.trainer.parallel.shard import global_norm, local_part, reshard, set_gradient_sync
 from kinodit.trainer.parallel.sharing import SharedForward
 from kinodit.trainer.parallel.tensor import sum_whole_gradients
@@ -48,7 +46,7 @@ class NativeEngine:
         self.device = mesh.device
         self._optimizer = optimizer
         self._mesh = mesh
-        self._whole = SharedForward(self._forward, mesh) if mesh.place.is_cut else None
+        self._shared = SharedForward(self._forward, mesh) if mesh.place.is_cut else self._forward
         self._dtype = precision.compute_dtype
         self._autocast = mesh.device_mesh is None and (
             precision.compute_dtype != precision.params_dtype
@@ -142,18 +140,8 @@ class NativeEngine:
         """See `Engine`."""
         self._optimizer.set_num_steps(num_steps)
 
-    def _shared(self, batch: TokenBatch) -> Predictions:
-        """The forward of a batch, which ranks that share packs may be given whole."""
-        if self._whole is None or isinstance(batch.layout, CutLayout):
-            return self._forward(batch)
-        return self._whole(batch)
-
     def _forward(self, batch: TokenBatch) -> Predictions:
-        latents = {
-            name: tokens.latents.to(self._dtype) for name, tokens in batch.modalities.items()
-        }
-        conditions = {name: vector.to(self._dtype) for name, vector in batch.conditions.items()}
-        batch = replace(batch.with_latents(latents), conditions=conditions)
+        batch = batch.in_dtype(self._dtype)
         with torch.autocast(self.device.type, self._dtype, enabled=self._autocast):
             predictions: Predictions = self.model(batch)
         return predictions

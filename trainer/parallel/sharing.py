@@ -10,7 +10,7 @@ from torch import Tensor
 from kinodit.models.tokens import AttentionLayout, TokenBatch
 from kinodit.trainer.parallel.collectives import gather_rows
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.parallel.sequence import Cut, cut, deal
+from kinodit.trainer.parallel.sequence import Cut, CutLayout, cut, deal
 
 Forward = Callable[[TokenBatch], Mapping[str, Tensor]]
 NUM_KEPT = 4
@@ -18,6 +18,8 @@ NUM_KEPT = 4
 
 class SharedForward:
     """Calls `forward` with this rank's tokens, and returns the predictions for all tokens.
+
+    Of a batch that is cut already, `forward`'s own predictions for this rank's tokens.
 
     Sampling asks for the same few batches again and again, with other latents: their cuts are kept.
     """
@@ -28,6 +30,8 @@ class SharedForward:
 
     def __call__(self, batch: TokenBatch) -> dict[str, Tensor]:
         """stream -> [N, C], the same on every rank that shares the batch. Collective."""
+        if isinstance(batch.layout, CutLayout):
+            return dict(self._forward(batch))
         names = list(batch.modalities)
         sizes = [tokens.num_tokens for tokens in batch.modalities.values()]
         predictions = self._forward(self._cut(batch).of(batch))

@@ -32,8 +32,7 @@ def model_of(experts: ExpertsConfig, dtype: torch.dtype = torch.float32, **more:
 
 def batch_at(levels: list[float], dtype: torch.dtype = torch.float32) -> TokenBatch:
     batch = synthetic_pack(0, [0, 1, 5], dtype)
-    conditions = {name: vector.to(dtype) for name, vector in batch.conditions.items()}
-    return replace(batch, conditions=conditions, level_t=torch.tensor(levels))
+    return replace(batch.in_dtype(dtype), level_t=torch.tensor(levels))
 
 
 def chosen(model: MMDiT, batch: TokenBatch) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from kinodit.trainer.optim.adamw import AdamW
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.deferred import Values
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.parallel.sequence import CutLayout
 from kinodit.trainer.parallel.sharing import SharedForward
 from kinodit.trainer.parallel.tensor import WHOLE
 from kinodit.trainer.parallel.traffic import note, others_share
@@ -55,7 +53,7 @@ class ZeroEngine:
         self._shells = shells
         self._mesh = mesh
         self._dtype = precision.compute_dtype
-        self._whole = SharedForward(self._forward, mesh) if mesh.place.num_shares > 1 else None
+        self._shared = SharedForward(self._forward, mesh) if mesh.place.is_cut else self._forward
         means = engine.zero_optimization_stage() == 3
         num_ranks = 1 if shells.group is None else shells.group.size()
         # Stage 3 divides by the number of ranks and cannot be told not to.
@@ -93,13 +91,13 @@ class ZeroEngine:
     def clip(self, max_norm: float) -> Tensor:
         """See `Engine`."""
         parts = self.gradient_parts()
-        norms = torch._foreach_norm([part.to(torch.float64) for part in parts.values()])
-        squares = torch.zeros((), dtype=torch.float64)
+        norms = torch.stack(torch._foreach_norm(list(parts.values()), dtype=torch.float64))
         num_tp = 1 if self._mesh.tp_mesh is None else self._mesh.tp_mesh.size()
-        for name, norm in zip(parts, norms, strict=True):
-            copies = num_tp if self._shells.by_name[name].on_every_tp_rank else 1
-            squares += norm.to(squares) ** 2 / copies
-        norm = self._mesh.sum(squares.to(self.device)).sqrt()
+        shells = (self._shells.by_name[name] for name in parts)
+        copies = [num_tp if shell.on_every_tp_rank else 1 for shell in shells]
+        # What is offloaded to the host still crosses between devices.
+        squares = norms.to(self.device).square() / self._mesh.tensor(copies, torch.float64)
+        norm = self._mesh.sum(squares.sum()).sqrt()
         if max_norm > 0:
             scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             for flat in self._partitions.gradients().values():
@@ -199,18 +197,8 @@ class ZeroEngine:
         for part, piece in zip(parts, total.split([p.numel() for p in parts]), strict=True):
             part.copy_(piece)
 
-    def _shared(self, batch: TokenBatch) -> Predictions:
-        """The forward of a batch, which ranks that share packs may be given whole."""
-        if self._whole is None or isinstance(batch.layout, CutLayout):
-            return self._forward(batch)
-        return self._whole(batch)
-
     def _forward(self, batch: TokenBatch) -> Predictions:
-        latents = {
-            name: tokens.latents.to(self._dtype) for name, tokens in batch.modalities.items()
-        }
-        conditions = {name: vector.to(self._dtype) for name, vector in batch.conditions.items()}
-        batch = replace(batch.with_latents(latents), conditions=conditions)
+        batch = batch.in_dtype(self._dtype)
         predictions: Predictions = self._engine(batch)
         return predictions
 

@@ -57,12 +57,53 @@ def group_key(index: int) -> str:
     return f"partition{index}"
 
 
-class SplitGroups:
-    """Stages 1 and 2: each group of parameters is one flat tensor, cut into equal partitions."""
+class _Flats:
+    """What the stages have in common. names: of the attributes that stages call otherwise."""
 
-    def __init__(self, optimizer: Any, names: Mapping[int, str], num_ranks: int, rank: int) -> None:
+    masters_name: str
+    offloads_name: str
+
+    def __init__(self, optimizer: Any) -> None:
         self._zero = optimizer
         self.places: dict[str, Place] = {}
+
+    @property
+    def offloads(self) -> bool:
+        """Whether gradients and updates are on the host."""
+        return bool(getattr(self._zero, self.offloads_name))
+
+    def masters(self) -> dict[str, Tensor]:
+        """See `Partitions`."""
+        flats = getattr(self._zero, self.masters_name)
+        return {group_key(index): flat for index, flat in enumerate(flats)}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See `Partitions`."""
+        flats: dict[str, Tensor] = {}
+        averaged = self._zero.averaged_gradients
+        for index, (key, master) in enumerate(self.masters().items()):
+            if self.offloads:
+                assert master.grad is not None, "no backward yet"
+                flats[key] = master.grad
+                continue
+            parts = averaged[index]
+            if len(parts) != 1 or parts[0].numel() != master.numel():
+                # A partition of a group ends in padding, for which there is no gradient.
+                flat = torch.zeros_like(master)
+                filled = torch.cat([part.reshape(-1) for part in parts])
+                flat[: len(filled)].copy_(filled)
+                averaged[index] = [flat]
+            flats[key] = averaged[index][0].view(-1)
+        return flats
+
+
+class SplitGroups(_Flats):
+    """Stages 1 and 2: each group of parameters is one flat tensor, cut into equal partitions."""
+
+    masters_name, offloads_name = "single_partition_of_fp32_groups", "cpu_offload"
+
+    def __init__(self, optimizer: Any, names: Mapping[int, str], num_ranks: int, rank: int) -> None:
+        super().__init__(optimizer)
         for index, group in enumerate(optimizer.round_robin_bit16_groups):
             size = int(optimizer.partition_size[index])
             offsets = optimizer.round_robin_bit16_offsets[index]
@@ -79,35 +120,11 @@ class SplitGroups:
                     group_key(index), inside, spans[rank], tuple(spans)
                 )
 
-    def masters(self) -> dict[str, Tensor]:
-        """See `Partitions`."""
-        flats = self._zero.single_partition_of_fp32_groups
-        return {group_key(index): flat for index, flat in enumerate(flats)}
-
-    def gradients(self) -> dict[str, Tensor]:
-        """See `Partitions`."""
-        flats: dict[str, Tensor] = {}
-        for index, (key, master) in enumerate(self.masters().items()):
-            if self._zero.cpu_offload:
-                assert master.grad is not None, "no backward yet"
-                flats[key] = master.grad
-                continue
-            parts = self._zero.averaged_gradients[index]
-            if len(parts) != 1 or parts[0].numel() != master.numel():
-                flat = torch.zeros_like(master)
-                filled = 0
-                for part in parts:
-                    flat[filled : filled + part.numel()].copy_(part.reshape(-1))
-                    filled += part.numel()
-                self._zero.averaged_gradients[index] = [flat]
-            flats[key] = self._zero.averaged_gradients[index][0].view(-1)
-        return flats
-
     def drop_gradients(self) -> None:
         """See `Partitions`."""
         zero = self._zero
         zero.zero_grad(set_to_none=True)
-        if zero.cpu_offload:
+        if self.offloads:
             zero.reset_cpu_buffers()
             zero._offload_accumulated_param_ids = set()
         for index in range(len(zero.bit16_groups)):
@@ -120,12 +137,13 @@ class SplitGroups:
         self._zero.update_lp_params()
 
 
-class SplitParameters:
+class SplitParameters(_Flats):
     """Stage 3: each parameter is cut into equal partitions, which lie behind each other."""
 
+    masters_name, offloads_name = "fp32_partitioned_groups_flat", "offload_optimizer"
+
     def __init__(self, optimizer: Any, names: Mapping[int, str], num_ranks: int, rank: int) -> None:
-        self._zero = optimizer
-        self.places: dict[str, Place] = {}
+        super().__init__(optimizer)
         for index, group in enumerate(optimizer.fp16_groups):
             offset = 0
             for parameter in group:
@@ -139,33 +157,12 @@ class SplitParameters:
                 )
                 offset += size
 
-    def masters(self) -> dict[str, Tensor]:
-        """See `Partitions`."""
-        flats = self._zero.fp32_partitioned_groups_flat
-        return {group_key(index): flat for index, flat in enumerate(flats)}
-
-    def gradients(self) -> dict[str, Tensor]:
-        """See `Partitions`."""
-        flats: dict[str, Tensor] = {}
-        for index, (key, master) in enumerate(self.masters().items()):
-            if self._zero.offload_optimizer:
-                assert master.grad is not None, "no backward yet"
-                flats[key] = master.grad
-                continue
-            parts = self._zero.averaged_gradients[index]
-            if len(parts) != 1 or parts[0].numel() != master.numel():
-                self._zero.averaged_gradients[index] = [
-                    torch.cat([part.reshape(-1) for part in parts])
-                ]
-            flats[key] = self._zero.averaged_gradients[index][0]
-        return flats
-
     def drop_gradients(self) -> None:
         """See `Partitions`."""
         zero = self._zero
         zero._partition_all_parameters()
         zero.zero_grad(set_to_none=True)
-        if zero.offload_optimizer:
+        if self.offloads:
             zero.reset_cpu_buffers()
         zero.averaged_gradients = {}
         zero.micro_step_id = 0

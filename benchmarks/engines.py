@@ -16,22 +16,20 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from goals import Goal, Row, goal_of, write_rows
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kinodit.data.synthetic import SyntheticStream, synthetic_pack
+from kinodit.launch.plan.measure import squared_error, storage_bytes
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
 from kinodit.trainer.certify.engines import ENGINES, can_have, chosen_engines
 from kinodit.trainer.certify.ranks import Ranks
 from kinodit.trainer.config import RunConfig
-from kinodit.trainer.engine.base import Engine, Predictions
+from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.build import build_engine, build_mesh
 from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.parallel.deferred import initial_values
@@ -44,21 +42,10 @@ SLOTS = ((0, 1, 2, 3), (4, 5, 6))
 MOMENTS = 2
 
 
-def loss(predictions: Predictions) -> Tensor:
-    """Something to go down from."""
-    return torch.stack([((part - 1) ** 2).sum() for part in predictions.values()]).sum()
-
-
-def optimizer_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that this rank's parts of an optimizer's state lie in."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}.values())
-
-
 def one_step(engine: Engine, packs: list[Any]) -> None:
     """Accumulate over `packs`, clip, update."""
     for index, pack in enumerate(packs):
-        engine.forward_backward(pack, loss, last=index == len(packs) - 1)
+        engine.forward_backward(pack, squared_error, last=index == len(packs) - 1)
     engine.clip(1.0)
     engine.step(1e-4)
 
@@ -96,7 +83,7 @@ def measure(
             seconds[name].append(time.process_time() - start)
     num_weights = next(iter(engines.values())).num_parameters
     sizes = {
-        name: optimizer_bytes(engine._optimizer.tensors())  # type: ignore[attr-defined]
+        name: storage_bytes(engine._optimizer.tensors())  # type: ignore[attr-defined]
         for name, engine in engines.items()
     }
     return num_weights, {name: (sizes[name], seconds[name]) for name in names}

@@ -131,15 +131,17 @@ def main() -> int:
             continue
         figures[f"step_ratio/{name}"] = step_ratio(dtype, options.repeats)
     ranks = Ranks(2, (str(Path(__file__).parent),))
-    found = ranks.run(dispatch)
-    ranks.close()
+    try:
+        found = ranks.run(dispatch)
+    finally:
+        ranks.close()
     figures["dispatch_bytes"] = sum(got for got, _ in found) / sum(least for _, least in found)
-    for name, value in figures.items():
-        goal = goal_of(name, GOALS)
-        mark = "ok" if goal.is_met(value) else "missed"
-        print(f"{name:<18} {value:7.3f}  goal {goal.value:.2f}  {mark}")
+    rows = [goal_of(name, GOALS).row(name, value) for name, value in figures.items()]
+    for row in rows:
+        mark = "ok" if row.ok else "missed"
+        print(f"{row.name:<18} {row.value:7.3f}  goal {row.goal:.2f}  {mark}")
     if options.json:
-        write_rows(options.json, {n: (v, goal_of(n, GOALS)) for n, v in figures.items()})
+        write_rows(options.json, rows)
     return 0
 
 

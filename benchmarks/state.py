@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from goals import Row, show
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 
+from kinodit.launch.plan.measure import storage_bytes
 from kinodit.launch.topology import pretended_group
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.models.presets import PRESETS
@@ -64,12 +63,6 @@ def num_weights(config: MMDiTConfig) -> int:
 def can_have(config: MMDiTConfig, parallel: ParallelConfig) -> bool:
     """Whether heads divide."""
     return config.num_heads % (parallel.tp * parallel.ulysses) == 0
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that this rank's parts of `tensors` lie in, padding included."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}.values())
 
 
 def state_bytes(config: MMDiTConfig, parallel: ParallelConfig, rank: int = 0) -> int:

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kinodit.models.config import MMDiTConfig
+from kinodit.models.config import SINGLE, MMDiTConfig
 from kinodit.models.context import ALL, Context, Rotary, call_attention
 from kinodit.models.mlp import MLP
 from kinodit.models.modulation import AdaNorm, Modulation, Rows, gated_add
@@ -191,7 +191,7 @@ class SingleBlock(nn.Module):
         self.prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
         # One bias for the sum of both ways out: the MLP's.
         self.attention = Projections(width, config, has_out=True, out_bias=False)
-        self.mlp = feed_forward(width, config, config.experts_in(ALL, index))
+        self.mlp = feed_forward(width, config, config.experts_in(SINGLE, index))
         self.postnorm = RMSNorm(width, config.norm_eps) if config.sandwich_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -167,7 +167,8 @@ class MMDiTConfig:
         if wrong or not able:
             raise ConfigError(
                 f"model.experts.{name}.blocks = {list(experts.blocks)}: feed-forwards that experts "
-                f"can stand for are in blocks {able}"
+                f"can stand for are in blocks {able}: name some of these, or leave "
+                f"model.experts.{name} out"
             )
         if experts.router.kind == "modality" and (
             name != SINGLE or experts.num_experts != len(self.streams)
@@ -175,7 +176,7 @@ class MMDiTConfig:
             raise ConfigError(
                 f"model.experts.{name}: router.kind = modality is for experts.{SINGLE} with one "
                 f"expert for each of the {len(self.streams)} streams; in double blocks each stream "
-                "has experts of its own"
+                "has experts of its own; set router.kind = token"
             )
 
     def experts_in(self, name: str, index: int) -> ExpertsConfig | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kinodit.models.attention import AttentionOp
+from kinodit.models.config import SINGLE
 from kinodit.models.exchange import Exchange, Parts
 from kinodit.models.modulation import Modulation, Rows
 from kinodit.models.moe.experts import ExpertOp, apply_experts
@@ -23,7 +24,7 @@ from kinodit.models.tokens import AttentionLayout
 
 Rotary = Tensor | None
 
-ALL = "all"
+ALL = SINGLE
 """The name of the one stream that single blocks see."""
 
 

@@ -28,7 +28,10 @@ class Balance:
         self._sums: list[Tensor] = []
 
     def begin(self, batches: Sequence[TokenBatch]) -> None:
-        """Before the first forward of a step of these packs of this rank. Collective."""
+        """Before the first forward of a step of these packs of this rank. Collective.
+
+        The balance loss is E times a mean over tokens: Fedus et al., arXiv 2101.03961, equation 4.
+        """
         if not self._layers:
             return
         names = sorted(batches[0].modalities)
@@ -37,7 +40,8 @@ class Balance:
         sums = self._mesh.sum(self._mesh.tensor(counted, torch.float64)).clamp(min=1)
         for name, layer in self._layers.items():
             router, stream = layer.config.router, _stream(name)
-            tokens = sums[names.index(stream) if stream else -1]
+            # Each of the ranks that have the same tokens adds its fraction.
+            tokens = sums[names.index(stream) if stream else -1] * self._mesh.place.copies
             weight = router.loss_weight * layer.config.num_experts
             layer.loss_scale = (weight if router.balance == "loss" else 0.0) / tokens
             layer.z_scale = router.z_weight / tokens
@@ -73,8 +77,7 @@ def _stream(layer: str) -> str:
 def _update(layer: MoE, sums: Tensor) -> None:
     """Algorithm 1 of Wang et al., arXiv 2408.15664: towards experts with less than the mean."""
     router = layer.router
-    num_experts = layer.config.num_experts
-    counts = sums[: layer.tally.size - num_experts - 2].view(-1, num_experts).sum(0)
+    counts = layer.tally.by_expert(sums)
     if router.config.balance == "bias":
         moves = router.config.bias_rate * torch.sign(counts.mean() - counts)
         router.correction.add_(moves.to(router.correction.dtype))
@@ -84,9 +87,11 @@ def _update(layer: MoE, sums: Tensor) -> None:
 def report(tallies: Mapping[str, Tensor]) -> dict[str, object]:
     """What a row of metrics says of the experts. `tallies`: layer -> sums over some steps.
 
-    moe/violation: the largest load over the mean, less 1, of the worst layer
+    moe/violation: the largest load over the mean, less 1, of the worst layer (MaxVio of arXiv
+                   2408.15664, equation 4)
     moe/entropy:   of the tokens' shares, over that of equal shares, mean over layers
-    experts:       layer -> load of each expert over the mean; the same by bin of the noise level
+    experts:       layer -> "load", of each expert over the mean; "noise_bins", the same by bin of
+                   the noise level; "violation"; "z", mean squared log-sum-exp of the logits
     """
     if not tallies:
         return {}

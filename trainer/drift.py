@@ -26,7 +26,9 @@ def facts(config: RunConfig, world_size: int) -> dict[str, Any]:
     """The sections of a manifest: config (without secrets), mesh, versions, code."""
     shards = config.parallel.resolve(world_size)[1]
     mesh = {"world_size": world_size, "dp_shard": shards}
-    mesh |= {name: getattr(config.parallel, name) for name in ("dp_replicate", "cp", "ring", "tp")}
+    mesh |= {
+        name: getattr(config.parallel, name) for name in ("dp_replicate", "cp", "ring", "tp", "ep")
+    }
     versions = describe_environment(world_size)
     return {
         "config": yaml.safe_load(config_to_yaml(config)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from kinodit.trainer.checkpoint import Saver, find_checkpoints
 from kinodit.trainer.checkpoint.universal import universal_state, universal_tensors
 from kinodit.trainer.config import CONFIG_FILE, RunConfig, config_to_yaml
 from kinodit.trainer.drift import facts
-from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.state import CheckpointError
 
 
@@ -34,9 +35,11 @@ def import_universal(source: Path, config: RunConfig, num_steps: int | None) -> 
             for name, tensor in tensors.items()
             if name.startswith("model/")
         }
-    folder.mkdir(parents=True, exist_ok=True)
+    # The layout of the run may change on every start, and here there is one process.
+    origin = facts(replace(config, parallel=ParallelConfig()), 1)
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(config_to_yaml(config))
-    saver = Saver(folder, config.checkpoint, Mesh(torch.device("cpu")), facts(config, 1))
+    saver = Saver(folder, config.checkpoint, Mesh(torch.device("cpu")), origin)
     try:
         outcome = [*saver.save(state, tensors), *saver.drain()][-1]
     finally:

@@ -17,8 +17,8 @@ _log = logging.getLogger("kinodit")
 class JsonLines:
     """Appends rows to `path`; a reader sees each at once.
 
-    What a full disk refuses waits in memory, and is written with the first row that it takes: no
-    row is lost, none is written in part, and a run does not end for a line of its log.
+    What a full disk refuses waits in memory, and is written with the first row that it takes; no
+    row is written in part. Rows that still wait when the process ends are lost.
 
     Numbers that JSON lacks are written as the strings "NaN", "Infinity" and "-Infinity", which
     Python's `float` and JavaScript's `Number` read back. A file that exists is first rewritten

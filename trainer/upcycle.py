@@ -26,8 +26,9 @@ class UpcycleConfig:
 
     run:   folder of a run of the same recipe without experts, of which the newest checkpoint is
            taken; "": none, and weights start as they always do
-    noise: standard deviations of each matrix by which the copies of an expert are moved apart; 0:
-           the model says at first exactly what the other said
+    noise: standard deviations of each matrix by which the copies of an expert are moved apart
+           (without effect where the shared expert is the copy); 0: the model says at first exactly
+           what the other said
     """
 
     run: str = ""

@@ -126,7 +126,9 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from kinodit.trainer.config import load_config
     from kinodit.trainer.importing import import_universal
+    from kinodit.trainer.resilience.lock import keep_to_group
 
+    keep_to_group()
     path = import_universal(args.path, load_config(args.config, args.overrides), args.steps)
     print(f"{path}: kinodit train {args.config} goes on from it")
     return 0

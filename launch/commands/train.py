@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from kinodit.trainer.resilience.lock import keep_to_group
 from kinodit.trainer.resilience.signals import Signals
 from kinodit.trainer.resilience.watchdog import supervise
 
@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the recipe's last step, or until asked to stop: both are a success."""
-    # What a run leaves is its user's to change, its group's to read, and nobody else's.
-    os.umask(os.umask(0o027) | 0o027)
+    keep_to_group()
     # Handlers first: what follows takes seconds, in which a signal would end the process.
     with Signals() as signals:
         code = supervise()

@@ -2,7 +2,8 @@
 
 When sampling, all noised tokens have the same level: one choice of experts serves all of them at a
 step of the sampler, and k experts are one feed-forward with k times the hidden units, whose ways
-out are weighed by the gates (MoDE, arXiv 2412.12953, section 3.3). It is made once for each level.
+out are weighed by the gates (MoDE, arXiv 2412.12953, section 3.3). It is made
+once for each level of a sampler.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Fused(nn.Module):
 
 @contextmanager
 def cached_experts(model: nn.Module) -> Iterator[None]:
-    """Inside the context, passes without gradients keep the experts of each noise level together.
+    """Inside the context, passes without gradients put the experts of their noise level together.
+
+    Holds those of each layer for the level that was met last.
 
     Weights must not change meanwhile. Layers whose routers look at tokens, or whose tokens have
     several levels, route as ever; so does a model that several processes share.
@@ -73,7 +76,7 @@ def cached_experts(model: nn.Module) -> Iterator[None]:
 
 
 class _Cache:
-    """The feed-forwards of one layer, by noise level."""
+    """The feed-forward of one layer at the noise level that it met last."""
 
     def __init__(self, layer: MoE) -> None:
         self._layer = layer
@@ -85,5 +88,6 @@ class _Cache:
             return None
         key = level_t[0].item()
         if key not in self._made:
-            self._made[key] = Fused(self._layer.experts, choose())
+            # Guidance asks for a level twice in turn, and no sampler comes back to one.
+            self._made = {key: Fused(self._layer.experts, choose())}
         return self._made[key]

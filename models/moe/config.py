@@ -21,7 +21,8 @@ class RouterConfig:
                  expert i has the tokens of stream i, in blocks that all streams share
                  (modality-aware sparsity, arXiv 2411.04996)
     scores:      softmax over the experts, or sigmoid of each
-    renormalise: divide the chosen experts' scores by their sum
+    renormalise: divide the chosen experts' scores by their sum; not with top_k = 1, whose gates
+                 would all be 1, so that a router learned from auxiliary losses alone
     scale:       multiplies what the experts give
     balance:     "loss": an auxiliary loss; "bias": no loss, but a correction of the scores by which
                  experts are chosen (Wang et al., arXiv 2408.15664); "none"
@@ -92,6 +93,12 @@ class ExpertsConfig:
             raise ConfigError(
                 f"experts: router.kind = {self.router.kind} gives each token one expert, but "
                 f"top_k = {self.top_k}: set it to 1"
+            )
+        if self.router.is_learned and self.top_k == 1 and self.router.renormalise:
+            raise ConfigError(
+                "experts: top_k = 1 with router.renormalise = true makes every gate 1, so that no "
+                "loss of the model's output reaches the router: set router.renormalise = false, or "
+                "top_k = 2"
             )
 
     def is_in(self, block: int) -> bool:

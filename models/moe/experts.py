@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kinodit.models.mlp import Activation, activated
+from kinodit.models.modulation import per_token
 
 
 class Experts(nn.Module):
@@ -72,7 +73,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
     out = grouped_product(x, weight, counts)
     if bias is None:
         return out
-    return out + torch.repeat_interleave(bias, counts, dim=0, output_size=len(out))
+    return out + per_token(bias, torch.repeat_interleave(counts, output_size=len(out)))
 
 
 def fits_grouped(x: Tensor, weight: Tensor) -> bool:

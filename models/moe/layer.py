@@ -85,10 +85,12 @@ class MoE(nn.Module):
                 out: Tensor = fused(x)
                 return out if self.shared is None else out + self.shared(x)
         choice: Choice = self.router(x, around.seen)
-        order = choice.index.flatten().sort(stable=True).indices
+        flat = choice.index.flatten()
+        order = flat.sort(stable=True).indices
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
-        counts = torch.bincount(choice.index.flatten(), minlength=self.config.num_experts)
+        # Not bincount, for which the host waits on CUDA.
+        counts = flat.new_zeros(self.config.num_experts).index_add_(0, flat, torch.ones_like(flat))
         rows = _Spread.apply(x, order, inverse, self.config.top_k)  # type: ignore[no-untyped-call]
         made = around.apply(self.experts, rows, counts)
         made = permute(made, inverse, order)

@@ -36,11 +36,16 @@ class Tally:
         """
         bins = (level_t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
         cells = (bins.unsqueeze(-1) * self.num_experts + index).flatten()
-        counts = torch.bincount(cells, minlength=NUM_BINS * self.num_experts)
+        counts = cells.new_zeros(NUM_BINS * self.num_experts)
+        counts.index_add_(0, cells, torch.ones_like(cells))
         wide = shares.double()
         entropy = -torch.xlogy(wide, wide).sum()
         rest = torch.stack([entropy, squares.double()])
         return torch.cat([counts.double(), wide.sum(0), rest])
+
+    def by_expert(self, sums: Tensor) -> Tensor:
+        """[E] choices, of the `sums` [size] of this or of other ranks, on their device."""
+        return sums[: NUM_BINS * self.num_experts].view(NUM_BINS, -1).sum(0)
 
     def add(self, counted: Tensor) -> None:
         """Add what `count` made, [size]."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kinodit.models.config import MMDiTConfig
+from kinodit.models.config import SINGLE, MMDiTConfig
 from kinodit.models.errors import ConfigError
 from kinodit.models.mlp import hidden_width
 from kinodit.models.moe.config import ExpertsConfig
@@ -99,4 +99,4 @@ def _dense_name(found: re.Match[str]) -> str:
 
 def _experts_of(config: MMDiTConfig, name: str) -> ExpertsConfig:
     parts = name.split(".")
-    return config.experts[parts[parts.index("streams") + 1] if "streams" in parts else "all"]
+    return config.experts[parts[parts.index("streams") + 1] if "streams" in parts else SINGLE]

@@ -313,6 +313,8 @@ def test_a_certificate_covers_axes_and_their_pairs(tmp_path: Path) -> None:
     Certificate.of(small, [row("cp=2,ring=2,tp=2"), row("tp=2", dtype="bfloat16")]).save(path)
     assert uncertified(config, 64) == ""
     assert uncertified(replace(config, parallel=ParallelConfig(cp=2)), 2) == "cp=2"
+    dealt = replace(config, parallel=ParallelConfig(dp_shard=4, ep=4))
+    assert uncertified(dealt, 4) == "dp_shard=2,ep=2"
     other = replace(config, model=replace(config.model, qk_norm="none"))
     assert uncertified(other, 64) == wanted
     path.write_text("no certificate")

@@ -23,9 +23,9 @@ COUNTS_OF_RANKS = ([5, 0, 2, 1], [0, 0, 0, 9])
 
 
 def test_rows_that_came_by_rank_are_put_in_the_order_of_experts() -> None:
-    order = by_expert(torch.tensor([[2, 1], [1, 0], [0, 2]]))
+    order = by_expert(torch.tensor([[2, 1], [1, 0], [0, 2]]), 6)
     assert order.tolist() == [0, 1, 3, 2, 4, 5]
-    assert by_expert(torch.zeros(3, 2, dtype=torch.int64)).tolist() == []
+    assert by_expert(torch.zeros(3, 2, dtype=torch.int64), 0).tolist() == []
 
 
 def whole_experts() -> Experts:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+from io import FileIO
 from pathlib import Path
+from typing import Any, cast
 
 from kinodit.trainer.jsonl import JsonLines, read_rows
 
@@ -44,3 +47,36 @@ def test_reading_names_lines_that_are_not_objects(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step":1}\n[1]\n\xff\xfe\n{"step":2}\n')
     assert list(read_rows(path)) == [{"step": 1}, None, None, {"step": 2}]
+
+
+class SmallDisk:
+    """A file on a disk that takes `room` bytes more, and then refuses."""
+
+    def __init__(self, file: FileIO) -> None:
+        self.file, self.room = file, 0
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "no space")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_what_a_full_disk_refuses_waits_in_order_and_is_never_cut(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    lines = JsonLines(path)
+    lines.append({"step": 1})
+    disk = SmallDisk(lines._file)
+    lines._file = cast(Any, disk)
+    disk.room = 4
+    lines.append({"step": 2})
+    lines.append({"step": 3})
+    assert path.read_text() == '{"step":1}\n'
+    disk.room = 100
+    lines.append({"step": 4})
+    assert [row["step"] for row in read_rows(path) if row] == [1, 2, 3, 4]
+    lines.close()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kinodit.models.tokens import AttentionLayout, ModalityTokens, Visibility, build_layout, see_all
-from kinodit.trainer.parallel.pairs import imbalance, keys_sent, pairs_met, part_sent
+from kinodit.trainer.parallel.pairs import keys_sent
 from kinodit.trainer.parallel.sequence import Place, deal, pieces_of
 
 MAX_IMBALANCE = 1.05

@@ -12,12 +12,12 @@ from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.apply import PrecisionConfig, model_blocks
 from kinodit.trainer.parallel.mesh import ParallelConfig
-from kinodit.trainer.parallel.pairs import part_sent
 from kinodit.trainer.parallel.sequence import Place, pieces_of
 from kinodit.trainer.parallel.traffic import Traffic, note, others_share
 from kinodit.trainer.parallel.volume import Formats, Volume, Work, least, weights_of
 from tests.support.counted import Counted, counted_step
 from tests.support.packs import Sample, build_pack, clean, noised
+from tests.support.pairs import part_sent
 from tests.support.ranks import Ranks
 
 MODEL = MMDiTConfig(

@@ -111,7 +111,7 @@ def shown_kinds(rows: Iterable[Mapping[str, Any]], engine: str = "native") -> fr
 
 def axes_of(layout: ParallelConfig) -> list[str]:
     """Kinds of axes with a degree above 1."""
-    return [kind for kind in KINDS if getattr(layout, kind) > 1]
+    return [kind for kind in (*KINDS, "ep") if getattr(layout, kind) > 1]
 
 
 def needed_kinds(layout: ParallelConfig) -> Iterator[Kinds]:
@@ -151,7 +151,7 @@ def uncertified(config: RunConfig, world_size: int) -> str:
     degrees = {"dp_replicate": replicate, "dp_shard": shard}
     layout = with_degrees(
         config.parallel,
-        degrees | {name: getattr(config.parallel, name) for name in ("cp", "ring", "tp")},
+        degrees | {name: getattr(config.parallel, name) for name in ("cp", "ring", "tp", "ep")},
     )
     needed = set(needed_kinds(layout))
     if not needed:
@@ -166,7 +166,8 @@ def uncertified(config: RunConfig, world_size: int) -> str:
 def _smallest(layout: ParallelConfig) -> ParallelConfig:
     """A layout of the same kinds with degrees of 2."""
     ring, ulysses = min(2, layout.ring), min(2, layout.ulysses)
-    degrees = {name: min(2, getattr(layout, name)) for name in ("dp_replicate", "dp_shard", "tp")}
+    names = ("dp_replicate", "dp_shard", "tp", "ep")
+    degrees = {name: min(2, getattr(layout, name)) for name in names}
     return with_degrees(layout, degrees | {"cp": ring * ulysses, "ring": ring})
 
 

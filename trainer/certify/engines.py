@@ -28,6 +28,9 @@ ENGINES: Mapping[str, EngineConfig] = {
 
 def certified_as(engine: EngineConfig) -> str:
     """The key of ENGINES that stands for a recipe's engine."""
+    if isinstance(engine, MegatronConfig) and engine.linears != "core":
+        # No row has it: nothing but CUDA runs it.
+        return f"{engine.name}-{engine.linears}"
     if isinstance(engine, DeepSpeedConfig):
         return f"zero{engine.stage}-megatron" if engine.megatron else f"zero{engine.stage}"
     if isinstance(engine, MegatronConfig) and not engine.sequence_parallel:

@@ -100,6 +100,7 @@ WITH_EXPERTS: tuple[dict[str, int], ...] = (
     {"dp_shard": 4, "ep": 2},
     {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
     {"cp": 2, "ep": 2},
+    {"cp": 2, "ring": 2, "ep": 2},
     {"cp": 2, "dp_shard": 2, "ep": 4},
     {"cp": 2, "tp": 2, "ep": 2},
     {"dp_shard": 2, "tp": 2, "ep": 2},

@@ -107,9 +107,16 @@ class Manifest:
             body = json.loads(text)
             found = body["format"]
             if found != FORMAT:
-                raise BrokenCheckpoint(f"{where}: manifest format {found}; this reads {FORMAT}")
+                raise BrokenCheckpoint(
+                    f"{where}: manifest format {found}, and this version reads {FORMAT}: it is not "
+                    "damaged; go on with the version of kinodit that wrote it, or start under "
+                    "another run.name"
+                )
             if body["block_bytes"] != BLOCK_BYTES:
-                raise BrokenCheckpoint(f"{where}: hashed in blocks of {body['block_bytes']} bytes")
+                raise BrokenCheckpoint(
+                    f"{where}: hashed in blocks of {body['block_bytes']} bytes; this version reads "
+                    f"blocks of {BLOCK_BYTES}"
+                )
             expected = body.pop("sha256")
             actual = _digest(body)
             if actual != expected or _render(body | {"sha256": expected}) != text:

@@ -51,6 +51,12 @@ def export_universal(path: Path, out: Path) -> int:
             f"{path} has no {lacking[0]}: a universal checkpoint holds AdamW's two moments of "
             "every parameter, and this run's optimizer keeps something else"
         )
+    strange = [name for name in names if name in ("", ".", "..") or set(name) & set("/\\\0")]
+    if strange:
+        raise CheckpointError(
+            f"{path} names a parameter {strange[0]!r}, which is no name of a folder: do not use "
+            "this checkpoint, it may be an attempt to write elsewhere"
+        )
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:

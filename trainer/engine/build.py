@@ -63,10 +63,10 @@ def build_engine(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> En
     """
     check_wish(wish)
     taken = megatron_part(wish.engine)
-    if (wish.engine.name != "native" or taken is not None) and moe_layers(model):
+    if wish.engine.name != "native" and moe_layers(model):
         raise ConfigError(
             f"engine.name={wish.engine.name} with model.experts: nothing has shown that they go "
-            "together; set engine.name=native without parts of others, or leave model.experts out"
+            "together; set engine.name=native, or leave model.experts out"
         )
     if taken is not None:
         _take_linears(model, mesh, taken, wish.parallel.tp)

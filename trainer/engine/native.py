@@ -44,6 +44,7 @@ class NativeEngine:
     ) -> None:
         self.model = model
         self.device = mesh.device
+        self._masters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._optimizer = optimizer
         self._mesh = mesh
         self._shared = SharedForward(self._forward, mesh) if mesh.place.is_cut else self._forward
@@ -114,7 +115,7 @@ class NativeEngine:
 
     def masters(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return self._masters
 
     def refresh(self) -> None:
         """See `Engine`: the model computes with these very tensors."""

@@ -10,7 +10,6 @@ from kinodit.trainer.engine.config import (
     DeepSpeedConfig,
     EngineConfig,
     MegatronConfig,
-    megatron_part,
 )
 from kinodit.trainer.engine.zero_config import conflict
 from kinodit.trainer.optim import OptimConfig
@@ -42,6 +41,11 @@ def refusal(wish: Wish) -> str:
     unmet = float8_refusal(wish.precision, wish.device, wish.capability, _products_of(wish.engine))
     if unmet:
         return unmet
+    if wish.engine.name != "native" and wish.parallel.ep > 1:
+        return (
+            f"parallel.ep={wish.parallel.ep} with engine.name={wish.engine.name}: only the native "
+            "engine deals experts out; set parallel.ep=1, or engine.name=native"
+        )
     if isinstance(wish.engine, DeepSpeedConfig):
         return _of_deepspeed(wish.engine, wish)
     if isinstance(wish.engine, MegatronConfig):
@@ -60,18 +64,18 @@ def check_wish(wish: Wish) -> None:
     if reason:
         raise ConfigError(reason)
     check_library(wish.engine.name)
-    if megatron_part(wish.engine) is not None:
-        check_library("megatron")
+    if isinstance(wish.engine, DeepSpeedConfig) and wish.engine.megatron:
+        check_library("megatron", "engine.megatron=true")
 
 
-def check_library(name: str) -> None:
-    """Refuse an engine whose library is not installed.
+def check_library(name: str, asked: str = "") -> None:
+    """Refuse an engine whose library is not installed. asked: what in the recipe, for the message.
 
     Raises:
         MissingExtraError: with how to get it.
     """
     if is_missing(name):
-        raise MissingExtraError(LIBRARIES[name][1], name, f"engine.name={name}")
+        raise MissingExtraError(LIBRARIES[name][1], name, asked or f"engine.name={name}")
 
 
 def is_missing(name: str) -> bool:
@@ -148,7 +152,7 @@ def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
     if num_ranks % engine.hpz:
         return (
             f"engine.hpz={engine.hpz} does not divide the {num_ranks} ranks that parameters are "
-            "partitioned over (parallel.dp_shard x cp)"
+            "partitioned over (parallel.dp_shard x cp): set engine.hpz to a divisor of it, or to 1"
         )
     if "nvme" in (engine.offload_optimizer, engine.offload_params):
         return (
@@ -179,5 +183,11 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
         return (
             f"{asked} needs TransformerEngine, which is not installed: pip install "
             "'transformer_engine[pytorch]' in an image with CUDA, or set engine.linears=core"
+        )
+    if wish.precision.float8 != "none" and wish.remat.mode not in ("none", "offload"):
+        return (
+            f"{asked} with precision.float8={wish.precision.float8} and remat.mode="
+            f"{wish.remat.mode}: what is computed again in the backward would not be in float8; "
+            "set remat.mode to none or offload, or precision.float8=none"
         )
     return ""

@@ -13,7 +13,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from kinodit.trainer.engine.spans import Span, row_spans
-from kinodit.trainer.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,8 @@ class Shells:
     group: ProcessGroup | None
 
     @classmethod
-    def of(cls, model: nn.Module, mesh: Mesh) -> Self:
+    def of(cls, model: nn.Module, group: ProcessGroup | None) -> Self:
         """From a model that `parallelize` has laid out, on the meta device."""
-        group = None if mesh.device_mesh is None else mesh.device_mesh.get_group("dp_shard_cp")
         num_ranks = 1 if group is None else group.size()
         return cls({name: _shell(p, num_ranks) for name, p in model.named_parameters()}, group)
 

@@ -27,6 +27,7 @@ FOREIGN = {
     "hybrid_engine": "engine",
     "compile": "engine.compile",
     "train_batch_size": "data",
+    "data_efficiency": "data",
 }
 """Keys of DeepSpeed's config that a recipe decides elsewhere: key -> section of the recipe."""
 
@@ -65,6 +66,9 @@ def _derived(engine: DeepSpeedConfig, precision: PrecisionConfig) -> dict[str, A
         "stage": engine.stage,
         # It would replace torch's linear in the whole process.
         "memory_efficient_linear": False,
+        "zero_quantized_weights": False,
+        "zero_quantized_nontrainable_weights": False,
+        "zero_quantized_gradients": False,
         "reduce_scatter": precision.reduce_dtype in NAMES,
     }
     if engine.stage < 3 and not offloads:
@@ -82,6 +86,8 @@ def _derived(engine: DeepSpeedConfig, precision: PrecisionConfig) -> dict[str, A
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
         "gradient_allreduce_op": "mean" if engine.stage == 3 else "sum",
         "communication_data_type": reduced,
         "data_types": {"grad_accum_dtype": "fp32"},

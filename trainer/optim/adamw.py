@@ -17,7 +17,6 @@ class AdamW:
 
     def __init__(self, groups: Sequence[Group], config: OptimConfig) -> None:
         self._groups = groups
-        self.names = {id(p): name for group in groups for name, p in group.parameters.items()}
         self.adamw = torch.optim.AdamW(
             [
                 {"params": list(group.parameters.values()), "weight_decay": group.weight_decay}

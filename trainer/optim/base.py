@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kinodit.models.errors import ConfigError
-from kinodit.trainer.optim.config import OptimConfig
+from kinodit.trainer.optim.config import OptimConfig, is_vector
 
 
 class Optimizer(Protocol):
@@ -71,8 +71,7 @@ def group_parameters(
         example = example or name
         # What ZeRO has partitioned has no shape of its own any more.
         num_dims = len(getattr(parameter, "ds_shape", parameter.shape))
-        is_vector = num_dims == 1 or name.endswith("_bias")  # of experts: a vector for each
-        decay = 0.0 if is_vector else config.weight_decay
+        decay = 0.0 if is_vector(name, num_dims) else config.weight_decay
         rule = next((r for r in rules if re.search(r.pattern, name)), None)
         if rule is not None:
             used.add(rule.pattern)

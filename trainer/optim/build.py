@@ -26,6 +26,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
 
     Raises:
         ConfigError: a rule that matches no parameter, or a choice that cannot work here.
+        MissingExtraError: the choice's library is not installed.
     """
     groups = group_parameters(config, model.named_parameters())
     if isinstance(config, MuonConfig):

@@ -44,7 +44,7 @@ class OptimConfig:
     rules: dict[str, ParameterRule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if OPTIMIZERS and type(self) is not OPTIMIZERS[self.name]:
+        if type(self) is not OPTIMIZERS[self.name]:
             raise ConfigError(f"optim.name={self.name}: {type(self).__name__} is another choice")
         if self.lr <= 0:
             raise ConfigError(f"optim.lr={self.lr}: must be positive")
@@ -52,6 +52,11 @@ class OptimConfig:
             raise ConfigError(f"optim.betas={list(self.betas)}: each must be in [0, 1)")
         if self.max_grad_norm < 0:
             raise ConfigError(f"optim.max_grad_norm={self.max_grad_norm}: must not be negative")
+
+
+def is_vector(name: str, num_dims: int) -> bool:
+    """Whether the parameter `name` is a vector; stacked biases of experts are one for each."""
+    return num_dims == 1 or name.endswith("_bias")
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class MuonConfig(OptimConfig):
 
     def takes(self, name: str, num_dims: int) -> bool:
         """Whether Muon updates the parameter `name`."""
-        is_matrix = num_dims == 2 and not name.endswith("_bias")  # of experts: a vector for each
+        is_matrix = num_dims == 2 and not is_vector(name, num_dims)
         return is_matrix and re.search(self.adamw, name) is None
 
 

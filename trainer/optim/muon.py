@@ -123,7 +123,7 @@ class Muon:
         assert parameter.grad is not None, f"{name} has no gradient"
         gradient = local_part(parameter.grad)
         buffer.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(buffer, momentum)
+        return gradient.lerp_(buffer, momentum)
 
     def _orthogonal(self, matrix: Tensor) -> Tensor:
         return orthogonalise(matrix, self._config.num_iterations)

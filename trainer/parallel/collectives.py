@@ -236,12 +236,12 @@ class Transfer:
         self._out = x.new_empty(receive_shape)
         ops = []
         if self._sent.numel():
-            ahead = dist.get_global_rank(group, to)
-            ops.append(dist.P2POp(dist.isend, self._sent, ahead, group))
+            receiver = dist.get_global_rank(group, to)
+            ops.append(dist.P2POp(dist.isend, self._sent, receiver, group))
         if self._out.numel():
-            behind = dist.get_global_rank(group, source)
+            sender = dist.get_global_rank(group, source)
             note(label, "transfer", self._out.nbytes)
-            ops.append(dist.P2POp(dist.irecv, self._out, behind, group))
+            ops.append(dist.P2POp(dist.irecv, self._out, sender, group))
         # Both ways at once, so that no rank waits to send until another has received.
         self._pending = dist.batch_isend_irecv(ops) if ops else []
 

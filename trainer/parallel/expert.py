@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+from kinodit.models.attention import permute
 from kinodit.models.errors import ConfigError
 from kinodit.models.moe.experts import Experts
 from kinodit.models.moe.layer import moe_layers
@@ -49,37 +50,23 @@ class ExpertExchange:
         arriving = torch.empty_like(sent)
         note(COUNTS, "all_to_all", arriving.nbytes // num_ranks * (num_ranks - 1))
         dist.all_to_all_single(arriving, sent.contiguous(), group=self._group)
-        send_rows = sent.sum(1).tolist()
-        receive_rows = arriving.sum(1).tolist()
+        send_rows, receive_rows = torch.stack((sent.sum(1), arriving.sum(1))).tolist()
         came = all_to_all(x, send_rows, receive_rows, self._group, EXPERTS)
-        order = by_expert(arriving)
-        made = experts(_Reorder.apply(came, order), arriving.sum(0))  # type: ignore[no-untyped-call]
-        made = _Reorder.apply(made, torch.argsort(order))  # type: ignore[no-untyped-call]
+        order = by_expert(arriving, len(came))
+        inverse = torch.argsort(order)
+        made = permute(experts(permute(came, order, inverse), arriving.sum(0)), inverse, order)
         return all_to_all(made, receive_rows, send_rows, self._group, EXPERTS)
 
 
-def by_expert(arriving: Tensor) -> Tensor:
-    """[rows] int64: the rows that came, rank after rank, in the order of experts.
+def by_expert(arriving: Tensor, num_rows: int) -> Tensor:
+    """[num_rows] int64: the rows that came, rank after rank, in the order of experts.
 
     arriving: [n, G], rows from each rank for each expert here. Rows of one expert stay in the order
     of ranks, which is that of tokens dealt out in order.
     """
     experts = torch.arange(arriving.shape[1], device=arriving.device).repeat(arriving.shape[0])
-    return torch.repeat_interleave(experts, arriving.flatten()).sort(stable=True).indices
-
-
-class _Reorder(torch.autograd.Function):
-    """`x` [R, d] -> x[order], for a permutation."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad.index_select(0, torch.argsort(order)), None
+    owners = torch.repeat_interleave(experts, arriving.flatten(), output_size=num_rows)
+    return owners.sort(stable=True).indices
 
 
 def deal_experts(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -62,7 +62,8 @@ def use_float8(model: nn.Module, precision: PrecisionConfig, tp: int, **settings
     settings: for torchao's config, beside the recipe's
 
     Raises:
-        ConfigError: torchao is not installed, or a dim is not a multiple of what is multiplied.
+        ConfigError: a dim is not a multiple of what is multiplied.
+        MissingExtraError: torchao is not installed.
     """
     if precision.float8 == "none":
         return

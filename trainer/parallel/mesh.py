@@ -69,7 +69,7 @@ class ParallelConfig:
             )
 
     def check_ep(self, dp_shard: int) -> None:
-        """Whether the ep axis fits into dp_shard x cp, with `dp_shard` resolved.
+        """Refuse an ep axis that does not fit into dp_shard x cp, with `dp_shard` resolved.
 
         Raises:
             ConfigError: with the numbers.

@@ -35,12 +35,12 @@ class SharedForward:
         names = list(batch.modalities)
         sizes = [tokens.num_tokens for tokens in batch.modalities.values()]
         predictions = self._forward(self._cut(batch).of(batch))
-        rows = dict(zip(names, deal(sizes, self._mesh.place.num_shares), strict=True))
-        counts = [[len(one) for one in rows[name]] for name in predictions]
         if self._mesh.pack is None:
             # Ranks that are copies of each other have them all.
             assert self._mesh.place.num_shares == 1
             return dict(predictions)
+        rows = dict(zip(names, deal(sizes, self._mesh.place.num_shares), strict=True))
+        counts = [[len(one) for one in rows[name]] for name in predictions]
         gathered = gather_rows(list(predictions.values()), counts, self._mesh.pack, "predictions")
         whole = {}
         for name, part in zip(predictions, gathered, strict=True):

@@ -141,7 +141,8 @@ def _feed_forward_rows(
     rows = []
     if None in found:
         rows += _mlp_rows(f"{block}.mlp", config)
-    for experts in next(([one] for one in found if one is not None), []):
+    experts = next((one for one in found if one is not None), None)
+    if experts is not None:
         rows.append(Row(f"{block}.mlp.experts", "experts"))
         if experts.router.is_learned:
             rows.append(Row(f"{block}.mlp.router", "whole"))

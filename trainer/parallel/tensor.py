@@ -120,6 +120,14 @@ def sum_whole_gradients(model: nn.Module, tp_mesh: DeviceMesh, device: torch.dev
         axis = cast(tuple[str, ...], gradient.device_mesh.mesh_dim_names).index("tp")
         if gradient.placements[axis].is_replicate():
             parts.append(gradient.to_local())
+    sum_parts(parts, tp_mesh, device)
+
+
+def sum_parts(parts: Sequence[Tensor], tp_mesh: DeviceMesh, device: torch.device) -> None:
+    """Add `parts`, of any shapes, up over the tp ranks, in one message, in place.
+
+    `device` is the one that talks.
+    """
     if not parts:
         return
     total = torch.cat([part.reshape(-1) for part in parts]).to(device)

@@ -28,6 +28,11 @@ STALE_S = 60.0
 """Six renewals missed. Ages are taken from the file server's clock, never from this host's."""
 
 
+def keep_to_group() -> None:
+    """What this process writes is its user's to change, its group's to read, and nobody else's."""
+    os.umask(os.umask(0o027) | 0o027)
+
+
 @dataclass(frozen=True)
 class Owner:
     """Who holds a lock.

@@ -151,13 +151,16 @@ class Watchdog:
         # All are held before any is made to write its stacks: one that goes on, and be it for a
         # signal, sets free who waits for it, and their stacks would be of somewhere else.
         os.kill(self._child, signal.SIGSTOP)
+        # A full disk must not keep the rank alive.
         if who.folder:
-            self._report(who, sign, silent_s, stopped)
+            with contextlib.suppress(OSError):
+                self._report(who, sign, silent_s, stopped)
             time.sleep(GATHER_S)
         self._take_stacks()
         if who.folder:
-            self._write_stacks(who, self._stack_text())
-            self._sum_up(who, sign.step)
+            with contextlib.suppress(OSError):
+                self._write_stacks(who, self._stack_text())
+                self._sum_up(who, sign.step)
         else:
             sys.stderr.write(f"a process did not join the run within {silent_s:.0f} s\n")
             sys.stderr.write(self._stack_text())

@@ -13,9 +13,13 @@ import torch
 from kinodit.launch.cli import main
 from kinodit.trainer import checkpoint
 from kinodit.trainer.certify.twin import twin
+from kinodit.trainer.checkpoint import find_checkpoints
+from kinodit.trainer.checkpoint.universal import export_universal
 from kinodit.trainer.config import load_config
 from kinodit.trainer.engine.config import DeepSpeedConfig
+from kinodit.trainer.state import CheckpointError
 from tests.resume.test_resume import Start, run_case, tensors_of
+from tests.support.checkpoints import save
 from tests.support.ranks import ROOT, Ranks
 from tests.support.recipes import tiny_recipe, write_dataset
 
@@ -35,7 +39,8 @@ def test_there_and_back_a_run_goes_on_bit_equal(recipe: Path, tmp_path: Path) ->
     (path,) = checkpoint.find_checkpoints(runs / "ours")
     before = {name: x for name, x in tensors_of(path).items() if not name.startswith("ema/")}
     assert names == {name[6:] for name in before if name.startswith("model/")}
-    assert main(["checkpoint", "import", str(out), str(recipe), "run.name=theirs"]) == 0
+    elsewhere = ["run.name=theirs", "parallel.tp=2"]
+    assert main(["checkpoint", "import", str(out), str(recipe), *elsewhere]) == 0
     (path,) = checkpoint.find_checkpoints(runs / "theirs")
     after = tensors_of(path)
     assert all(np.array_equal(after[name], value) for name, value in before.items())
@@ -61,6 +66,16 @@ def test_a_folder_that_exists_and_one_that_is_no_checkpoint_are_refused(
     assert "tell it by --steps" in capsys.readouterr().err
     assert main([*arguments, "--steps", "3"]) == 2
     assert "no universal checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["/tmp/away", "../../away", ""])
+def test_a_name_that_leads_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
+    one = torch.ones(2)
+    tensors = {f"{prefix}/{name}": one for prefix in ("model", "optim/exp_avg", "optim/exp_avg_sq")}
+    save(tmp_path / "run", 1, tensors=tensors)
+    with pytest.raises(CheckpointError, match="no name of a folder"):
+        export_universal(find_checkpoints(tmp_path / "run")[-1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class Trap:
@@ -94,7 +109,6 @@ def read_by_deepspeed(rank: int, world_size: int, stage: int, folder: str) -> di
 def trained(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """A native engine's state after a step, saved."""
     from kinodit.trainer.certify.trace import NATIVE
-    from tests.support.checkpoints import save
     from tests.trainer.engine.test_zero import backward, engine_of, whole
 
     small = twin(load_config(ROOT / "configs" / "t2v_tiny.yaml"))

@@ -48,6 +48,13 @@ def zero(**settings: Any) -> Wish:
         (zero(extra={"gradient_clipping": 1.0}), "contradicts 0.0"),
         (zero(extra={"zero_optimization": {"stage": 3}}), "zero_optimization.stage=3 contradicts"),
         (zero(extra={"optimizer": {"type": "Adam"}}), "section optim decides that"),
+        (zero(extra={"data_efficiency": {"enabled": True}}), "section data decides that"),
+        (zero(extra={"prescale_gradients": True}), "contradicts False"),
+        (
+            zero(extra={"zero_optimization": {"zero_quantized_weights": True}}),
+            "zero_quantized_weights=True contradicts",
+        ),
+        (replace(zero(), parallel=ParallelConfig(ep=2)), "parallel.ep=1"),
     ],
 )
 def test_refused_with_the_reason_and_what_to_change(wish: Wish, reason: str) -> None:

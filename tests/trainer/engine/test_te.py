@@ -126,7 +126,6 @@ def test_products_in_float8_run_in_its_context(entered: list[Any]) -> None:
     [
         (replace(WISH, device="cpu"), "needs a CUDA device, found cpu"),
         (replace(WISH, precision=PrecisionConfig("float64", "float64")), "no kernels for"),
-        (WISH, "not installed"),
         (replace(WISH, engine=MegatronConfig(compile=True)), "engine.compile=false"),
         (
             replace(WISH, precision=PrecisionConfig(compute="bfloat16", float8="rowwise")),
@@ -136,6 +135,11 @@ def test_products_in_float8_run_in_its_context(entered: list[Any]) -> None:
 )
 def test_refused_with_the_reason(wish: Wish, reason: str) -> None:
     assert reason in refusal(wish)
+
+
+def test_a_library_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not installed" in refusal(WISH)
 
 
 def test_what_is_there_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

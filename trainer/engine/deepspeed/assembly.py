@@ -22,7 +22,7 @@ from kinodit.trainer.engine.zero_config import zero_config
 from kinodit.trainer.optim import build_optimizer
 from kinodit.trainer.optim.adamw import AdamW
 from kinodit.trainer.parallel.apply import model_blocks, parallelize
-from kinodit.trainer.parallel.deferred import Values, part_of
+from kinodit.trainer.parallel.deferred import Values
 from kinodit.trainer.parallel.mesh import Mesh
 
 
@@ -39,7 +39,7 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
     group = partition_group(mesh)
     whole = copy.deepcopy(model)
     parallelize(whole, mesh, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
-    shells = Shells.of(whole, mesh)
+    shells = Shells.of(whole, group)
     unsharded = replace(mesh, device_mesh=None)
     parallelize(model, unsharded, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
     told = zero_config(settings, wish.precision)
@@ -49,7 +49,7 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
 
         nearby = groups._get_zero_param_intra_parallel_group() if settings.hpz > 1 else None
         for part in _parts(model):
-            _fill(part, model, values, mesh.device)
+            _allocate(part, mesh.device)
             Init(
                 module=part,
                 data_parallel_group=group,
@@ -59,7 +59,7 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
                 zero_param_parallel_group=nearby,
             )
     else:
-        _fill(model, model, values, mesh.device)
+        _allocate(model, mesh.device)
     optimizer = build_optimizer(wish.optim, model)
     assert isinstance(optimizer, AdamW), "refused before"
     engine = driver_class(library, wish.precision.params_dtype)(
@@ -84,24 +84,23 @@ def _parts(model: nn.Module) -> Iterator[nn.Module]:
     yield model
 
 
-def _fill(part: nn.Module, model: nn.Module, values: Values, device: torch.device) -> None:
-    """Give parameters of `part` that are still on the meta device this rank's share of values."""
-    names = {id(module): name for name, module in model.named_modules()}
+def _allocate(part: nn.Module, device: torch.device) -> None:
+    """Give parameters of `part` that are still on the meta device memory for this rank's share.
+
+    What is in it does not matter: `ZeroEngine.start_from` sets all of them.
+    """
     for module in part.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type != "meta":
                 continue
-            name = f"{names[id(module)]}.{key}".lstrip(".")
-            made = values(name, parameter.shape)
-            if isinstance(parameter, DTensor):
-                made = part_of(made, parameter)
-            filled = nn.Parameter(
-                made.to(device=device, dtype=parameter.dtype),
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            made = nn.Parameter(
+                torch.zeros(own.shape, device=device, dtype=parameter.dtype),
                 requires_grad=parameter.requires_grad,
             )
             # DeepSpeed counts what is not split over tp once for all tp ranks.
-            filled.tensor_model_parallel = is_split(parameter)  # type: ignore[attr-defined]
-            module.register_parameter(key, filled)
+            made.tensor_model_parallel = is_split(parameter)  # type: ignore[attr-defined]
+            module.register_parameter(key, made)
 
 
 def is_split(parameter: Tensor) -> bool:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,8 +20,7 @@ from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.deferred import Values
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.parallel.sharing import SharedForward
-from kinodit.trainer.parallel.tensor import WHOLE
-from kinodit.trainer.parallel.traffic import note, others_share
+from kinodit.trainer.parallel.tensor import sum_parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -54,10 +52,10 @@ class ZeroEngine:
         self._mesh = mesh
         self._dtype = precision.compute_dtype
         self._shared = SharedForward(self._forward, mesh) if mesh.place.is_cut else self._forward
-        means = engine.zero_optimization_stage() == 3
+        is_averaged = engine.zero_optimization_stage() == 3
         num_ranks = 1 if shells.group is None else shells.group.size()
         # Stage 3 divides by the number of ranks and cannot be told not to.
-        self._loss_scale = float(num_ranks) if means else 1.0
+        self._loss_scale = float(num_ranks) if is_averaged else 1.0
 
     def start_from(self, values: Values) -> None:
         """Set the masters to `values`, one whole parameter at a time. Collective."""
@@ -191,11 +189,7 @@ class ZeroEngine:
             for name, part in self.gradient_parts().items()
             if self._shells.by_name[name].on_every_tp_rank
         ]
-        total = torch.cat(parts).to(self.device)
-        note(WHOLE, "all_reduce", 2 * others_share(total, self._mesh.tp_mesh.size()))
-        dist.all_reduce(total, group=self._mesh.tp_mesh.get_group())
-        for part, piece in zip(parts, total.split([p.numel() for p in parts]), strict=True):
-            part.copy_(piece)
+        sum_parts(parts, self._mesh.tp_mesh, self.device)
 
     def _forward(self, batch: TokenBatch) -> Predictions:
         batch = batch.in_dtype(self._dtype)

@@ -1,7 +1,7 @@
 """What ZeRO keeps on a rank: flat tensors, and which stretch of which parameter lies where.
 
 The names of DeepSpeed's attributes are its own business and move with its versions; whatever this
-project reads of them is read here.
+project reads of them is read here, but `ds_shape`, which `trainer/optim/base.py` groups by.
 """
 
 from __future__ import annotations
@@ -88,11 +88,9 @@ class _Flats:
                 continue
             parts = averaged[index]
             if len(parts) != 1 or parts[0].numel() != master.numel():
-                # A partition of a group ends in padding, for which there is no gradient.
-                flat = torch.zeros_like(master)
-                filled = torch.cat([part.reshape(-1) for part in parts])
-                flat[: len(filled)].copy_(filled)
-                averaged[index] = [flat]
+                missing = master.numel() - sum(part.numel() for part in parts)
+                padding = master.new_zeros(missing)
+                averaged[index] = [torch.cat([*(part.reshape(-1) for part in parts), padding])]
             flats[key] = averaged[index][0].view(-1)
         return flats
 

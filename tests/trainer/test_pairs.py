@@ -10,6 +10,7 @@ import torch
 from kinodit.models.tokens import AttentionLayout, ModalityTokens, Visibility, build_layout, see_all
 from kinodit.trainer.parallel.pairs import keys_sent
 from kinodit.trainer.parallel.sequence import Place, deal, pieces_of
+from tests.support.pairs import imbalance, pairs_met, part_sent
 
 MAX_IMBALANCE = 1.05
 FRAME = 1560

@@ -8,10 +8,13 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger("kinodit")
+
+TAIL_BYTES = 1 << 16
 
 
 class JsonLines:
@@ -21,20 +24,19 @@ class JsonLines:
     row is written in part. Rows that still wait when the process ends are lost.
 
     Numbers that JSON lacks are written as the strings "NaN", "Infinity" and "-Infinity", which
-    Python's `float` and JavaScript's `Number` read back. A file that exists is first rewritten
-    with the rows that `keep` wants, and without a last line that a kill cut short.
+    Python's `float` and JavaScript's `Number` read back. A file that exists first loses a last
+    line that a kill cut short, and the rows that `keep` does not want.
     """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
-        if path.is_file():
+        if path.is_file() and keep is not None:
             temporary = path.with_suffix(".tmp")
             with temporary.open("w", encoding="utf-8") as file:
-                for row in read_rows(path):
-                    if row is not None and (keep is None or keep(row)):
-                        file.write(_line(row))
+                file.writelines(_line(row) for row in read_rows(path) if row and keep(row))
             temporary.replace(path)
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
+        _cut_torn_line(self._file)
         self._waiting: list[bytes] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -76,6 +78,20 @@ def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
             except json.JSONDecodeError:
                 row = None
             yield row if isinstance(row, dict) else None
+
+
+def _cut_torn_line(file: FileIO) -> None:
+    """End `file` after its last newline, without a byte of space."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - TAIL_BYTES)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            file.truncate(start + newline + 1)
+            return
+        end = start
+    file.truncate(0)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from kinodit.models.encoders.base import EncoderError, TextEncoderConfig, TextFeatures
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
 from kinodit.models.errors import ConfigError
-from kinodit.models.libraries import import_extra
+from kinodit.models.libraries import import_extra, without_warnings
 
 CAPTION = "{caption}"
 
@@ -171,7 +171,7 @@ def _load(folder: Path, tokenizer_folder: Path, config: TransformersTextConfig) 
     transformers = import_extra("transformers", "encoders", "a text encoder from a folder")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with _quiet(transformers):
+        with _quiet(transformers), without_warnings():
             tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, **local)
             model, info = _model_class(transformers, folder).from_pretrained(
                 folder,

@@ -14,12 +14,14 @@ import pytest
 
 from kinodit.trainer.resilience.errors import HUNG
 from kinodit.trainer.resilience.watchdog import read_reports
+from tests.support.evidence import write_evidence
 from tests.support.lives import Lives, Start
 from tests.support.ranks import ROOT
 from tests.support.sampling import sampled
 
 pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(3600)]
 
+THIS = "tests/chaos/test_hang.py"
 STEPS = 8
 HANG_S = 5.0
 LATE_S = 2.0
@@ -40,6 +42,7 @@ HANGS = [
 def test_a_hung_rank_is_found_in_time_with_the_stacks_of_all(
     recipe: Path, lives: Lives, size: str
 ) -> None:
+    found = []
     for number, hang in enumerate(sampled(HANGS, 3, size, "hangs")):
         name = f"hang{number}"
         run = recipe.parent / name
@@ -68,6 +71,15 @@ def test_a_hung_rank_is_found_in_time_with_the_stacks_of_all(
         assert events[-1]["message"].startswith(f"rank {odd} of 2")
         # What follows is a restart as any other.
         assert lives.run(start).codes == [0, 0]
+        found.append((hang.split(",once=")[0], reports[odd].silent_s - reports[odd].limit_s))
+    if size == "full":
+        figures = {
+            "command": f"pytest -m chaos --size full {THIS}",
+            "hang_s": HANG_S,
+            "found_s_after_the_limit": dict(found),
+            "found_in_time_with_all_stacks": len(found),
+        }
+        write_evidence("hangs", THIS, figures)
 
 
 def test_slow_steps_are_no_hang(recipe: Path, lives: Lives) -> None:

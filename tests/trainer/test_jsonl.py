@@ -9,7 +9,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
-from kinodit.trainer.jsonl import JsonLines, read_rows
+import pytest
+
+from kinodit.trainer.jsonl import TAIL_BYTES, JsonLines, read_rows
 
 
 def test_rows_come_back_and_are_visible_at_once(tmp_path: Path) -> None:
@@ -41,6 +43,16 @@ def test_reopening_drops_a_torn_line_and_unwanted_rows(tmp_path: Path) -> None:
     lines.append({"step": 3, "again": True})
     lines.close()
     assert path.read_text() == '{"step":1}\n{"step":2}\n{"step":3,"again":true}\n'
+
+
+@pytest.mark.parametrize("num_bytes", [1, TAIL_BYTES - 1, TAIL_BYTES, 3 * TAIL_BYTES])
+def test_a_torn_line_goes_however_long_and_takes_no_space(tmp_path: Path, num_bytes: int) -> None:
+    path = tmp_path / "m.jsonl"
+    for whole in ("", '{"step":1}\n'):
+        path.write_text(whole + "x" * num_bytes)
+        JsonLines(path).close()
+        assert path.read_text() == whole
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_reading_names_lines_that_are_not_objects(tmp_path: Path) -> None:

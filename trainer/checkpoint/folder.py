@@ -17,7 +17,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from kinodit.trainer.checkpoint.manifest import MANIFEST_FILE, BrokenCheckpoint, read_manifest
+from kinodit.trainer.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from kinodit.trainer.state import CheckpointError
 
 FOLDER = "checkpoints"
 QUARANTINE = "quarantine"
@@ -53,7 +54,7 @@ def is_whole(path: Path) -> bool:
         return all(
             (path / name).stat().st_size == record.size for name, record in manifest.files.items()
         )
-    except (BrokenCheckpoint, OSError):
+    except (CheckpointError, OSError):
         return False
 
 

@@ -101,32 +101,28 @@ class Manifest:
         """Read what `to_text` wrote.
 
         Raises:
-            BrokenCheckpoint: a byte differs, or it is of another format.
+            BrokenCheckpoint: a byte differs.
+            CheckpointError: it is of another format. Not damaged, so nothing older is gone back to.
         """
         try:
             body = json.loads(text)
-            found = body["format"]
-            if found != FORMAT:
-                raise BrokenCheckpoint(
-                    f"{where}: manifest format {found}, and this version reads {FORMAT}: it is not "
-                    "damaged; go on with the version of kinodit that wrote it, or start under "
-                    "another run.name"
-                )
-            if body["block_bytes"] != BLOCK_BYTES:
-                raise BrokenCheckpoint(
-                    f"{where}: hashed in blocks of {body['block_bytes']} bytes; this version reads "
-                    f"blocks of {BLOCK_BYTES}"
-                )
             expected = body.pop("sha256")
             actual = _digest(body)
             if actual != expected or _render(body | {"sha256": expected}) != text:
                 raise BrokenCheckpoint(
                     f"{where}: expected sha256 {expected[:12]}, found {actual[:12]} (damaged)"
                 )
+            if (body["format"], body.get("block_bytes")) != (FORMAT, BLOCK_BYTES):
+                raise CheckpointError(
+                    f"{where}: manifest format {body['format']}, hashed in blocks of "
+                    f"{body.get('block_bytes')} bytes, and this version reads format {FORMAT} in "
+                    f"blocks of {BLOCK_BYTES}: it is not damaged; go on with the version of "
+                    "kinodit that wrote it, or start under another run.name"
+                )
             files = {name: FileRecord(**record) for name, record in body["files"].items()}
             return cls(body["step"], files, body["facts"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, BrokenCheckpoint):
+            if isinstance(error, CheckpointError):
                 raise
             raise BrokenCheckpoint(f"{where}: damaged ({_line(error)})") from error
 

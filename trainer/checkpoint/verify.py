@@ -16,12 +16,12 @@ from pathlib import Path
 
 from kinodit.trainer.checkpoint.manifest import (
     BLOCK_BYTES,
-    BrokenCheckpoint,
     FileRecord,
     Manifest,
     join_digests,
     read_manifest,
 )
+from kinodit.trainer.state import CheckpointError
 
 MAX_THREADS = 8
 
@@ -103,7 +103,7 @@ def verify(path: Path) -> list[str]:
     """Every problem of the checkpoint folder `path`, in one process; empty if it is good."""
     try:
         manifest = read_manifest(path)
-    except BrokenCheckpoint as error:
+    except CheckpointError as error:
         return [str(error)]
     return check_sizes(path, manifest) or Hashing(path, manifest.files).problems()
 

@@ -80,7 +80,9 @@ class AdamW8bit:
             # FSDP2 may have moved its shards when the model first ran.
             slot.seen.data = local_part(slot.parameter)
             gradient = slot.parameter.grad
-            slot.seen.grad = None if gradient is None else local_part(gradient)
+            # A rank may hold nothing of a small parameter; torchao cannot update nothing.
+            has_some = gradient is not None and slot.seen.numel() > 0
+            slot.seen.grad = local_part(gradient) if has_some else None
         if next(self._all()).seen.is_cuda:
             self._optimizer.step()
         else:
@@ -91,7 +93,7 @@ class AdamW8bit:
         """What torchao's step does, without the compiler, which needs one for C++ on a CPU."""
         for group in self._optimizer.param_groups:
             for seen in group["params"]:
-                if seen.grad is None or seen.numel() == 0:
+                if seen.grad is None:
                     continue
                 state = self._optimizer.state[seen]
                 state["step"] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,20 @@ def test_every_kind_of_model_gives_its_real_tokens_alone(
         alone = ours.encode([caption])[0]
         torch.testing.assert_close(alone.tokens, feature.tokens, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(features[0].pooled, features[1].pooled, atol=1e-3)
+
+
+LOADED = """
+import sys, torch
+from kinodit.models.encoders.base import build_text_encoder
+from kinodit.models.encoders.text import TransformersTextConfig
+build_text_encoder(TransformersTextConfig(path=sys.argv[1]), torch.device("cpu"))
+"""
+
+
+def test_loading_says_nothing_of_kernels_for_other_devices(saved: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", LOADED, str(saved("bert"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from kinodit.trainer import checkpoint
-from kinodit.trainer.checkpoint import BrokenCheckpoint, find_checkpoints, restore, verify
+from kinodit.trainer.checkpoint import (
+    BrokenCheckpoint,
+    find_checkpoints,
+    manifest,
+    restore,
+    verify,
+)
 from kinodit.trainer.state import CheckpointError, TrainState
 from tests.support.checkpoints import FACTS, MESH, empty, save, state_at, tensors_at
 
@@ -43,9 +49,9 @@ def test_round_trip(tmp_path: Path, mode: str) -> None:
     checkpoint.load(path, loaded, MESH)
     assert all(torch.equal(loaded[name], value) for name, value in tensors_at(7).items())
     assert verify(path) == []
-    manifest = checkpoint.read_manifest(path)
-    assert set(manifest.files) == set(KINDS) - {"manifest.json"}
-    assert manifest.step == 7 and manifest.facts == FACTS
+    found = checkpoint.read_manifest(path)
+    assert set(found.files) == set(KINDS) - {"manifest.json"}
+    assert found.step == 7 and found.facts == FACTS
 
 
 def test_every_kind_of_file_is_there(good: Path) -> None:
@@ -118,6 +124,18 @@ def test_a_run_does_not_start_over_because_all_is_broken(good: Path, tmp_path: P
         restore(run, empty(), MESH)
     assert len(find_checkpoints(run)) == 2
     assert restore(tmp_path / "nothing", empty(), MESH) is None
+
+
+def test_another_format_is_not_taken_for_damage(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(good, tmp_path)
+    monkeypatch.setattr(manifest, "FORMAT", manifest.FORMAT + 1)
+    with pytest.raises(CheckpointError, match="not damaged; go on with the version") as caught:
+        restore(run, empty(), MESH)
+    assert not isinstance(caught.value, BrokenCheckpoint)
+    assert len(find_checkpoints(run)) == 2
+    assert "not damaged" in verify(find_checkpoints(run)[-1])[0]
 
 
 def test_a_folder_under_another_name_is_no_checkpoint_of_that_step(

@@ -127,12 +127,18 @@ def eight_bit_twin() -> Twin:
     "layout", [ParallelConfig(dp_shard=4), ParallelConfig(dp_replicate=2, dp_shard=2)], ids=str
 )
 def test_blocks_do_not_depend_on_the_layout(layout: ParallelConfig, four: Ranks) -> None:
-    """In bfloat16, as there is no float64: within what rounding does to AdamW itself."""
+    """In bfloat16, as there is no float64.
+
+    Three updates move a weight by up to three learning rates; matrices differ by a seventh of one
+    in the root mean square, and by half of one if the ranks differ by a fifth in their updates.
+    """
     small = eight_bit_twin()
     reference = trace(0, 1, small, ParallelConfig(dp_shard=1), "bfloat16")
+    matrices = {name: value for name, value in reference.parameters.items() if value.ndim == 2}
     for found in four.run(trace, small, layout, "bfloat16"):
-        for name, value in reference.parameters.items():
-            assert np.abs(found.parameters[name] - value).max() < 2 * 3 * 3e-3, name
+        for name, value in matrices.items():
+            far = np.linalg.norm(found.parameters[name] - value) / value.size**0.5
+            assert far < 0.25 * small.config.optim.lr, name
 
 
 def quantised_shapes(rank: int, world_size: int, layout: ParallelConfig) -> dict[str, Any]:

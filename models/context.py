@@ -19,7 +19,7 @@ from kinodit.models.exchange import Exchange, Parts
 from kinodit.models.modulation import Modulation, Rows
 from kinodit.models.moe.experts import ExpertOp, apply_experts
 from kinodit.models.moe.layer import MoE, Surroundings
-from kinodit.models.moe.router import Seen
+from kinodit.models.moe.router import Seen, all_seen
 from kinodit.models.tokens import AttentionLayout
 
 Rotary = Tensor | None
@@ -44,6 +44,7 @@ class Context:
     attend:    the attention op
     exchange:  what happens where processes share tokens and matrices; None in one process
     level_t:   [K] noise level of each row of `condition`
+    level_segment: [K] the sample of each row, of `num_segments` in the pack
     levels_seen: stream -> [M] int64, the row of each token that its matrices see
     time:      [K, c] activated embedding of each row's noise level, if a router asks for it
     stream:    [M] int64, the stream of each token that single blocks see; None before them
@@ -59,6 +60,8 @@ class Context:
     attend: AttentionOp
     exchange: Exchange | None
     level_t: Tensor
+    level_segment: Tensor
+    num_segments: int
     levels_seen: Mapping[str, Tensor]
     time: Tensor | None = None
     stream: Tensor | None = None
@@ -152,8 +155,21 @@ def call_experts(layer: MoE, name: str, x: Tensor, context: Context) -> Tensor:
     def own(seen: Tensor) -> Tensor:
         return seen if exchange is None else exchange.own(name, seen, context.layout)
 
+    def gather(seen: Tensor) -> tuple[Tensor, Tensor]:
+        if exchange is None:
+            return all_seen(seen)
+        return exchange.gather_pack(name, seen, context.layout)
+
     level = context.levels_seen[name]
-    seen = Seen(context.level_t[level], context.stream, level, context.time)
+    seen = Seen(
+        context.level_t[level],
+        context.stream,
+        level,
+        context.time,
+        context.level_segment[level],
+        context.num_segments,
+        gather,
+    )
     levels = context.level_t[context.level[name]]
     is_whole = exchange is None and context.apply_experts is apply_experts
     out: Tensor = layer(x, Surroundings(seen, levels, own, context.apply_experts, is_whole))

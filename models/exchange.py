@@ -5,7 +5,8 @@ feed-forwards on the tokens it *sees*. In one process these are the same, and no
 Under tensor parallelism with sequence parallelism (Korthikanti et al., arXiv 2205.05198, section
 4.2) a process sees the tokens of its whole group through its part of each matrix.
 
-Shape legend: n own tokens of a stream, m tokens seen, d width, K rows of the noise-level table.
+Shape legend: n own tokens of a stream, m tokens seen, t tokens in the pack, d width, K rows of the
+noise-level table.
 """
 
 from __future__ import annotations
@@ -49,6 +50,15 @@ class Exchange(Protocol):
 
     def own(self, name: str, seen: Tensor, layout: AttentionLayout) -> Tensor:
         """[m, ...] of the tokens seen of a stream (or of all) -> [n, ...] of the own ones."""
+        ...
+
+    def gather_pack(
+        self, name: str, seen: Tensor, layout: AttentionLayout
+    ) -> tuple[Tensor, Tensor]:
+        """[m, ...] of the tokens seen of a stream (or of all) -> [t, ...] of all in the pack.
+
+        In the order of the pack; and [m] int64, which of them are seen. Without gradients.
+        """
         ...
 
     def join(self, rows: Parts) -> dict[str, Tensor]:

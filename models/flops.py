@@ -22,7 +22,8 @@ class Matrix:
     rows: "tokens/NAME" (tokens of a stream), "tokens" (of all streams), "levels" (rows of the
           noise-level table) or "segments"
     copies: experts that have such a matrix each
-    uses:   how many of them a row is multiplied with
+    uses:   how many of them a row is multiplied with; the mean where experts choose, and the most
+            where a capacity drops some
     """
 
     fan_in: int

@@ -127,6 +127,8 @@ class MMDiT(nn.Module):
             attend=self.attend,
             exchange=self.exchange,
             level_t=batch.level_t,
+            level_segment=batch.level_segment,
+            num_segments=batch.num_segments,
             time=F.silu(time) if self._routes_by_timestep else None,
             levels_seen=levels_seen,
             apply_experts=self.apply_experts,

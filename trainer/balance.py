@@ -90,14 +90,16 @@ def report(tallies: Mapping[str, Tensor]) -> dict[str, object]:
     moe/violation: the largest load over the mean, less 1, of the worst layer (MaxVio of arXiv
                    2408.15664, equation 4)
     moe/entropy:   of the tokens' shares, over that of equal shares, mean over layers
+    moe/dropped:   share of the tokens that went to no expert of a layer, mean over layers
     experts:       layer -> "load", of each expert over the mean; "noise_bins", the same by bin of
-                   the noise level; "violation"; "z", mean squared log-sum-exp of the logits
+                   the noise level; "violation"; "z", mean squared log-sum-exp of the logits;
+                   "dropped"; "experts_per_token", how many a token went to, on average
     """
     if not tallies:
         return {}
     loads = {name: Load.of(sums.tolist()) for name, sums in tallies.items()}
     layers: dict[str, object] = {}
-    entropies = []
+    entropies, dropped = [], []
     for name, load in loads.items():
         num_experts = len(load.shares)
         mean = sum(load.by_expert) / num_experts or 1.0
@@ -105,16 +107,20 @@ def report(tallies: Mapping[str, Tensor]) -> dict[str, object]:
             [round(count * num_experts / sum(row), 4) for count in row] if sum(row) else []
             for row in load.counts
         ]
-        largest = math.log(max(2, num_experts))
-        entropies.append(load.entropy / max(1.0, load.num_tokens) / largest)
+        num_tokens = max(1.0, load.num_tokens)
+        entropies.append(load.entropy / num_tokens / math.log(max(2, num_experts)))
+        dropped.append(load.dropped / num_tokens)
         layers[name] = {
             "load": [round(count / mean, 4) for count in load.by_expert],
             "noise_bins": bins,
             "violation": round(load.violation, 6),
-            "z": load.squares / max(1.0, load.num_tokens),
+            "z": load.squares / num_tokens,
+            "dropped": round(dropped[-1], 6),
+            "experts_per_token": round(sum(load.by_expert) / num_tokens, 4),
         }
     return {
         "moe/violation": max(load.violation for load in loads.values()),
         "moe/entropy": sum(entropies) / len(entropies),
+        "moe/dropped": sum(dropped) / len(dropped),
         "experts": layers,
     }

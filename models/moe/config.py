@@ -20,6 +20,14 @@ class RouterConfig:
                  (one expert per range of noise, as in eDiff-I, arXiv 2211.01324); "modality":
                  expert i has the tokens of stream i, in blocks that all streams share
                  (modality-aware sparsity, arXiv 2411.04996)
+    choice:      "token": each token chooses `top_k` experts; "expert": each expert chooses the
+                 top_k N / E tokens of a sample's N that score highest, so that a token may have any
+                 number of experts (Zhou et al., arXiv 2202.09368, section 3.2; within a sample, as
+                 EC-DiT, arXiv 2410.02098). With kind = "token"
+    capacity_factor: a token's choices beyond `capacity_factor` top_k N / E of a sample's N tokens
+                 for one expert are dropped, those that score lowest (Riquelme et al., "batch
+                 prioritized routing", arXiv 2106.05974, section 4.1); 0: none is. With kind =
+                 "token"
     scores:      softmax over the experts, or sigmoid of each
     renormalise: divide the chosen experts' scores by their sum; not with top_k = 1, whose gates
                  would all be 1, so that a router learned from auxiliary losses alone
@@ -33,6 +41,8 @@ class RouterConfig:
     """
 
     kind: Literal["token", "timestep", "noise_level", "modality"] = "token"
+    choice: Literal["token", "expert"] = "token"
+    capacity_factor: float = 0.0
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True
     scale: float = 1.0
@@ -47,11 +57,40 @@ class RouterConfig:
                 f"router: loss_weight = {self.loss_weight}, bias_rate = {self.bias_rate} and "
                 f"z_weight = {self.z_weight} must not be negative, scale = {self.scale} positive"
             )
+        if self.capacity_factor and self.capacity_factor < 1:
+            raise ConfigError(
+                f"router.capacity_factor = {self.capacity_factor} would drop tokens however even "
+                "the load: set it to 1 or more, or to 0 to drop none"
+            )
+        if self.kind != "token" and not self.is_dropless:
+            raise ConfigError(
+                f"router.kind = {self.kind} sends all tokens of a noise level, or of a stream, to "
+                "the same experts, so that none can choose among them: set router.kind = token, or "
+                "router.choice = token and router.capacity_factor = 0"
+            )
+        if self.choice == "expert" and (
+            self.capacity_factor or self.renormalise or self.balance != "none"
+        ):
+            raise ConfigError(
+                "router.choice = expert gives every expert the same load by itself: set "
+                "router.balance = none, router.renormalise = false and router.capacity_factor = 0; "
+                f"found {self.balance}, {str(self.renormalise).lower()} and {self.capacity_factor}"
+            )
+
+    @property
+    def is_dropless(self) -> bool:
+        """Whether every token has `top_k` experts, whatever the others choose."""
+        return self.choice == "token" and not self.capacity_factor
 
     @property
     def is_learned(self) -> bool:
         """Whether there is anything to learn; otherwise the place of a token decides alone."""
         return self.kind in ("token", "timestep")
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether an auxiliary loss reaches the router, or there is none to be learned."""
+        return not self.is_learned or self.balance == "loss" or self.z_weight > 0
 
     @property
     def is_by_noise(self) -> bool:
@@ -64,7 +103,7 @@ class ExpertsConfig:
     """A pool of experts in place of one feed-forward, in each of `blocks`.
 
     num_experts:  E
-    top_k:        experts that a token goes to
+    top_k:        experts that a token goes to; where experts choose, on average
     expert_ratio: hidden width of one expert over the model's width, as `model.mlp_ratio`; many
                   narrow experts are fine-grained ones (Dai et al., arXiv 2401.06066, section 3.1)
     shared_ratio: the same of an expert that every token goes to besides (section 3.2); 0: none
@@ -94,11 +133,11 @@ class ExpertsConfig:
                 f"experts: router.kind = {self.router.kind} gives each token one expert, but "
                 f"top_k = {self.top_k}: set it to 1"
             )
-        if self.router.is_learned and self.top_k == 1 and self.router.renormalise:
+        if self.top_k == 1 and self.router.renormalise and not self.router.has_loss:
             raise ConfigError(
                 "experts: top_k = 1 with router.renormalise = true makes every gate 1, so that no "
-                "loss of the model's output reaches the router: set router.renormalise = false, or "
-                "top_k = 2"
+                "loss of the model's output reaches the router, and none of its own does: set "
+                "router.renormalise = false, top_k = 2, or router.balance = loss"
             )
 
     def is_in(self, block: int) -> bool:

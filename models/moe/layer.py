@@ -1,7 +1,7 @@
 """The layer: route tokens, take them to their experts, put together what comes back.
 
-Shape legend: M tokens seen, N own tokens, E experts, k experts of a token, R = M k rows, d width,
-B bins of the noise level.
+Shape legend: M tokens seen, N own tokens, E experts, k experts that a token asks for, R rows: pairs
+of a token and an expert that it goes to (M k where nothing is dropped), d width.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Fuse = Callable[[Tensor, Callable[[], Choice]], nn.Module | None]
 class MoE(nn.Module):
     """Experts that tokens are routed to, and maybe one that all of them go to.
 
-    No token is dropped. `tally` is what the backward has counted since it was last emptied: each
+    `tally` is what the backward has counted since it was last emptied: each
     pass counts once, whether its blocks are computed again or not, and evaluation not at all.
 
     fuse: [M] levels and the way to a choice -> one feed-forward in place of the experts, if it can
@@ -85,17 +85,16 @@ class MoE(nn.Module):
                 out: Tensor = fused(x)
                 return out if self.shared is None else out + self.shared(x)
         choice: Choice = self.router(x, around.seen)
-        flat = choice.index.flatten()
-        order = flat.sort(stable=True).indices
+        rows = Rows.of(choice)
+        order = rows.expert.sort(stable=True).indices
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         # Not bincount, for which the host waits on CUDA.
-        counts = flat.new_zeros(self.config.num_experts).index_add_(0, flat, torch.ones_like(flat))
-        rows = _Spread.apply(x, order, inverse, self.config.top_k)  # type: ignore[no-untyped-call]
-        made = around.apply(self.experts, rows, counts)
-        made = permute(made, inverse, order)
-        made = made.unflatten(0, (len(x), self.config.top_k))
-        out = (made * choice.gates.unsqueeze(-1)).sum(1).to(made.dtype)
+        counts = order.new_zeros(self.config.num_experts)
+        counts.index_add_(0, rows.expert, torch.ones_like(order))
+        spread = _Spread.apply(x, order, inverse, rows)  # type: ignore[no-untyped-call]
+        made = permute(around.apply(self.experts, spread, counts), inverse, order)
+        out = by_token(made * rows.gates.unsqueeze(-1), rows.each, len(x)).to(made.dtype)
         if self.shared is not None:
             out = out + self.shared(x)
         return self._observed(out, choice, around)
@@ -110,34 +109,70 @@ class MoE(nn.Module):
         if not torch.is_grad_enabled():
             return out
         index, shares = around.own(choice.index), around.own(choice.shares)
+        kept = None if choice.kept is None else around.own(choice.kept)
         logits = None if choice.logits is None else around.own(choice.logits)
         squares = shares.new_zeros(()) if logits is None else logits.logsumexp(-1).square().sum()
         aux = self.z_scale * squares
         if self.router.config.is_learned:
             aux = aux + self.loss_scale * (shares * self.router.load.to(shares.dtype)).sum()
-        counted = self.tally.count(index, shares.detach(), squares.detach(), around.level_t)
+        counted = self.tally.count(index, kept, shares.detach(), squares.detach(), around.level_t)
         made: Tensor = _Observe.apply(out, aux, lambda: self.tally.add(counted))  # type: ignore[no-untyped-call]
         return made
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Pairs of a token and an expert that it goes to, token after token.
+
+    expert: [R] int64
+    gates:  [R], what the expert counts
+    token:  [R] int64
+    each:   how many rows the tokens have, all the same number or [M] int64
+    """
+
+    expert: Tensor
+    gates: Tensor
+    token: Tensor
+    each: int | Tensor
+
+    @classmethod
+    def of(cls, choice: Choice) -> Rows:
+        """The rows of a choice. Only where choices are dropped, the host waits for their number."""
+        k = choice.index.shape[1]
+        expert, gates = choice.index.flatten(), choice.gates.flatten()
+        token = torch.arange(len(expert), device=expert.device) // k
+        if choice.kept is None:
+            return cls(expert, gates, token, k)
+        (place,) = choice.kept.flatten().nonzero(as_tuple=True)
+        expert, gates, token = (x.index_select(0, place) for x in (expert, gates, token))
+        return cls(expert, gates, token, choice.kept.sum(-1))
+
+
+def by_token(x: Tensor, each: int | Tensor, num_tokens: int) -> Tensor:
+    """`x` [R, d] -> [M, d]: the sum of each token's rows, in their order on any device."""
+    if isinstance(each, int):
+        return x.reshape(num_tokens, each, x.shape[-1]).sum(1)
+    return torch.segment_reduce(x, "sum", lengths=each, unsafe=True, initial=0)
 
 
 class _Spread(torch.autograd.Function):
     """`x` [M, d] -> [R, d]: each token once for each of its experts, in the order of experts.
 
-    order: [R], what stands at each row, counted token by token; inverse: [R], where it went.
-    The backward adds up a token's rows in the order of its experts, on any device.
+    order: [R], which of `rows` stands at each row; inverse: [R], where it went.
+    The backward adds up a token's rows in their order, on any device.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, rows: Rows) -> Tensor:
         ctx.save_for_backward(inverse)
-        ctx.shape = len(x), k
-        return x.index_select(0, order // k)
+        ctx.each, ctx.num_tokens = rows.each, len(x)
+        return x.index_select(0, rows.token.index_select(0, order))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        by_token = grad.index_select(0, inverse).unflatten(0, ctx.shape)
-        return by_token.sum(1), None, None, None
+        back = by_token(grad.index_select(0, inverse), ctx.each, ctx.num_tokens)
+        return back, None, None, None
 
 
 class _Observe(torch.autograd.Function):

@@ -1,10 +1,12 @@
 """Routers: which experts each token goes to, in at least float32.
 
-Shape legend: M tokens, E experts, k experts of a token, d width.
+Shape legend: M tokens seen, T tokens of the whole pack, E experts, k experts that a token asks for
+(all of them where experts choose), R pairs of a token and an expert, S samples, d width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,15 @@ from torch import Tensor, nn
 
 from kinodit.models.modulation import per_token
 from kinodit.models.moe.config import ExpertsConfig
+
+Gather = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""[M, ...] of the tokens seen -> [T, ...] of all tokens of the pack, in its order, and [M] int64,
+which of them are seen. Without gradients."""
+
+
+def all_seen(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The `Gather` of one process, which sees all tokens, [M, ...]: T = M."""
+    return seen, torch.arange(len(seen), device=seen.device)
 
 
 @dataclass(frozen=True)
@@ -24,28 +35,36 @@ class Seen:
     level:   [M] int64, the row of each token in the table of noise levels
     time:    [K, c], activated embedding of the noise level of each row; these two are there for
              routers by timestep
+    segment: [M] int64, the sample of each token, of `num_segments` in the pack; for routers that
+             compare the tokens of a sample
+    gather:  from the tokens seen to those of the pack; for these, too
     """
 
     level_t: Tensor
     stream: Tensor | None = None
     level: Tensor | None = None
     time: Tensor | None = None
+    segment: Tensor | None = None
+    num_segments: int = 1
+    gather: Gather = all_seen
 
 
 @dataclass(frozen=True)
 class Choice:
     """Where tokens go.
 
-    index:  [M, k] int64, experts, the best first
+    index:  [M, k] int64, experts that the token may go to
     gates:  [M, k], what each of them counts
     shares: [M, E], scores that sum to 1 for each token
     logits: [M, E]; None if nothing was learned
+    kept:   [M, k] bool, which of them it goes to; None: to all
     """
 
     index: Tensor
     gates: Tensor
     shares: Tensor
     logits: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -87,11 +106,31 @@ class Router(nn.Module):
         else:
             scores = logits.sigmoid()
             shares = scores / scores.sum(-1, keepdim=True)
-        index = best(scores.detach() + self.correction.to(dtype), self.top_k)
+        asked = scores.detach() + self.correction.to(dtype)
+        if self.config.choice == "expert":
+            index = torch.arange(self.num_experts, device=x.device).expand(len(x), -1)
+        else:
+            index = best(asked, self.top_k)
         gates = scores.gather(-1, index)
         if self.config.renormalise:
             gates = gates / gates.sum(-1, keepdim=True)
-        return Choice(index, gates * self.config.scale, shares, logits)
+        kept = None if self.config.is_dropless else self._kept(index, asked, seen)
+        return Choice(index, gates * self.config.scale, shares, logits, kept)
+
+    def _kept(self, index: Tensor, asked: Tensor, seen: Seen) -> Tensor:
+        """[M, k] bool: which of the experts `index` [M, k] keep a token that scored `asked` [M, E].
+
+        Decided among all tokens of a sample, wherever they are.
+        """
+        assert seen.segment is not None, "no samples to choose within"
+        candidates = torch.full_like(asked, -torch.inf).scatter(-1, index, asked.gather(-1, index))
+        # One message: a segment's number is small enough for any float.
+        segment = seen.segment.to(asked.dtype).unsqueeze(-1)
+        whole, rows = seen.gather(torch.cat([candidates, segment], -1))
+        sample = whole[:, -1].long()
+        share = (self.config.capacity_factor or 1.0) * self.top_k / self.num_experts
+        kept = best_of_sample(whole[:, :-1], sample, share, seen.num_segments)
+        return kept.index_select(0, rows).gather(-1, index)
 
     def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         assert self.weight is not None
@@ -116,3 +155,21 @@ def best(scores: Tensor, k: int) -> Tensor:
     (`topk` leaves open which of equal scores it takes, and does it differently by device.)
     """
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def best_of_sample(scores: Tensor, sample: Tensor, share: float, num_samples: int) -> Tensor:
+    """[T, E] -> [T, E] bool: the tokens of each sample that score highest, expert by expert.
+
+    sample: [T] int64. Each expert gets at most ceil(share N) of a sample's N tokens, at least one;
+    of equal ones the first. The host does not wait.
+    """
+    sizes = sample.new_zeros(num_samples).index_add_(0, sample, torch.ones_like(sample))
+    limit = (sizes.double() * share).ceil().long()
+    by_score = scores.sort(dim=0, descending=True, stable=True).indices
+    by_sample = sample[by_score].sort(dim=0, stable=True).indices
+    order = by_score.gather(0, by_sample)
+    # Samples are runs of the order now, in every column the same.
+    owner = sample.sort(stable=True).values
+    place = torch.arange(len(sample), device=sample.device) - (sizes.cumsum(0) - sizes)[owner]
+    is_kept = (place < limit[owner]).unsqueeze(-1).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, is_kept)

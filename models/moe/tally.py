@@ -1,6 +1,6 @@
 """What is counted of a layer's routing, additive over packs, micro-batches and processes.
 
-Shape legend: N tokens, E experts, k experts of a token, B bins of the noise level.
+Shape legend: N tokens, E experts, k experts that a token asks for, B bins of the noise level.
 """
 
 from __future__ import annotations
@@ -27,20 +27,30 @@ class Tally:
     @property
     def size(self) -> int:
         """How many numbers."""
-        return NUM_BINS * self.num_experts + self.num_experts + 2
+        return NUM_BINS * self.num_experts + self.num_experts + 3
 
-    def count(self, index: Tensor, shares: Tensor, squares: Tensor, level_t: Tensor) -> Tensor:
+    def count(
+        self,
+        index: Tensor,
+        kept: Tensor | None,
+        shares: Tensor,
+        squares: Tensor,
+        level_t: Tensor,
+    ) -> Tensor:
         """[size] of these tokens.
 
-        index: [N, k]; shares: [N, E], that sum to 1; squares: scalar, their z-losses; level_t: [N]
+        index: [N, k]; kept: [N, k] bool, which of them count, None: all; shares: [N, E], that sum
+        to 1; squares: scalar, their z-losses; level_t: [N]
         """
         bins = (level_t * NUM_BINS).long().clamp(0, NUM_BINS - 1)
         cells = (bins.unsqueeze(-1) * self.num_experts + index).flatten()
         counts = cells.new_zeros(NUM_BINS * self.num_experts)
-        counts.index_add_(0, cells, torch.ones_like(cells))
+        ones = torch.ones_like(index) if kept is None else kept.long()
+        counts.index_add_(0, cells, ones.flatten())
+        dropped = (ones.sum(-1) == 0).sum()
         wide = shares.double()
         entropy = -torch.xlogy(wide, wide).sum()
-        rest = torch.stack([entropy, squares.double()])
+        rest = torch.stack([dropped.double(), entropy, squares.double()])
         return torch.cat([counts.double(), wide.sum(0), rest])
 
     def by_expert(self, sums: Tensor) -> Tensor:
@@ -65,23 +75,25 @@ class Load:
 
     counts:      [B][E] choices by bin of the noise level and expert
     shares:      [E] sums of the scores' shares
+    dropped:     tokens that went to no expert
     entropy:     sum over tokens of the entropy of their shares, in nats
     squares:     sum over tokens of the squared log-sum-exp of their logits
     """
 
     counts: tuple[tuple[float, ...], ...]
     shares: tuple[float, ...]
+    dropped: float
     entropy: float
     squares: float
 
     @classmethod
     def of(cls, sums: list[float]) -> Load:
         """From the numbers of a `Tally`."""
-        num_experts = (len(sums) - 2) // (NUM_BINS + 1)
+        num_experts = (len(sums) - 3) // (NUM_BINS + 1)
         cells = NUM_BINS * num_experts
         counts = [tuple(sums[i : i + num_experts]) for i in range(0, cells, num_experts)]
         shares = tuple(sums[cells : cells + num_experts])
-        return cls(tuple(counts), shares, sums[-2], sums[-1])
+        return cls(tuple(counts), shares, *sums[-3:])
 
     @property
     def by_expert(self) -> list[float]:

@@ -39,12 +39,13 @@ def check_upcycled(config: MMDiTConfig) -> None:
         router = experts.router
         is_copied = _same(config, experts.expert_ratio) and not experts.shared_ratio
         is_one = router.scale == 1 and (router.renormalise or not router.is_learned)
+        is_one = is_one and router.is_dropless
         if not is_copied or not is_one:
             raise ConfigError(
                 f"model.experts.{name} cannot start as the dense feed-forward: set shared_ratio = "
                 f"{config.mlp_ratio}, whose expert takes its weights while the others start at "
                 f"zero; or expert_ratio = {config.mlp_ratio}, shared_ratio = 0, router.scale = 1 "
-                "and router.renormalise = true, so that each expert is a copy"
+                "and router.renormalise = true, so that each expert is a copy, and nothing dropped"
             )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from kinodit.models.moe.config import ExpertsConfig, RouterConfig
 from kinodit.trainer.certify.engines import ENGINES, can_have
 from kinodit.trainer.certify.layouts import default_layouts
 from kinodit.trainer.certify.trace import Array, Trace, trace
-from kinodit.trainer.certify.twin import Twin
+from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.config import RunConfig
+from kinodit.trainer.engine.config import NativeConfig
 from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
@@ -33,6 +35,22 @@ EXPERTS = {
     "all": ExpertsConfig(4, 2, 0.5, router=BY_LOSS),
 }
 MODEL = tiny_model_config(num_heads=4, width=32, experts=EXPERTS)
+# Samples of 2 to 17 tokens: of each, a capacity of its mean load drops some, and experts choose.
+AMONG_SAMPLES = tiny_model_config(
+    num_heads=4,
+    width=32,
+    experts={
+        "video": ExpertsConfig(
+            4, 2, 1.0, 0.5, router=replace(SKEWED, capacity_factor=1.0), blocks=(0,)
+        ),
+        "text": ExpertsConfig(
+            4, 1, 1.0, router=RouterConfig(choice="expert", balance="none", renormalise=False)
+        ),
+        "all": ExpertsConfig(
+            8, 2, 0.5, router=RouterConfig(choice="expert", balance="none", renormalise=False)
+        ),
+    },
+)
 BY_PLACE = {
     "video": ExpertsConfig(4, 1, 1.0, router=RouterConfig("noise_level")),
     "text": ExpertsConfig(4, 2, 1.0, router=RouterConfig("timestep", loss_weight=0.1)),
@@ -48,36 +66,38 @@ def twin_of(model: MMDiTConfig, remat: str = "none") -> Twin:
 
 @dataclass
 class Routed:
-    """A trace, and what each row of scores was answered with."""
+    """A trace, and what each row of scores was answered with, by function of the router."""
 
     trace: Trace
-    scores: list[Array] = field(default_factory=list)
-    chosen: list[Array] = field(default_factory=list)
+    scores: dict[str, list[Array]] = field(default_factory=dict)
+    chosen: dict[str, list[Array]] = field(default_factory=dict)
 
 
-def routed(rank: int, world_size: int, twin: Twin, parallel: ParallelConfig) -> Routed:
+def routed(rank: int, world_size: int, made: Twin, parallel: ParallelConfig) -> Routed:
     found = Routed(Trace())
-    best = router.best
 
-    def recording(scores: Tensor, k: int) -> Tensor:
-        index = best(scores, k)
-        found.scores.append(scores.numpy().copy())
-        found.chosen.append(index.numpy().copy())
-        return index
+    def recording(name: str) -> Any:
+        decide = getattr(router, name)
 
-    router.best = recording
-    try:
-        found.trace = trace(rank, world_size, twin, parallel)
-    finally:
-        router.best = best
+        def recorded(scores: Tensor, *others: Any) -> Tensor:
+            answer: Tensor = decide(scores, *others)
+            found.scores.setdefault(name, []).append(scores.numpy().copy())
+            found.chosen.setdefault(name, []).append(answer.numpy().copy())
+            return answer
+
+        return patch.object(router, name, recorded)
+
+    with recording("best"), recording("best_of_sample"):
+        found.trace = trace(rank, world_size, made, parallel)
     return found
 
 
 def answers(routed: Routed) -> dict[tuple[Any, ...], tuple[int, ...]]:
     """Scores, rounded far above the last bits -> the experts that were chosen."""
     return {
-        tuple(np.round(row, 7)): tuple(index)
-        for scores, chosen in zip(routed.scores, routed.chosen, strict=True)
+        (name, *np.round(row, 7)): tuple(index)
+        for name, calls in routed.scores.items()
+        for scores, chosen in zip(calls, routed.chosen[name], strict=True)
         for row, index in zip(scores, chosen, strict=True)
     }
 
@@ -85,6 +105,11 @@ def answers(routed: Routed) -> dict[tuple[Any, ...], tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def reference() -> Routed:
     return routed(0, 1, twin_of(MODEL), ParallelConfig(dp_shard=1))
+
+
+@pytest.fixture(scope="module")
+def selective() -> Routed:
+    return routed(0, 1, twin_of(AMONG_SAMPLES), ParallelConfig(dp_shard=1))
 
 
 def check(found: Trace, expected: Trace) -> None:
@@ -99,7 +124,7 @@ def check(found: Trace, expected: Trace) -> None:
 
 
 def test_some_experts_get_no_token(reference: Routed) -> None:
-    calls = zip(reference.scores, reference.chosen, strict=True)
+    calls = zip(reference.scores["best"], reference.chosen["best"], strict=True)
     skewed = [chosen for scores, chosen in calls if np.ptp(scores) > 10]
     assert len(skewed) > 1
     assert all(len(np.unique(chosen)) < 4 for chosen in skewed)
@@ -148,12 +173,54 @@ def test_layout(name: str, groups: dict[int, Ranks], reference: Routed) -> None:
         assert ours and {row: known[row] for row in ours} == ours
 
 
+def test_some_tokens_have_no_expert_and_others_many(selective: Routed) -> None:
+    kept = [np.unique(rows.sum(1)) for rows in selective.chosen["best_of_sample"]]
+    assert any(0 in numbers for numbers in kept)
+    assert any(max(numbers, default=0) > 2 for numbers in kept)
+    gradients = selective.trace.gradients
+    routers = [name for name in gradients if ".mlp.router." in name]
+    assert len(routers) == 4
+    assert [name for name in routers if float(np.abs(gradients[name]).max()) == 0] == []
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_choices_among_the_tokens_of_a_sample(
+    name: str, groups: dict[int, Ranks], selective: Routed
+) -> None:
+    parallel = LAYOUTS[name]
+    known = answers(selective)
+    for found in groups[size_of(parallel)].run(routed, twin_of(AMONG_SAMPLES), parallel):
+        check(found.trace, selective.trace)
+        ours = answers(found)
+        assert ours and {row: known[row] for row in ours} == ours
+
+
+def test_choices_among_the_tokens_of_a_sample_do_not_depend_on_packs(selective: Routed) -> None:
+    merged = NativeConfig(micro_batches=1)
+    parallel = ParallelConfig(dp_shard=1)
+    check(trace(0, 1, twin_of(AMONG_SAMPLES), parallel, engine_config=merged), selective.trace)
+
+
+@pytest.mark.parametrize("remat", ["full", "selective"])
+def test_choices_among_the_tokens_of_a_sample_are_made_again(remat: str, selective: Routed) -> None:
+    check(trace(0, 1, twin_of(AMONG_SAMPLES, remat), ParallelConfig(dp_shard=1)), selective.trace)
+
+
 @pytest.mark.gloo
 def test_experts_by_place(groups: dict[int, Ranks]) -> None:
-    twin = twin_of(tiny_model_config(num_heads=4, width=32, experts=BY_PLACE))
-    expected = trace(0, 1, twin, ParallelConfig(dp_shard=1))
-    for found in groups[2].run(trace, twin, ParallelConfig(dp_shard=1, tp=2)):
+    by_place = twin_of(tiny_model_config(num_heads=4, width=32, experts=BY_PLACE))
+    expected = trace(0, 1, by_place, ParallelConfig(dp_shard=1))
+    for found in groups[2].run(trace, by_place, ParallelConfig(dp_shard=1, tp=2)):
         check(found, expected)
+
+
+def test_certificates_keep_routers_and_drop_tokens_where_the_recipe_might() -> None:
+    router = RouterConfig(capacity_factor=2.0, scores="sigmoid")
+    model = replace(MODEL, experts={"video": ExpertsConfig(64, 8, 0.5, router=router)})
+    small = twin(replace(RunConfig(), model=model)).config.model.experts["video"]
+    assert small.router == replace(router, capacity_factor=1.0)
+    assert (small.num_experts, small.top_k) == (4, 2)
 
 
 def test_certificates_deal_experts_out_where_there_are_any() -> None:

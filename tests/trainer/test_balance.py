@@ -40,9 +40,9 @@ def skewed_tokens(step: int) -> Tensor:
 
 def largest_load(balance: str) -> float:
     """The largest load over the mean in the last steps of learning to double the tokens."""
-    router = RouterConfig(balance=balance, loss_weight=0.1, bias_rate=0.005)  # type: ignore[arg-type]
+    router = RouterConfig(balance=balance, loss_weight=4.0, bias_rate=0.005)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    layer = MoE(WIDTH, ExpertsConfig(NUM_EXPERTS, 1, 1.0, router=router), "silu", bias=False)
+    layer = MoE(WIDTH, ExpertsConfig(NUM_EXPERTS, 2, 1.0, router=router), "silu", bias=False)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.25)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
@@ -72,7 +72,7 @@ def test_without_balancing_it_collapses() -> None:
 
 
 def test_corrections_move_towards_experts_with_less_than_the_mean() -> None:
-    router = RouterConfig(balance="bias", bias_rate=0.5)
+    router = RouterConfig(balance="bias", bias_rate=0.5, renormalise=False)
     layer = MoE(WIDTH, ExpertsConfig(3, 1, 1.0, router=router), "silu", bias=False)
     balancing = Balance(nn.ModuleList([layer]), MESH)
     balancing.begin([synthetic_pack(0, [0])])
@@ -88,16 +88,18 @@ def test_corrections_move_towards_experts_with_less_than_the_mean() -> None:
     assert layer.router.load.tolist() == [0, 1, 0]
 
 
-def tally_of(counts: list[list[float]], entropy: float, squares: float) -> Tensor:
+def tally_of(
+    counts: list[list[float]], entropy: float, squares: float, dropped: float = 0.0
+) -> Tensor:
     """A tally of two experts with these counts in the first bins of the noise level."""
     cells = [count for row in counts for count in row] + [0.0] * (20 - 2 * len(counts))
     shares = [sum(column) for column in zip(*counts, strict=True)]
-    return torch.tensor([*cells, *shares, entropy, squares], dtype=torch.float64)
+    return torch.tensor([*cells, *shares, dropped, entropy, squares], dtype=torch.float64)
 
 
 def test_a_report_says_how_far_from_even_and_how_sure() -> None:
     even = tally_of([[2.0, 2.0]], 4 * math.log(2), 0.0)
-    skewed = tally_of([[3.0, 1.0]], 0.0, 8.0)
+    skewed = tally_of([[3.0, 1.0]], 0.0, 8.0, dropped=1.0)
     row = report({"a": even, "b": skewed})
     assert row["moe/violation"] == 0.5
     assert row["moe/entropy"] == pytest.approx(0.5)
@@ -106,4 +108,6 @@ def test_a_report_says_how_far_from_even_and_how_sure() -> None:
     assert layers["b"]["load"] == [1.5, 0.5]
     assert layers["b"]["noise_bins"] == [[1.5, 0.5], *[[]] * 9]
     assert layers["b"]["z"] == 2.0
+    assert layers["b"]["dropped"] == 0.25
+    assert row["moe/dropped"] == 0.125
     assert report({}) == {}

@@ -105,13 +105,17 @@ def _small_model(model: MMDiTConfig) -> MMDiTConfig:
 
 
 def _small_experts(experts: ExpertsConfig) -> ExpertsConfig:
-    """Four experts, which the largest degree divides; where some blocks have them, the first."""
+    """Four experts, which the largest degree divides; where some blocks have them, the first.
+
+    A capacity becomes the least there is: of so few experts, a larger one might never be reached.
+    """
     top_k = min(experts.top_k, MAX_EXPERTS // 2)
     num_experts = experts.num_experts
     if experts.router.is_learned:
         num_experts = min(num_experts, MAX_EXPERTS)
     blocks = (0,) if experts.blocks else ()
-    return replace(experts, num_experts=num_experts, top_k=top_k, blocks=blocks)
+    router = replace(experts.router, capacity_factor=min(experts.router.capacity_factor, 1.0))
+    return replace(experts, num_experts=num_experts, top_k=top_k, blocks=blocks, router=router)
 
 
 def _small_stream(stream: StreamConfig, index: int, scale: float) -> StreamConfig:

@@ -100,7 +100,7 @@ def share_tokens(model: nn.Module, layout: Layout) -> None:
         if mesh.ring is not None:
             check_ring(model.config.dim_of_head, layout.precision.compute_dtype, mesh.device)
         model.attend = ContextAttention(mesh.place, mesh.heads, mesh.ring)
-        exchange = TokenExchange(mesh.tp_mesh.get_group() if mesh.tp_mesh else None)
+        exchange = TokenExchange(mesh.tp_mesh.get_group() if mesh.tp_mesh else None, mesh.pack)
         copied = mesh.place.copies > 1
         model.exchange = CopiedTokens(exchange) if copied else exchange
 

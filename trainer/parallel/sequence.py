@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kinodit.models.config import SINGLE
 from kinodit.models.diffusion.objective import NoisedBatch
 from kinodit.models.exchange import Spot
 from kinodit.models.tokens import AttentionLayout, ModalityTokens, TokenBatch
@@ -71,6 +73,19 @@ class Place:
         return self.index // self.ulysses
 
 
+class Dealt(NamedTuple):
+    """How the tokens of a stream, or of all, were dealt out to the ranks that share a pack.
+
+    order:  [t] int64, the place in the pack of each rank's tokens, rank after rank
+    rows:   [m] int64, the place in the pack of the tokens on this cp rank
+    counts: how many each rank has
+    """
+
+    order: Tensor
+    rows: Tensor
+    counts: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class CutLayout(AttentionLayout):
     """The layout of a whole pack whose tokens are dealt out over ranks.
@@ -83,6 +98,7 @@ class CutLayout(AttentionLayout):
     pieces:   for each rank of a ring, how many tokens its ulysses group holds of each group
     counts:   stream -> its tokens on each tp rank of this cp rank
     spots:    stream -> where its tokens on this cp rank are
+    dealt:    stream, and `SINGLE` for all -> how its tokens were dealt out
     wholes:   stream without a loss -> all its tokens, and which of them are this rank's
     """
 
@@ -90,6 +106,7 @@ class CutLayout(AttentionLayout):
     pieces: tuple[tuple[int, ...], ...] = ()
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     spots: Mapping[str, Spot] = field(default_factory=dict)
+    dealt: Mapping[str, Dealt] = field(default_factory=dict)
     wholes: Mapping[str, tuple[ModalityTokens, Tensor]] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> CutLayout:
@@ -104,6 +121,10 @@ class CutLayout(AttentionLayout):
             order=move(self.order),
             inverse=move(self.inverse),
             spots={name: Spot(*map(move, spot)) for name, spot in self.spots.items()},
+            dealt={
+                name: Dealt(move(one.order), move(one.rows), one.counts)
+                for name, one in self.dealt.items()
+            },
             wholes={name: (t.map(move), move(own)) for name, (t, own) in self.wholes.items()},
         )
 
@@ -183,6 +204,7 @@ def cut(batch: TokenBatch, place: Place) -> Cut:
             name: _spot(batch.modalities[name], torch.cat(parts))
             for name, parts in zip(names, mine, strict=True)
         },
+        dealt=_dealt(dict(zip(names, dealt, strict=True)), starts, place),
         wholes={
             name: (tokens, rows[name])
             for name, tokens in batch.modalities.items()
@@ -200,6 +222,24 @@ def deal(sizes: Sequence[int], num_shares: int) -> list[list[Tensor]]:
         dealt.append([rows[(one - start) % num_shares :: num_shares] for one in range(num_shares)])
         start += size
     return dealt
+
+
+def _dealt(
+    dealt: Mapping[str, Sequence[Tensor]], starts: Sequence[int], place: Place
+) -> dict[str, Dealt]:
+    """`dealt`: stream -> share -> its tokens; `starts`: where each stream begins."""
+
+    def among(streams: Mapping[str, Sequence[Tensor]]) -> Dealt:
+        shares = [torch.cat(parts) for parts in zip(*streams.values(), strict=True)]
+        held = slice(place.index * place.tp, (place.index + 1) * place.tp)
+        mine = [part for parts in streams.values() for part in parts[held]]
+        return Dealt(torch.cat(shares), torch.cat(mine), tuple(map(len, shares)))
+
+    joint = {
+        name: [part + start for part in parts]
+        for (name, parts), start in zip(dealt.items(), starts, strict=True)
+    }
+    return {SINGLE: among(joint)} | {name: among({name: parts}) for name, parts in dealt.items()}
 
 
 def _spot(tokens: ModalityTokens, rows: Tensor) -> Spot:

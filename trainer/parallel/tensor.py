@@ -33,7 +33,8 @@ from kinodit.trainer.parallel.table import Row, Split, assign_splits
 from kinodit.trainer.parallel.traffic import note, others_share
 
 TOKENS, MODULATION, STORED, WHOLE = "tp", "modulation", "stored weights", "whole gradients"
-"""What the messages of the tp axis are for."""
+SCORES = "expert scores"
+"""What the messages of the tp axis, and of ranks that share a pack, are for."""
 
 
 def split_model(model: nn.Module, rows: Sequence[Row], tp_mesh: DeviceMesh) -> None:
@@ -139,9 +140,14 @@ def sum_parts(parts: Sequence[Tensor], tp_mesh: DeviceMesh, device: torch.device
 
 @dataclass(frozen=True)
 class TokenExchange:
-    """Implements `Exchange` for batches that `cut` dealt out. group: tp ranks, None for one."""
+    """Implements `Exchange` for batches that `cut` dealt out.
+
+    group: tp ranks, None for one
+    pack:  ranks that share a pack, None for one
+    """
 
     group: ProcessGroup | None
+    pack: ProcessGroup | None = None
 
     def seen(self, name: str, batch: TokenBatch) -> Spot:
         """See `Exchange`."""
@@ -189,6 +195,16 @@ class TokenExchange:
             start += sum(rows)
         return torch.cat(pieces)
 
+    def gather_pack(
+        self, name: str, seen: Tensor, layout: AttentionLayout
+    ) -> tuple[Tensor, Tensor]:
+        """See `Exchange`. Collective over the ranks that share the pack."""
+        assert self.pack is not None, "tokens of a pack that nobody shares"
+        dealt = _cut_layout(layout).dealt[name]
+        own = self.own(name, seen, layout)
+        (came,) = gather_rows([own], [dealt.counts], self.pack, SCORES)
+        return torch.empty_like(came).index_copy_(0, dealt.order, came), dealt.rows
+
     def join(self, rows: Parts) -> dict[str, Tensor]:
         """See `Exchange`."""
         if self.group is None:
@@ -232,6 +248,12 @@ class CopiedTokens:
     def own(self, name: str, seen: Tensor, layout: AttentionLayout) -> Tensor:
         """See `Exchange`: all that it sees."""
         return seen
+
+    def gather_pack(
+        self, name: str, seen: Tensor, layout: AttentionLayout
+    ) -> tuple[Tensor, Tensor]:
+        """See `Exchange`."""
+        raise AssertionError("no engine that copies tokens takes a model with experts")
 
     def join(self, rows: Parts) -> dict[str, Tensor]:
         """See `Exchange`."""

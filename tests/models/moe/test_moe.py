@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,7 @@ from kinodit.models.moe.experts import (
     looped_product,
 )
 from kinodit.models.moe.layer import MoE, Surroundings
-from kinodit.models.moe.router import Seen, best
+from kinodit.models.moe.router import Seen, best, best_of_sample
 from kinodit.models.moe.tally import Load
 from tests.models.packs import randomize
 from tests.support.synthetic import tiny_model_config
@@ -28,7 +31,9 @@ WIDTH = 16
 
 def around(num_tokens: int, level_t: Tensor | None = None) -> Surroundings:
     level_t = torch.rand(num_tokens) if level_t is None else level_t
-    return Surroundings(Seen(level_t), level_t, lambda seen: seen, apply_experts)
+    sample = torch.arange(num_tokens) % 2
+    seen = Seen(level_t, segment=sample, num_segments=3)
+    return Surroundings(seen, level_t, lambda seen: seen, apply_experts)
 
 
 def layer_of(config: ExpertsConfig, dtype: torch.dtype = torch.float64) -> MoE:
@@ -90,6 +95,93 @@ def test_equal_experts_are_one_feed_forward() -> None:
     torch.testing.assert_close(layer(x, around(9)), expert(layer, 0)(x), rtol=1e-12, atol=1e-12)
 
 
+EXPERTS_CHOOSE = RouterConfig(choice="expert", balance="none", renormalise=False, scale=1.5)
+
+
+def chosen_by_experts(layer: MoE, scores: Tensor) -> dict[tuple[int, int], float]:
+    """(token, expert) -> gate, by the definition: sample by sample, expert by expert."""
+    pairs = {}
+    for sample in range(2):
+        mine = list(range(sample, len(scores), 2))
+        for e in range(layer.config.num_experts):
+            ranked = sorted(mine, key=lambda token: -float(scores[token, e]))
+            num = math.ceil(layer.config.top_k * len(mine) / layer.config.num_experts)
+            pairs.update({(token, e): 1.5 * float(scores[token, e]) for token in ranked[:num]})
+    return pairs
+
+
+def kept_of_chosen(layer: MoE, scores: Tensor) -> dict[tuple[int, int], float]:
+    """(token, expert) -> gate: each token's best experts, of which each keeps its best tokens."""
+    asked: dict[tuple[int, int], list[tuple[float, int]]] = {}
+    gates = {}
+    for token, row in enumerate(scores.tolist()):
+        experts = sorted(range(len(row)), key=lambda e: -row[e])[: layer.config.top_k]
+        for e in experts:
+            asked.setdefault((token % 2, e), []).append((-row[e], token))
+            gates[token, e] = 1.5 * row[e] / sum(row[e] for e in experts)
+    share = layer.router.config.capacity_factor * layer.config.top_k / layer.config.num_experts
+    kept = {}
+    for (sample, e), tokens in asked.items():
+        num = math.ceil(share * len(range(sample, len(scores), 2)))
+        kept.update({(token, e): gates[token, e] for _, token in sorted(tokens)[:num]})
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("top_k", "router", "expected_pairs"),
+    [
+        (1, EXPERTS_CHOOSE, chosen_by_experts),
+        (2, RouterConfig(capacity_factor=1.0, scale=1.5), kept_of_chosen),
+    ],
+    ids=["experts choose", "capacity"],
+)
+def test_experts_that_take_some_tokens_of_each_sample(
+    top_k: int,
+    router: RouterConfig,
+    expected_pairs: Callable[[MoE, Tensor], dict[tuple[int, int], float]],
+) -> None:
+    layer = layer_of(ExpertsConfig(5, top_k, 1.0, router=router))
+    num = 41
+    x = (tokens(num) + 3 * tokens(1)).detach().requires_grad_()
+    assert layer.router.weight is not None
+    layer.router.weight.data *= 4
+    scores = (x.detach() @ layer.router.weight.detach().t()).softmax(-1)
+    pairs = expected_pairs(layer, scores)
+    assert len({token for token, _ in pairs}) < num, "every token has an expert"
+    expected = torch.zeros_like(x)
+    for (token, e), gate in pairs.items():
+        expected[token] += gate * expert(layer, e)(x[token])
+    out = layer(x, around(num))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    out.sum().backward()
+    load = Load.of(layer.tally.take(torch.device("cpu")).tolist())
+    assert load.by_expert == [sum(e == one for _, e in pairs) for one in range(5)]
+    assert load.dropped == num - len({token for token, _ in pairs})
+
+
+@pytest.mark.parametrize("router", [EXPERTS_CHOOSE, RouterConfig(capacity_factor=1.0)])
+def test_gradients_where_tokens_have_different_numbers_of_experts(router: RouterConfig) -> None:
+    layer = layer_of(ExpertsConfig(3, 2, 0.5, router=router))
+    x, places = tokens(6), around(6)
+    assert torch.autograd.gradcheck(lambda x: layer(x, places), (x,))
+
+
+def test_a_capacity_that_nothing_exceeds_changes_nothing() -> None:
+    x, places = tokens(12), around(12)
+    layer = layer_of(ExpertsConfig(4, 2, 1.0))
+    limited = layer_of(ExpertsConfig(4, 2, 1.0, router=RouterConfig(capacity_factor=2.0)))
+    limited.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(limited(x, places), layer(x, places), rtol=1e-12, atol=1e-12)
+
+
+def test_of_tokens_that_score_alike_experts_take_the_first_of_each_sample() -> None:
+    sample = torch.tensor([1, 0, 0, 1, 0, 0, 1])
+    kept = best_of_sample(torch.zeros(7, 2), sample, 0.5, 3)
+    assert kept[:, 0].nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert torch.equal(kept[:, 0], kept[:, 1])
+    assert best_of_sample(torch.zeros(0, 2), sample[:0], 0.5, 3).shape == (0, 2)
+
+
 def test_equal_scores_go_to_the_lowest_index() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 1.0]]).repeat(70, 1)
     assert best(scores, 2).tolist() == [[1, 2]] * 70
@@ -122,8 +214,9 @@ def test_what_has_no_grouped_product_goes_by_the_loop() -> None:
     assert not fits_grouped(torch.zeros(1, 10), torch.zeros(2, 16, 10))
 
 
-def test_no_tokens_at_all() -> None:
-    layer = layer_of(ExpertsConfig(4, 2, 1.0, 1.0), torch.float32)
+@pytest.mark.parametrize("router", [RouterConfig(), EXPERTS_CHOOSE])
+def test_no_tokens_at_all(router: RouterConfig) -> None:
+    layer = layer_of(ExpertsConfig(4, 2, 1.0, 1.0, router=router), torch.float32)
     layer.loss_scale = layer.z_scale = 1.0
     x = tokens(0, torch.float32)
     made = layer(x, around(0))
@@ -166,7 +259,7 @@ def test_each_pass_with_a_backward_is_counted_once() -> None:
 
 
 def test_violation_is_the_largest_load_over_the_mean() -> None:
-    one = Load(((3.0, 1.0), (3.0, 1.0)), (4.0, 4.0), 0.0, 0.0)
+    one = Load(((3.0, 1.0), (3.0, 1.0)), (4.0, 4.0), 0.0, 0.0, 0.0)
     assert one.violation == 0.5
     assert one.by_expert == [6.0, 2.0]
 
@@ -197,11 +290,26 @@ def test_a_router_stays_in_float32_under_autocast() -> None:
         ({"top_k": 9}, "top_k = 9"),
         ({"top_k": 2, "router": RouterConfig("modality")}, "router.kind = modality"),
         ({"expert_ratio": 0.0}, "expert_ratio"),
+        ({"top_k": 1, "router": RouterConfig(balance="bias")}, "makes every gate 1"),
     ],
 )
 def test_experts_that_cannot_be(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExpertsConfig(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"capacity_factor": 0.5}, "capacity_factor = 0.5"),
+        ({"kind": "timestep", "capacity_factor": 1.0}, "router.kind = timestep"),
+        ({"kind": "modality", "choice": "expert"}, "router.kind = modality"),
+        ({"choice": "expert", "balance": "none"}, "router.renormalise = false"),
+    ],
+)
+def test_routers_that_cannot_be(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RouterConfig(**fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

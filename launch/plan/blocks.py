@@ -301,15 +301,37 @@ class Blocks:
         order, inverse = tape.new(rows * ops.INDEX_BYTES), tape.new(rows * ops.INDEX_BYTES)
         size = self.work.tokens(rows, width)
         spread = ops.permute(tape, x, size, [inverse])
-        made = self._mlp(spread, rows, width, experts.expert_ratio, is_grouped=True)
+        if self.crowd.deals_experts:
+            came = ops.copy(tape, spread)
+            shared = self._shared(x, count, width, experts)
+            made = self._ordered(came, rows, width, experts)
+            del came
+        else:
+            made = self._mlp(spread, rows, width, experts.expert_ratio, is_grouped=True)
+            shared = self._shared(x, count, width, experts)
         del spread
         back = ops.permute(tape, made, size, [inverse, order])
         del made, order, inverse
         weighed = ops.weigh(tape, back, gates, self.sizes, experts.top_k)
         del back, gates
-        if experts.shared_ratio:
-            weighed = ops.add(tape, weighed, self._mlp(x, count, width, experts.shared_ratio))
-        return weighed
+        return weighed if shared is None else ops.add(tape, weighed, shared)
+
+    def _shared(self, x: Shadow, count: int, width: int, experts: ExpertsConfig) -> Shadow | None:
+        """What the expert gives that all tokens meet, if there is one."""
+        if not experts.shared_ratio:
+            return None
+        return self._mlp(x, count, width, experts.shared_ratio)
+
+    def _ordered(self, came: Shadow, rows: int, width: int, experts: ExpertsConfig) -> Shadow:
+        """`ExpertExchange` after rows came: they are put in the order of experts, and back."""
+        tape, size = self.tape, came.nbytes
+        order, inverse = tape.new(rows * ops.INDEX_BYTES), tape.new(rows * ops.INDEX_BYTES)
+        ordered = ops.permute(tape, came, size, [order, inverse])
+        made = self._mlp(ordered, rows, width, experts.expert_ratio, is_grouped=True)
+        del ordered
+        back = ops.permute(tape, made, size, [order, inverse])
+        del made, order, inverse
+        return ops.copy(tape, back)
 
     def _route(self, x: Shadow, count: int, experts: ExpertsConfig) -> Shadow:
         """`Router.forward`: the gates."""

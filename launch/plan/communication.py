@@ -2,7 +2,8 @@
 
 The formulas are those of `trainer/parallel/volume.py`, which the trainer's own messages are held
 to; here with the padding that FSDP2 adds where ranks do not divide the rows of a parameter. The few
-numbers that steer a run (counts, norms, flags) are left out.
+numbers that steer a run (counts of tokens, norms, flags) are left out. Experts are taken to have
+even loads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from kinodit.launch.plan.activations import block_modes
 from kinodit.launch.plan.blocks import Pass
 from kinodit.launch.plan.state import Units
 from kinodit.trainer.parallel.context import ULYSSES
+from kinodit.trainer.parallel.expert import COUNTS, EXPERTS
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.ring import RING
@@ -27,6 +29,8 @@ AXES = {
     WHOLE: "tp",
     ULYSSES: "cp (heads)",
     RING: "cp (ring)",
+    EXPERTS: "ep",
+    COUNTS: "ep",
     SHARD: "dp_shard",
     REPLICATE: "dp_replicate",
 }
@@ -67,12 +71,14 @@ def traffic(
         units.stored.get(None, ()),
         tuple(units.stored.get(index, ()) for index in range(len(units.blocks))),
         units.replicated * num_ranks,
+        units.experts,
     )
     step = Work(work.model, weights, work.crowd.whole, work.sizes.levels, runs, passes)
     spans = {
         "tp": parallel.tp,
         "cp (heads)": parallel.tp * parallel.ulysses,
         "cp (ring)": parallel.tp * parallel.cp,
+        "ep": parallel.tp * parallel.ep,
         "dp_shard": parallel.tp * num_ranks,
         "dp_replicate": parallel.tp * num_ranks * parallel.dp_replicate,
     }

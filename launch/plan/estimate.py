@@ -147,7 +147,7 @@ class Estimator:
         settings = self.settings
         formats = settings.formats
         state = settings.weights.state(parallel, formats.params, settings.num_averages)
-        units = settings.weights.units(parallel.tp, parallel.dp_shard * parallel.cp)
+        units = self._units(parallel)
         passes, _ = self.passes(parallel)
         taken = self.activations(parallel, remat)
         at_rest = {
@@ -171,10 +171,14 @@ class Estimator:
         }
         return Memory({name: parts[name] for name in PARTS}, host)
 
+    def _units(self, parallel: ParallelConfig) -> Units:
+        num_ranks = parallel.dp_shard * parallel.cp
+        return self.settings.weights.units(parallel.tp, num_ranks, parallel.ep)
+
     def activations(self, parallel: ParallelConfig, remat: RematConfig) -> Activations:
         """Of one forward and backward."""
         _, merged = self.passes(parallel)
-        key = (parallel.cp, parallel.ring, parallel.tp, merged, remat)
+        key = (parallel.cp, parallel.ring, parallel.tp, parallel.ep > 1, merged, remat)
         if key not in self._activations:
             self._activations[key] = activations(self.work(parallel), remat)
         return self._activations[key]
@@ -193,7 +197,7 @@ class Estimator:
         """Everything of one layout."""
         settings = self.settings
         passes, _ = self.passes(parallel)
-        units = settings.weights.units(parallel.tp, parallel.dp_shard * parallel.cp)
+        units = self._units(parallel)
         sent = traffic(self.work(parallel), units, parallel, remat, settings.formats, passes)
         time = self._time(parallel, remat, units, sent)
         peak = settings.cluster.peak(settings.formats.compute) * settings.cluster.num_gpus
@@ -237,9 +241,11 @@ class Estimator:
             "tp": seconds.get("tp", 0.0),
             "cp (heads)": seconds.get("cp (heads)", 0.0),
             "cp (ring)": max(0.0, seconds.get("cp (ring)", 0.0) - compute["attention"]),
+            "ep": seconds.get("ep", 0.0),
             "dp": max(0.0, hideable - computing),
         }
-        own = units.total / (parallel.dp_shard * parallel.cp) * settings.formats.params
+        shard = units.shard(parallel.dp_shard * parallel.cp, parallel.ep)
+        own = shard * settings.formats.params
         touched = own * (FUSED_PASSES + 3 * settings.num_averages)
         host_bytes = 2 * passes * taken.host + (4 * own if parallel.cpu_offload else 0)
         parts = {
@@ -283,6 +289,7 @@ def crowd(workload: Workload, parallel: ParallelConfig) -> Crowd:
         tp=parallel.tp,
         permuted=num_shares > 1 or workload.segments > 1,
         segments=workload.segments,
+        deals_experts=parallel.ep > 1,
     )
 
 
@@ -293,7 +300,7 @@ def gathered_bytes(units: Units, parallel: ParallelConfig, formats: Formats) -> 
     and those fetched ahead of it; the buffer that one of them arrived in; gradients of one, and the
     buffer from which those of the one before are reduced.
     """
-    largest = max(units.blocks)
+    largest = units.largest
     num_ranks = parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp
     if num_ranks == 1:
         # One process keeps no shards; other formats of computation are copies of the weights.
@@ -301,6 +308,6 @@ def gathered_bytes(units: Units, parallel: ParallelConfig, formats: Formats) -> 
     if parallel.reshard_after_forward:
         blocks = min(1 + parallel.prefetch, len(units.blocks)) * largest
     else:
-        blocks = sum(units.blocks)
+        blocks = units.total - units.rest
     gathered = (units.rest + blocks + largest) * formats.compute
     return gathered + largest * (formats.compute + formats.reduce)

@@ -173,7 +173,8 @@ def planned_traffic(
     workload: Workload, parallel: ParallelConfig, remat: RematConfig, formats: Formats
 ) -> list[Messages]:
     """What a plan says of the messages of a step of two micro-batches, a pack each."""
-    units = Weights(workload.model).units(parallel.tp, parallel.dp_shard * parallel.cp)
+    num_ranks = parallel.dp_shard * parallel.cp
+    units = Weights(workload.model).units(parallel.tp, num_ranks, parallel.ep)
     work = planned_pass(workload, parallel, formats.compute)
     return traffic(work, units, parallel, remat, formats, passes=2)
 

@@ -24,6 +24,7 @@ class Crowd:
     ulysses, ring, tp: degrees
     permuted: whether tokens are put into another order for attention
     segments: samples of the pack, as if of equal lengths
+    deals_experts: whether rows travel to experts elsewhere; as many come as go
     """
 
     whole: Mapping[str, int]
@@ -35,6 +36,7 @@ class Crowd:
     tp: int
     permuted: bool
     segments: int = 1
+    deals_experts: bool = False
 
     @property
     def num_own(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -53,7 +54,7 @@ class Found:
         best: dict[tuple[object, ...], Estimate] = {}
         for one in self.fitting:
             shared = one.parallel
-            best.setdefault((shared.cp, shared.ring, shared.tp, one.remat), one)
+            best.setdefault((shared.cp, shared.ring, shared.tp, shared.ep, one.remat), one)
         return list(best.values())
 
     def refuse(self, why: str, example: str, shortage: float = 0.0) -> None:
@@ -107,8 +108,12 @@ def judge(estimator: Estimator, own: ParallelConfig, remat: RematConfig) -> Verd
 
 
 def layouts(settings: Settings, own: ParallelConfig) -> Iterator[ParallelConfig]:
-    """Every way to multiply to the number of GPUs, with the other settings of `own`; ep is 1."""
+    """Every way to multiply to the number of GPUs, with the other settings of `own`.
+
+    Where there are experts, every way to deal them out as well.
+    """
     total, per_node = settings.cluster.num_gpus, settings.cluster.per_node
+    pools = math.gcd(*settings.weights.num_experts) or 1
     for tp in divisors(total):
         if tp > per_node:
             break
@@ -116,15 +121,16 @@ def layouts(settings: Settings, own: ParallelConfig) -> Iterator[ParallelConfig]
             dp = total // (tp * cp)
             for ring in divisors(cp):
                 for dp_replicate in divisors(dp):
-                    yield replace(
-                        own,
-                        dp_replicate=dp_replicate,
-                        dp_shard=dp // dp_replicate,
-                        cp=cp,
-                        ring=ring,
-                        tp=tp,
-                        ep=1,
-                    )
+                    for ep in divisors(math.gcd(pools, dp // dp_replicate * cp)):
+                        yield replace(
+                            own,
+                            dp_replicate=dp_replicate,
+                            dp_shard=dp // dp_replicate,
+                            cp=cp,
+                            ring=ring,
+                            tp=tp,
+                            ep=ep,
+                        )
 
 
 def divisors(number: int) -> list[int]:
@@ -138,10 +144,11 @@ def _impossible(estimator: Estimator, parallel: ParallelConfig) -> tuple[str, st
     settings = estimator.settings
     workload = settings.workload
     if parallel.ep > 1:
-        return "ep", (
-            f"{layout_name(parallel)}: plans take every rank to have all experts; set "
-            "parallel.ep=1 to see that layout's plan"
-        )
+        try:
+            parallel.check_ep(parallel.dp_shard)
+            settings.weights.check_pools(parallel.ep)
+        except ConfigError as error:
+            return "ep", f"{layout_name(parallel)}: {error}"
     dp = parallel.dp_replicate * parallel.dp_shard
     if dp > workload.packs:
         return "packs", (

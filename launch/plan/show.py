@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kinodit.launch.plan.estimate import Estimate, Settings
 from kinodit.launch.plan.hardware import GIB, LATENCY_S, MADE_TO_MOVED
 from kinodit.launch.plan.search import Found, name_of
-from kinodit.models.flops import count_parameters
+from kinodit.models.flops import count_active_parameters, count_parameters
 
 if TYPE_CHECKING:
     from kinodit.launch.plan.dryrun import DryRun
@@ -32,8 +32,11 @@ def _header(settings: Settings) -> Lines:
     gpu, shares = cluster.gpu, cluster.shares
     tokens = " + ".join(f"{count} {name}" for name, count in work.tokens.items())
     formats = settings.formats
+    size = f"{count_parameters(work.model) / 1e9:.2f} B parameters"
+    if work.model.experts:
+        size += f", of which a token meets {count_active_parameters(work.model) / 1e9:.2f} B"
     lines = [
-        f"model    {count_parameters(work.model) / 1e9:.2f} B parameters; {formats.params * 8}-bit "
+        f"model    {size}; {formats.params * 8}-bit "
         f"at rest, {formats.compute * 8}-bit computation; {settings.num_averages} average(s)",
         f"step     {work.packs} pack(s) of {work.segments} sample(s) of {tokens} tokens; "
         f"{3 * work.flops * work.packs / 1e15:.1f} PFLOP",
@@ -128,6 +131,7 @@ EXPLAINED = {
     "tokens": "have more ranks than tokens; for instance",
     "micro-batches": "cannot have the recipe's micro-batches; for instance",
     "cpu_offload": "cannot offload; for instance",
+    "ep": "cannot deal experts out; for instance",
 }
 
 
@@ -158,7 +162,10 @@ def document(settings: Settings, found: Found, top: int) -> dict[str, Any]:
     work, cluster = settings.workload, settings.cluster
     asked = found.asked
     return {
-        "model": {"parameters": count_parameters(work.model)},
+        "model": {
+            "parameters": count_parameters(work.model),
+            "active_parameters": count_active_parameters(work.model),
+        },
         "step": {
             "packs": work.packs,
             "segments": work.segments,
@@ -194,7 +201,7 @@ def layout_row(one: Estimate) -> dict[str, Any]:
     """One layout as plain data."""
     degrees = {
         name: getattr(one.parallel, name)
-        for name in ("dp_replicate", "dp_shard", "cp", "ring", "tp")
+        for name in ("dp_replicate", "dp_shard", "cp", "ring", "tp", "ep")
     }
     return {
         **degrees,

@@ -1,7 +1,8 @@
 """Bytes of parameters, gradients, optimizer state and averages on a rank: exact.
 
-A parameter is split over tp as the table of shardings says, then cut into equal rows over dp_shard
-x cp by FSDP2, whose last ranks have fewer rows, or none. Parameters and gradients are padded to
+A parameter is split over tp as the table of shardings says, experts are dealt out over ep, and what
+is left is cut into equal rows over dp_shard x cp by FSDP2 (experts: over the ranks that have the
+same ones), whose last ranks have fewer rows, or none. Parameters and gradients are padded to
 equal rows; what the optimizer and averages hold is not. The first rank has the most of everything.
 """
 
@@ -17,7 +18,10 @@ from torch import nn
 from kinodit.models.block import JointBlock, SingleBlock
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe.experts import Experts
+from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.optim import OptimConfig, optimizer_bytes
+from kinodit.trainer.parallel.expert import check_pools
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.table import Split, assign_splits, check_heads, mmdit_table
 
@@ -27,11 +31,15 @@ Part = tuple[str, tuple[int, ...], int]
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter: its whole shape, and in which block it is (None: the rest of the model)."""
+    """A parameter: its whole shape, and in which block it is (None: the rest of the model).
+
+    pool: the experts that it belongs to, by name; "": none
+    """
 
     name: str
     shape: tuple[int, ...]
     block: int | None
+    pool: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Units:
     replicated: of the first rank's shards, those that every tp rank has, too
     stored:     block (None: the rest) -> sizes of its matrices that are split over tp at rest and
                 put together for use
+    experts:    where ep ranks have experts between them, of each pool in each block what one of
+                those ranks has, with padding; not among `blocks` then
     """
 
     blocks: tuple[int, ...]
@@ -69,11 +79,23 @@ class Units:
     whole: int
     replicated: int
     stored: Mapping[int | None, tuple[int, ...]]
+    experts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def total(self) -> int:
         """All of them, padded."""
-        return sum(self.blocks) + self.rest
+        return sum(self.blocks) + self.rest + sum(map(sum, self.experts))
+
+    @property
+    def largest(self) -> int:
+        """Of the blocks with their experts."""
+        pools = self.experts or ((),) * len(self.blocks)
+        return max(block + sum(pool) for block, pool in zip(self.blocks, pools, strict=True))
+
+    def shard(self, num_ranks: int, ep: int) -> float:
+        """Numbers of each of `num_ranks` equal shards, with its share of experts."""
+        experts = sum(map(sum, self.experts))
+        return (self.total - experts) / num_ranks + experts / (num_ranks // ep)
 
 
 class Weights:
@@ -87,8 +109,17 @@ class Weights:
         self._buffered = sum(buffer.numel() for buffer in self._model.buffers())
         self._local: dict[int, list[tuple[int, ...]]] = {}
         self._splits: dict[int, dict[str, Split]] = {}
-        self._units: dict[tuple[int, int], Units] = {}
-        self._cuts: dict[tuple[int, int, int], tuple[int, list[Part]]] = {}
+        self._units: dict[tuple[int, int, int], Units] = {}
+        self._cuts: dict[tuple[int, int, int, int], tuple[int, list[Part]]] = {}
+
+    @property
+    def num_experts(self) -> list[int]:
+        """Of each pool of experts."""
+        return [layer.config.num_experts for layer in moe_layers(self._model).values()]
+
+    def check_pools(self, ep: int) -> None:
+        """See `trainer/parallel/expert.py: check_pools`."""
+        check_pools(self._model, ep)
 
     def local_shapes(self, tp: int) -> list[tuple[int, ...]]:
         """The shape of each parameter on a tp rank, in the order of `weights`.
@@ -107,25 +138,30 @@ class Weights:
             self._local[tp] = shapes
         return self._local[tp]
 
-    def units(self, tp: int, num_ranks: int) -> Units:
-        """What FSDP2 gathers from `num_ranks` ranks."""
-        key = (tp, num_ranks)
+    def units(self, tp: int, num_ranks: int, ep: int = 1) -> Units:
+        """What FSDP2 gathers from `num_ranks` ranks, of which `ep` have experts between them."""
+        key = (tp, num_ranks, ep)
         if key not in self._units:
-            self._units[key] = self._count_units(tp, num_ranks)
+            self._units[key] = self._count_units(tp, num_ranks, ep)
         return self._units[key]
 
-    def _count_units(self, tp: int, num_ranks: int) -> Units:
+    def _count_units(self, tp: int, num_ranks: int, ep: int) -> Units:
         blocks = [0] * (self.config.num_double_blocks + self.config.num_single_blocks)
         rest = whole = replicated = 0
         stored: dict[int | None, tuple[int, ...]] = {}
+        pools: list[dict[str, int]] = [{} for _ in blocks]
         local = self.local_shapes(tp)
         splits = self._splits.get(tp, {})
-        for weight, shape in zip(self.weights, local, strict=True):
-            shard = _rows(shape, num_ranks) * math.prod(shape[1:])
+        for weight, own in zip(self.weights, local, strict=True):
+            shape, over = _dealt(weight, own, ep), num_ranks // _degree(weight, ep)
+            shard = _rows(shape, over) * math.prod(shape[1:])
             if weight.block is None:
-                rest += shard * num_ranks
+                rest += shard * over
+            elif over < num_ranks:
+                inside = pools[weight.block]
+                inside[weight.pool] = inside.get(weight.pool, 0) + shard * over
             else:
-                blocks[weight.block] += shard * num_ranks
+                blocks[weight.block] += shard * over
             whole += math.prod(shape)
             split = splits.get(weight.name)
             if split is None:
@@ -135,12 +171,14 @@ class Weights:
             elif not split.part:
                 sizes = (*stored.get(weight.block, ()), math.prod(weight.shape))
                 stored[weight.block] = sizes
-        return Units(tuple(blocks), rest, whole, replicated, stored)
+        experts = tuple(tuple(inside.values()) for inside in pools) if ep > 1 else ()
+        return Units(tuple(blocks), rest, whole, replicated, stored, experts)
 
     def state(self, parallel: ParallelConfig, item: int, num_averages: int, rank: int = 0) -> State:
         """Bytes on the `rank`-th of the dp_shard x cp ranks, with numbers of `item` bytes."""
         assert parallel.dp_shard > 0, "the degrees must be resolved"
-        padded, parts = self._cut(parallel.tp, parallel.dp_shard * parallel.cp, rank)
+        num_ranks = parallel.dp_shard * parallel.cp
+        padded, parts = self._cut(parallel.tp, num_ranks, rank, parallel.ep)
         own = sum(size for _, _, size in parts)
         return State(
             parameters=padded * item,
@@ -149,18 +187,19 @@ class Weights:
             averages=num_averages * (own + self._buffered) * item,
         )
 
-    def _cut(self, tp: int, num_ranks: int, rank: int) -> tuple[int, list[Part]]:
+    def _cut(self, tp: int, num_ranks: int, rank: int, ep: int) -> tuple[int, list[Part]]:
         """(numbers of equal, padded shards; what is really this rank's of each parameter)."""
-        key = (tp, num_ranks, rank)
+        key = (tp, num_ranks, rank, ep)
         if key not in self._cuts:
-            shapes = [(shape, math.prod(shape[1:])) for shape in self.local_shapes(tp)]
-            self._cuts[key] = (
-                sum(_rows(shape, num_ranks) * row for shape, row in shapes),
-                [
-                    (weight.name, weight.shape, _own_rows(shape, num_ranks, rank) * row)
-                    for weight, (shape, row) in zip(self.weights, shapes, strict=True)
-                ],
-            )
+            padded, parts = 0, []
+            for weight, own in zip(self.weights, self.local_shapes(tp), strict=True):
+                # Neighbours have experts between them: the same ones are `ep` ranks apart.
+                degree = _degree(weight, ep)
+                shape, over, place = _dealt(weight, own, ep), num_ranks // degree, rank // degree
+                row = math.prod(shape[1:])
+                padded += _rows(shape, over) * row
+                parts.append((weight.name, weight.shape, _own_rows(shape, over, place) * row))
+            self._cuts[key] = padded, parts
         return self._cuts[key]
 
 
@@ -169,11 +208,24 @@ def _weights(model: nn.Module) -> list[Weight]:
         name for name, part in model.named_modules() if isinstance(part, JointBlock | SingleBlock)
     ]
     owner = {f"{name}.": index for index, name in enumerate(blocks)}
+    pools = {name for name, part in model.named_modules() if isinstance(part, Experts)}
     found = []
     for name, parameter in model.named_parameters():
         prefix = ".".join(name.split(".")[:2]) + "."
-        found.append(Weight(name, tuple(parameter.shape), owner.get(prefix)))
+        pool = name.rpartition(".")[0]
+        pool = pool if pool in pools else ""
+        found.append(Weight(name, tuple(parameter.shape), owner.get(prefix), pool))
     return found
+
+
+def _degree(weight: Weight, ep: int) -> int:
+    """Ranks that have `weight` between them."""
+    return ep if weight.pool else 1
+
+
+def _dealt(weight: Weight, shape: tuple[int, ...], ep: int) -> tuple[int, ...]:
+    """What is left of `shape` where `ep` ranks have experts between them."""
+    return (shape[0] // _degree(weight, ep), *shape[1:])
 
 
 def _divided(shape: Sequence[int], dim: int | None, degree: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ Shape legend: E experts, R rows, d width, h hidden width of an expert, i and o i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -45,18 +46,29 @@ class Experts(nn.Module):
         return grouped_linear(hidden, self.down, self.down_bias, counts)
 
 
+Beside = Callable[[], Tensor]
+"""Computes something that does not depend on experts."""
+
+
 class ExpertOp(Protocol):
     """Applies `experts` to rows sorted by expert; where experts lie elsewhere, rows travel."""
 
-    def __call__(self, experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
-        """`x` [R, d] and `counts` [E] of all experts -> [R, d], in the same order."""
+    def __call__(
+        self, experts: nn.Module, x: Tensor, counts: Tensor, beside: Beside | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x` [R, d] and `counts` [E] of all experts -> [R, d], in the same order.
+
+        Also what `beside` gives, which is computed while rows travel.
+        """
         ...
 
 
-def apply_experts(experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
-    """The `ExpertOp` of one process, where all experts are: `x` [R, d], `counts` [E] -> [R, d]."""
+def apply_experts(
+    experts: nn.Module, x: Tensor, counts: Tensor, beside: Beside | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The `ExpertOp` of one process, where all experts are; see there."""
     out: Tensor = experts(x, counts)
-    return out
+    return out, None if beside is None else beside()
 
 
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:

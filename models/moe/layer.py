@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,10 +94,12 @@ class MoE(nn.Module):
         counts = order.new_zeros(self.config.num_experts)
         counts.index_add_(0, rows.expert, torch.ones_like(order))
         spread = _Spread.apply(x, order, inverse, rows)  # type: ignore[no-untyped-call]
-        made = permute(around.apply(self.experts, spread, counts), inverse, order)
+        beside = None if self.shared is None else partial(self.shared, x)
+        made, shared = around.apply(self.experts, spread, counts, beside)
+        made = permute(made, inverse, order)
         out = by_token(made * rows.gates.unsqueeze(-1), rows.each, len(x)).to(made.dtype)
-        if self.shared is not None:
-            out = out + self.shared(x)
+        if shared is not None:
+            out = out + shared
         return self._observed(out, choice, around)
 
     def _observed(self, out: Tensor, choice: Choice, around: Surroundings) -> Tensor:

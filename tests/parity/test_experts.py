@@ -208,6 +208,18 @@ def test_choices_among_the_tokens_of_a_sample_are_made_again(remat: str, selecti
 
 
 @pytest.mark.gloo
+@pytest.mark.parametrize("remat", ["full", "selective", "offload"])
+def test_remat_with_experts_on_several_ranks(
+    remat: str, groups: dict[int, Ranks], reference: Routed
+) -> None:
+    """What gathers experts runs inside of what is computed again."""
+    for name in ("ep2", "ep2 of fsdp4"):
+        parallel = LAYOUTS[name]
+        for found in groups[size_of(parallel)].run(trace, twin_of(MODEL, remat), parallel):
+            check(found, reference.trace)
+
+
+@pytest.mark.gloo
 def test_experts_by_place(groups: dict[int, Ranks]) -> None:
     by_place = twin_of(tiny_model_config(num_heads=4, width=32, experts=BY_PLACE))
     expected = trace(0, 1, by_place, ParallelConfig(dp_shard=1))

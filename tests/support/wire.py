@@ -66,6 +66,6 @@ def _received(name: str, args: Any, size: int, rank: int) -> int:
     if name == "allreduce_":
         return 2 * (first.nbytes * (size - 1) // size)
     if name == "alltoall_base_":
-        rows: list[int] = list(args[3])
+        rows: list[int] = list(args[3]) or [1] * size
         return first.nbytes // max(sum(rows), 1) * (sum(rows) - rows[rank])
     return first.nbytes

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from unittest import mock
+
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.moe.config import ExpertsConfig
-from kinodit.models.moe.experts import Experts
+from kinodit.models.moe.experts import Beside, Experts
+from kinodit.models.moe.layer import MoE, Surroundings
+from kinodit.models.moe.router import Seen
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.collectives import Journey
 from kinodit.trainer.parallel.expert import COUNTS, EXPERTS, ExpertExchange, by_expert
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
-from kinodit.trainer.parallel.traffic import Traffic
+from kinodit.trainer.parallel.traffic import Traffic, listening
 from tests.support.ranks import Ranks
 from tests.support.synthetic import tiny_model_config
 
@@ -52,9 +60,9 @@ def exchanged(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, d
     x = rows_of(rank)
     with Traffic() as traffic:
         apply = ExpertExchange(mesh.expert_mesh.get_group("ep"))
-        out = apply(mine, x, torch.tensor(COUNTS_OF_RANKS[rank]))
+        out, beside = apply(mine, x, torch.tensor(COUNTS_OF_RANKS[rank]))
         out.backward(torch.ones_like(out))
-    assert x.grad is not None
+    assert x.grad is not None and beside is None
     received = {label: traffic.total(label)[1] for label in traffic.labels}
     return out.detach(), x.grad, received
 
@@ -100,3 +108,80 @@ def test_experts_need_ranks_with_tokens_of_their_own() -> None:
         build_mesh(ParallelConfig(dp_shard=1, cp=2, tp=2, ep=4), 4, 0, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"parallel\.ep=0"):
         ParallelConfig(ep=0)
+
+
+class Sequential:
+    """An `ExpertOp` that sends, waits, and only then computes what could be done beside."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._apply = ExpertExchange(group)
+
+    def __call__(
+        self, experts: nn.Module, x: Tensor, counts: Tensor, beside: Beside | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        out, _ = self._apply(experts, x, counts)
+        return out, None if beside is None else beside()
+
+
+@dataclass
+class Watched:
+    """What a layer with a shared expert gave on a rank, and in which order it worked."""
+
+    out: Tensor
+    gradients: dict[str, Tensor]
+    forward: list[str]
+    backward: list[str]
+
+
+def shared_beside(rank: int, world_size: int, sequential: bool) -> Watched:
+    """Forward and backward of one layer, whose events are noted."""
+    mesh = build_mesh(ParallelConfig(ep=2), world_size, rank, torch.device("cpu"))
+    assert mesh.expert_mesh is not None
+    config = ExpertsConfig(4, 2, 1.0, 1.0)
+    layer = MoE(WIDTH, config, "swiglu", bias=True)
+    source = torch.Generator().manual_seed(2)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=source)
+    half = slice(2 * rank, 2 * rank + 2)
+    for name, whole in layer.experts.named_parameters():
+        layer.experts.register_parameter(name, nn.Parameter(whole.detach()[half].clone()))
+    group = mesh.expert_mesh.get_group("ep")
+    apply = Sequential(group) if sequential else ExpertExchange(group)
+    source.manual_seed(rank)
+    x = torch.randn(16, WIDTH, generator=source).requires_grad_()
+    level_t = torch.zeros(16)
+    events: list[str] = []
+    wait = Journey.wait
+
+    def noted_wait(journey: Journey) -> Tensor:
+        events.append("wait")
+        return wait(journey)
+
+    def heard(label: str, kind: str, num_bytes: int) -> None:
+        events.append(label)
+
+    assert layer.shared is not None
+    layer.shared.register_forward_hook(lambda *_: events.append("shared"))
+    layer.shared.register_full_backward_hook(lambda *_: events.append("shared"))
+    with mock.patch.object(Journey, "wait", noted_wait), listening(heard):
+        out = layer(x, Surroundings(Seen(level_t), level_t, lambda seen: seen, apply))
+        forward, events = events, []
+        out.square().sum().backward()
+    assert x.grad is not None
+    gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return Watched(out.detach(), {**gradients, "x": x.grad}, forward, events)
+
+
+@pytest.mark.gloo
+def test_the_shared_expert_is_computed_while_rows_travel(two: Ranks) -> None:
+    """There and, with its backward, on the way back; to the last bit as one after the other."""
+    apart = two.run(shared_beside, True)
+    for found, expected in zip(two.run(shared_beside, False), apart, strict=True):
+        assert torch.equal(found.out, expected.out)
+        assert found.gradients.keys() == expected.gradients.keys()
+        assert len(found.gradients) > 10
+        for name, gradient in expected.gradients.items():
+            assert torch.equal(found.gradients[name], gradient), name
+        assert found.forward == [COUNTS, EXPERTS, "shared", "wait", EXPERTS]
+        assert found.backward == [EXPERTS, EXPERTS, "shared", "wait"]
+        assert expected.forward == [COUNTS, EXPERTS, "wait", EXPERTS, "shared"]

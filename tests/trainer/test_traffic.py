@@ -9,8 +9,10 @@ import torch
 
 from kinodit.models.config import StreamConfig
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
+from kinodit.models.moe.config import ExpertsConfig, RouterConfig
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.apply import PrecisionConfig, model_blocks
+from kinodit.trainer.parallel.expert import EXPERTS
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.sequence import Place, pieces_of
 from kinodit.trainer.parallel.traffic import Traffic, note, others_share
@@ -113,7 +115,7 @@ def least_of(
     place = Place(0, parallel.ulysses, parallel.ring, 0, parallel.tp)
     work = Work(
         config,
-        weights_of(model, blocks, parallel.tp),
+        weights_of(model, blocks, parallel.tp, parallel.ep),
         {name: tokens.num_tokens for name, tokens in batch.modalities.items()},
         len(batch.level_t),
         [2 if remat == "full" else 1] * len(blocks),
@@ -145,6 +147,36 @@ def test_a_step_sends_the_least_there_can_be(
     assert all(is_complete(counted) for counted in ours)
     assert means(ours) == least_of(config, EVEN, name, passes=2)
     assert {counted.label("control")[0] for counted in ours} == {2}
+
+
+DEALT = {
+    "ep2": (2, ParallelConfig(ep=2), "full"),
+    "ddp2 x ep2": (4, ParallelConfig(dp_replicate=2, ep=2), "none"),
+    "ep2 of ulysses2": (2, ParallelConfig(cp=2, ep=2), "none"),
+    "ep2 x tp2": (4, ParallelConfig(tp=2, ep=2), "none"),
+}
+BY_STREAM = replace(
+    MODEL, experts={"all": ExpertsConfig(2, 1, 1.0, 1.0, router=RouterConfig("modality"))}
+)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", DEALT)
+def test_rows_travel_to_experts_elsewhere_alone(
+    name: str, groups: dict[int, Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the tokens are of either stream, so either rank's expert has half of them."""
+    monkeypatch.setitem(LAYOUTS, name, DEALT[name])
+    world_size, parallel, remat = DEALT[name]
+    batch = pack(16, 16)
+    ours = groups[world_size].run(counted_step, BY_STREAM, parallel, [batch] * 2, remat)
+    assert all(is_complete(counted) for counted in ours)
+    expected = least_of(BY_STREAM, batch, name, passes=2)
+    assert means(ours) == expected
+    runs = 2 if remat == "full" else 1
+    rows = 32 // parallel.cp // 2
+    # Two blocks, two passes, there and back.
+    assert expected[EXPERTS].num_bytes == 2 * 2 * 2 * (runs + 1) * rows * MODEL.width * 4
 
 
 def islands(batch: TokenBatch) -> TokenBatch:

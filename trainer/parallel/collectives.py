@@ -61,11 +61,93 @@ def _exchange(
     group: ProcessGroup,
     label: str,
 ) -> Tensor:
+    out = _landing(x, receive_rows, group, label)
+    dist.all_to_all_single(out, x.contiguous(), list(receive_rows), list(send_rows), group=group)
+    return out
+
+
+def _landing(x: Tensor, receive_rows: Sequence[int], group: ProcessGroup, label: str) -> Tensor:
+    """Memory for rows like those of `x` that are about to come."""
     out = x.new_empty(sum(receive_rows), *x.shape[1:])
     own = receive_rows[dist.get_rank(group)]
     note(label, "all_to_all", (out.shape[0] - own) * math.prod(x.shape[1:]) * x.itemsize)
-    dist.all_to_all_single(out, x.contiguous(), list(receive_rows), list(send_rows), group=group)
     return out
+
+
+class Journey:
+    """The exchange of `all_to_all` with time for other work in between.
+
+    `begin` sends, `arrive` waits. The backward is begun by what came after `arrive`, and waits at
+    `begin`: what was computed in between has its backward there.
+    """
+
+    def __init__(self, group: ProcessGroup, label: str) -> None:
+        self._group, self._label = group, label
+        self._sent: Tensor | None = None
+        self._out: Tensor | None = None
+        self._work: Any = None
+        self.rows: tuple[Sequence[int], Sequence[int]] = ((), ())
+
+    def begin(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        """Send rows of `x`, see `all_to_all`. Returns what only `arrive` may look into."""
+        out: Tensor = _Begin.apply(x, tuple(send_rows), tuple(receive_rows), self)  # type: ignore[no-untyped-call]
+        return out
+
+    def arrive(self, begun: Tensor) -> Tensor:
+        """Wait for what `begin` has returned; it is what came."""
+        out: Tensor = _Arrive.apply(begun, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def send(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        """Begin an exchange that autograd does not see."""
+        assert self._work is None, "one exchange at a time"
+        self._sent = x.contiguous()
+        self._out = _landing(x, receive_rows, self._group, self._label)
+        counts = list(receive_rows), list(send_rows)
+        self._work = dist.all_to_all_single(
+            self._out, self._sent, *counts, group=self._group, async_op=True
+        )
+        return self._out
+
+    def wait(self) -> Tensor:
+        """End it: what came."""
+        assert self._out is not None, "nothing was sent"
+        self._work.wait()
+        out, self._work, self._sent, self._out = self._out, None, None, None
+        return out
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        send_rows: tuple[int, ...],
+        receive_rows: tuple[int, ...],
+        journey: Journey,
+    ) -> Tensor:
+        ctx.journey = journey
+        ctx.set_materialize_grads(False)
+        journey.rows = send_rows, receive_rows
+        return journey.send(x, send_rows, receive_rows)
+
+    @staticmethod
+    def backward(ctx: Any, begun: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.journey.wait(), None, None, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, begun: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        journey.wait()
+        return begun.view_as(begun)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        send_rows, receive_rows = ctx.journey.rows
+        ctx.journey.send(grad, receive_rows, send_rows)
+        return grad, None
 
 
 def gather_rows(

@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from kinodit.models.attention import permute
 from kinodit.models.errors import ConfigError
-from kinodit.models.moe.experts import Experts
+from kinodit.models.moe.experts import Beside, Experts
 from kinodit.models.moe.layer import moe_layers
-from kinodit.trainer.parallel.collectives import all_to_all
+from kinodit.trainer.parallel.collectives import Journey, all_to_all
 from kinodit.trainer.parallel.table import Split
 from kinodit.trainer.parallel.tensor import reading
 from kinodit.trainer.parallel.traffic import note
@@ -40,10 +40,14 @@ class ExpertExchange:
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
 
-    def __call__(self, experts: nn.Module, x: Tensor, counts: Tensor) -> Tensor:
+    def __call__(
+        self, experts: nn.Module, x: Tensor, counts: Tensor, beside: Beside | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """See `ExpertOp`. Collective over the ranks of the group, with any rows or none.
 
-        Two messages forward and two backward, and one of counts, for which the host waits.
+        Two messages forward and two backward, and one of counts, for which the host waits. What is
+        computed beside is so while rows are on their way to experts, and its backward while their
+        gradients are on their way back.
         """
         num_ranks = dist.get_world_size(self._group)
         sent = counts.view(num_ranks, -1)
@@ -51,11 +55,15 @@ class ExpertExchange:
         note(COUNTS, "all_to_all", arriving.nbytes // num_ranks * (num_ranks - 1))
         dist.all_to_all_single(arriving, sent.contiguous(), group=self._group)
         send_rows, receive_rows = torch.stack((sent.sum(1), arriving.sum(1))).tolist()
-        came = all_to_all(x, send_rows, receive_rows, self._group, EXPERTS)
+        journey = Journey(self._group, EXPERTS)
+        begun = journey.begin(x, send_rows, receive_rows)
+        made_beside = None if beside is None else beside()
+        came = journey.arrive(begun)
         order = by_expert(arriving, len(came))
         inverse = torch.argsort(order)
         made = permute(experts(permute(came, order, inverse), arriving.sum(0)), inverse, order)
-        return all_to_all(made, receive_rows, send_rows, self._group, EXPERTS)
+        back = all_to_all(made, receive_rows, send_rows, self._group, EXPERTS)
+        return back, made_beside
 
 
 def by_expert(arriving: Tensor, num_rows: int) -> Tensor:
@@ -77,7 +85,18 @@ def deal_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         ConfigError: there are no experts, or the ranks do not divide them.
     """
-    degree, layers = mesh["ep"].size(), moe_layers(model)
+    check_pools(model, mesh["ep"].size())
+    for layer in moe_layers(model).values():
+        _deal(layer.experts, mesh)
+
+
+def check_pools(model: nn.Module, degree: int) -> None:
+    """Whether `degree` ranks can have the experts of every pool between them.
+
+    Raises:
+        ConfigError: there are no experts, or the ranks do not divide them.
+    """
+    layers = moe_layers(model)
     if not layers:
         raise ConfigError(
             f"parallel.ep={degree}, but the model has no experts: set model.experts, or "
@@ -90,7 +109,6 @@ def deal_experts(model: nn.Module, mesh: DeviceMesh) -> None:
                 f"parallel.ep={degree} does not divide the {count} experts of {name}: change "
                 "parallel.ep or num_experts"
             )
-        _deal(layer.experts, mesh)
 
 
 def _deal(experts: Experts, mesh: DeviceMesh) -> None:

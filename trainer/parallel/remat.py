@@ -98,7 +98,58 @@ def _keep_products() -> Any:
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if is_kept(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    _OUTSIDE.depth = 0
+    modes = create_selective_checkpoint_contexts(policy)
+    for mode in modes:
+        kind: Any = type(mode)
+        mode.__class__ = _not_outside(kind)
+    return modes
+
+
+class _Outside:
+    """Whether what runs now is no part of a block, though it runs inside of it."""
+
+    depth = 0
+
+
+_OUTSIDE = _Outside()
+
+
+@functools.cache
+def _not_outside(kind: Any) -> Any:
+    """Like `kind`, one of the modes by which torch tells ops to keep from those to compute again.
+
+    It counts the ops of each kind, and they must be as many the second time.
+    """
+
+    class NotOutside(kind):  # type: ignore[misc]
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if _OUTSIDE.depth:
+                return op(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(op, types, args, kwargs)
+
+    return NotOutside
+
+
+def keep_hooks_outside(unit: nn.Module) -> None:
+    """Let hooks that gather the parameters of `unit`, inside a block, be no part of the block.
+
+    What they do depends on what was gathered ahead, and is not the same when it is computed again.
+    They must be there already.
+    """
+
+    def begin(*_: Any) -> None:
+        _OUTSIDE.depth += 1
+
+    def end(*_: Any) -> None:
+        _OUTSIDE.depth -= 1
+
+    unit.register_forward_pre_hook(begin, prepend=True)
+    unit.register_forward_pre_hook(end)
+    unit.register_forward_hook(begin, prepend=True)
+    unit.register_forward_hook(end)
 
 
 SMALL_BYTES = 1 << 14

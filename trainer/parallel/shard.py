@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
+from kinodit.trainer.parallel.remat import keep_hooks_outside
 from kinodit.trainer.parallel.traffic import note, others_share
 
 SHARD, REPLICATE = "fsdp", "hsdp"
@@ -68,6 +69,7 @@ def shard(
             over = {**settings, "mesh": expert_mesh["dp_replicate", "dp_shard_cp"]}
             for layer in moe_layers(block).values():
                 fully_shard(layer.experts, reshard_after_forward=frees, **over)
+                keep_hooks_outside(layer.experts)
         fully_shard(block, reshard_after_forward=frees, **settings)
     fully_shard(model, **settings)
     _prefetch([cast(FSDPModule, block) for block in blocks], config.prefetch)

@@ -16,15 +16,18 @@ heads, K key/value heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from kinodit.models.config import MMDiTConfig
+from kinodit.models.config import SINGLE, MMDiTConfig
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe.config import ExpertsConfig
+from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.parallel.context import ULYSSES
+from kinodit.trainer.parallel.expert import COUNTS, EXPERTS
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.ring import RING
 from kinodit.trainer.parallel.shard import REPLICATE, SHARD
@@ -63,6 +66,8 @@ class Weights:
     stored: numbers of each matrix that is split at rest and whole in use, whole: outside of blocks
     stored_in_blocks: the same, by block
     whole: numbers that every tp rank has whole
+    experts: where ranks have experts between them, of each pool in each block what one of them
+             has; those numbers are not among `blocks` then
     """
 
     blocks: tuple[int, ...]
@@ -70,6 +75,7 @@ class Weights:
     stored: tuple[int, ...] = ()
     stored_in_blocks: tuple[tuple[int, ...], ...] = ()
     whole: int = 0
+    experts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,9 @@ def least(work: Work, parallel: ParallelConfig, formats: Formats) -> dict[str, V
     if parallel.ring > 1:
         wide = max(formats.compute, torch.float32.itemsize)
         found[RING] = passed_keys(work, parallel, formats.compute, wide)
+    if parallel.ep > 1:
+        found[EXPERTS] = exchanged_rows(work, parallel, formats.compute)
+        found[COUNTS] = told_counts(work, parallel.ep)
     if parallel.dp_shard * parallel.cp > 1:
         found[SHARD] = sharded_weights(work, parallel, formats)
     if parallel.dp_replicate > 1:
@@ -208,47 +217,129 @@ def passed_keys(work: Work, parallel: ParallelConfig, item: int, wide: int) -> V
     return (keys + gradients) * work.passes
 
 
+def exchanged_rows(work: Work, parallel: ParallelConfig, item: int) -> Volume:
+    """Each token's rows to its experts and back, and both again in the backward.
+
+    With tokens chosen evenly, (n - 1) / n of the rows have their expert elsewhere. (Lepikhin et
+    al., "GShard", arXiv 2006.16668, section 3.)
+    """
+    total = Volume()
+    for index, runs in enumerate(work.runs):
+        for pool, tokens, width in _pools(work, index):
+            total += Volume(2 * tokens * pool.top_k * width, 2) * (runs + 1)
+    share = (parallel.ep - 1) / parallel.ep / parallel.cp * item
+    return Volume(total.num_bytes * share, total.messages) * work.passes
+
+
+def told_counts(work: Work, ep: int) -> Volume:
+    """Before rows travel, how many there are for each expert, as int64."""
+    total = Volume()
+    for index, runs in enumerate(work.runs):
+        for pool, _, _ in _pools(work, index):
+            num_bytes = pool.num_experts * torch.int64.itemsize * (ep - 1) / ep
+            total += Volume(num_bytes, 1) * runs
+    return total * work.passes
+
+
+def _pools(work: Work, index: int) -> Iterator[tuple[ExpertsConfig, int, int]]:
+    """(pool, tokens of the pack that meet it, width) of block `index`."""
+    model, first_single = work.model, work.model.num_double_blocks
+    if index >= first_single:
+        pool = model.experts_in(SINGLE, index - first_single)
+        if pool is not None:
+            width = model.stream_width(next(iter(model.streams)))
+            yield pool, sum(work.tokens.values()), width
+        return
+    for name in model.streams:
+        pool = model.experts_in(name, index)
+        if pool is not None and not model.is_last(name, index):
+            yield pool, work.tokens[name], model.stream_width(name)
+
+
 def sharded_weights(work: Work, parallel: ParallelConfig, formats: Formats) -> Volume:
     """Parameters before each forward and backward, gradients once a step; a message for each unit.
 
     Units are the blocks, and the rest of the model. Those that the forward ends with are needed at
     once by the backward, and stay: the rest, and the last block (Rajbhandari et al., "ZeRO", arXiv
-    1910.02054, section 7.2).
+    1910.02054, section 7.2). Pools of experts that ranks have between them are units as well, over
+    the ranks that have the same ones.
     """
     weights, count = work.weights, parallel.dp_shard * parallel.cp
-    every = Volume(sum(weights.blocks) + weights.rest, len(weights.blocks) + 1)
-    again = Volume()
+    blocks = [(size,) for size in weights.blocks]
+    total = _sharded(
+        [*blocks[:-1]], [*blocks[-1:], (weights.rest,)], work.passes, count, parallel, formats
+    )
+    if parallel.ep > 1:
+        pools = weights.experts
+        total += _sharded(
+            pools[:-1], pools[-1:], work.passes, count // parallel.ep, parallel, formats
+        )
+    return total
+
+
+def _sharded(
+    freed: Sequence[Sequence[int]],
+    kept: Sequence[Sequence[int]],
+    passes: int,
+    count: int,
+    parallel: ParallelConfig,
+    formats: Formats,
+) -> Volume:
+    """Of units over `count` ranks: those that a forward frees, and those that it ends with."""
+    if count == 1:
+        return Volume()
+    every, again = _sum_of([*freed, *kept]), Volume()
     if parallel.reshard_after_forward:
-        again = Volume(sum(weights.blocks[:-1]), len(weights.blocks) - 1)
-    gathered = (every + again) * work.passes
+        again = _sum_of(freed)
+    gathered = (every + again) * passes
     num_bytes = gathered.num_bytes * formats.compute + every.num_bytes * formats.reduce
     return Volume(num_bytes * (count - 1) / count, gathered.messages + every.messages)
+
+
+def _sum_of(units: Sequence[Sequence[int]]) -> Volume:
+    """Numbers of units, a message each."""
+    return Volume(sum(map(sum, units)), sum(map(len, units)))
 
 
 def summed_replicas(weights: Weights, parallel: ParallelConfig, item: int) -> Volume:
     """Each rank's shard of the gradients, summed over replicas once a step."""
     shard = (sum(weights.blocks) + weights.rest) / (parallel.dp_shard * parallel.cp)
-    count = parallel.dp_replicate
-    return Volume(2 * (count - 1) / count * shard * item, len(weights.blocks) + 1)
+    experts = _sum_of(weights.experts)
+    shard += experts.num_bytes / (parallel.dp_shard * parallel.cp // parallel.ep)
+    count, messages = parallel.dp_replicate, len(weights.blocks) + 1 + experts.messages
+    return Volume(2 * (count - 1) / count * shard * item, messages)
 
 
-def weights_of(model: MMDiT, blocks: Sequence[nn.Module], tp: int) -> Weights:
+def weights_of(model: MMDiT, blocks: Sequence[nn.Module], tp: int, ep: int = 1) -> Weights:
     """The numbers of a model that has not been laid out yet."""
+    pools = [[layer.experts for layer in moe_layers(block).values()] for block in blocks]
+    dealt = {id(p) for inside in pools for pool in inside for p in pool.parameters()}
     owner = {id(p): index for index, block in enumerate(blocks) for p in block.parameters()}
     splits = assign_splits(model, table_of(model), tp) if tp > 1 else {}
     inside = [0] * len(blocks)
     stored_inside: list[list[int]] = [[] for _ in blocks]
     stored: list[int] = []
     rest = whole = 0
+    local_counts: dict[int, int] = {}
     for name, parameter in model.named_parameters():
         block, count, split = owner.get(id(parameter)), parameter.numel(), splits.get(name)
         if split is not None and split.dim is None:
             whole += count
         local = count if split is None or split.dim is None else count // tp
+        local_counts[id(parameter)] = local
         if split is not None and split.dim is not None and not split.part:
             (stored if block is None else stored_inside[block]).append(count)
+        if ep > 1 and id(parameter) in dealt:
+            continue
         if block is None:
             rest += local
         else:
             inside[block] += local
-    return Weights(tuple(inside), rest, tuple(stored), tuple(map(tuple, stored_inside)), whole)
+    experts: tuple[tuple[int, ...], ...] = ()
+    if ep > 1:
+        experts = tuple(
+            tuple(sum(local_counts[id(p)] for p in pool.parameters()) // ep for pool in of_block)
+            for of_block in pools
+        )
+    within = tuple(map(tuple, stored_inside))
+    return Weights(tuple(inside), rest, tuple(stored), within, whole, experts)

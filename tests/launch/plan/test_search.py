@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from kinodit.launch.plan import show
 from kinodit.launch.plan.estimate import Estimator, Settings
 from kinodit.launch.plan.hardware import GIB, build_cluster
 from kinodit.launch.plan.search import Found, divisors, layouts, search
@@ -13,6 +14,7 @@ from kinodit.launch.plan.state import Weights
 from kinodit.launch.plan.workload import Workload
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.errors import ConfigError
+from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.presets import PRESETS
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
@@ -161,3 +163,35 @@ def test_collectives_beyond_a_node_are_as_fast_as_its_network() -> None:
 def test_divisors() -> None:
     assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     assert divisors(1) == [1]
+
+
+def test_experts_are_dealt_out_where_there_are_any() -> None:
+    """To ranks that divide their number; less of them is held, and rows cross instead."""
+    pool = ExpertsConfig(8, 2, 1.0, 1.0)
+    model = replace(PRESETS["300m"], experts={"video": pool})
+    found = search(settings(model, 16, 80, 16), ParallelConfig(dp_shard=16, ep=8), RematConfig())
+    assert {one.parallel.ep for one in found.fitting} == {1, 2, 4, 8}
+    assert found.asked is not None and found.asked.estimate is not None
+    dealt = found.asked.estimate
+    (together,) = (
+        one
+        for one in found.fitting
+        if one.parallel.dp_shard == 16 and one.parallel.ep == 1 and one.remat == dealt.remat
+    )
+    assert dealt.memory.total < together.memory.total
+    assert dealt.time.parts["ep"] > 0 and "ep" not in together.time.parts
+    assert {one.axis for one in dealt.traffic} == {"ep", "dp_shard"}
+    assert {one.span for one in dealt.traffic if one.axis == "ep"} == {8}
+    text = show.plan(settings(model, 16, 80, 16), found, 40)
+    assert "of which a token meets" in text and "dp_shard=16,ep=8" in text
+
+
+def test_experts_that_cannot_be_dealt_out_say_why() -> None:
+    dense = settings(PRESETS["300m"], 8, 80, 8)
+    found = search(dense, ParallelConfig(ep=2), RematConfig())
+    assert {one.parallel.ep for one in found.fitting} == {1}
+    assert found.asked is not None and "the model has no experts" in found.asked.problem
+    model = replace(PRESETS["300m"], experts={"video": ExpertsConfig(6, 2)})
+    found = search(settings(model, 8, 80, 8), ParallelConfig(ep=4), RematConfig())
+    assert found.asked is not None and "does not divide the 6 experts" in found.asked.problem
+    assert {one.parallel.ep for one in found.fitting} == {1, 2}

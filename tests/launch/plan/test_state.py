@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,9 +16,12 @@ from kinodit.launch.plan.measure import (
     planned_traffic,
 )
 from kinodit.launch.plan.state import Weights
+from kinodit.launch.plan.workload import Workload
 from kinodit.models.errors import ConfigError
 from kinodit.models.flops import count_parameters
+from kinodit.models.moe.config import ExpertsConfig, RouterConfig
 from kinodit.models.presets import PRESETS
+from kinodit.trainer.parallel.expert import COUNTS
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.shard import REPLICATE, SHARD
@@ -33,6 +37,15 @@ LAYOUTS = [
     ParallelConfig(dp_shard=1, cp=2, tp=2),
 ]
 FAMILIES = families()
+DEALT = [
+    ParallelConfig(dp_shard=2, ep=2),
+    ParallelConfig(dp_shard=4, ep=4),
+    ParallelConfig(dp_shard=4, ep=2),
+    ParallelConfig(dp_replicate=2, dp_shard=2, ep=2),
+    ParallelConfig(dp_shard=1, cp=2, tp=2, ep=2),
+]
+EVEN = ExpertsConfig(2, 1, 2.0, 1.0, router=RouterConfig("modality"))
+"""Experts with even loads, where streams have equally many tokens."""
 
 
 def size_of(parallel: ParallelConfig) -> int:
@@ -40,7 +53,7 @@ def size_of(parallel: ParallelConfig) -> int:
 
 
 def layout_id(parallel: ParallelConfig) -> str:
-    parts = ("dp_replicate", "dp_shard", "cp", "ring", "tp")
+    parts = ("dp_replicate", "dp_shard", "cp", "ring", "tp", "ep")
     return "-".join(f"{name}{getattr(parallel, name)}" for name in parts)
 
 
@@ -84,6 +97,49 @@ def test_ranks_hold_and_receive_what_was_planned(
         # Tokens do not divide evenly; what is made of parameters does, with its padding.
         exact = label in (SHARD, REPLICATE, WHOLE)
         assert one.nbytes == pytest.approx(mean, rel=1e-9 if exact else 0.01), label
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("parallel", DEALT, ids=layout_id)
+def test_ranks_with_experts_between_them_hold_and_receive_what_was_planned(
+    ranks: dict[int, Ranks], parallel: ParallelConfig
+) -> None:
+    """As above; rows travel by a router that nobody has balanced, so they are only counted."""
+    workload, remat = FAMILIES["experts"], RematConfig("full")
+    size, num_ranks = size_of(parallel), parallel.dp_shard * parallel.cp
+    found = ranks[size].run(measure, workload, parallel, remat)
+    units = Weights(workload.model).units(parallel.tp, num_ranks, parallel.ep)
+    together = Weights(workload.model).units(parallel.tp, num_ranks)
+    assert units.whole < together.whole
+    planned = {m.label: m for m in planned_traffic(workload, parallel, remat, Formats(4, 4, 4))}
+    for measured in found:
+        assert measured.state == planned_state(workload, parallel, measured.index)
+        assert measured.accumulated == 4 * units.whole
+        assert measured.messages == {label: one.count for label, one in planned.items()}
+    for label in planned.keys() & {SHARD, REPLICATE, WHOLE, COUNTS}:
+        mean = sum(measured.received[label] for measured in found) / size
+        assert planned[label].nbytes == pytest.approx(mean, rel=1e-9), label
+
+
+def peak(
+    rank: int, world_size: int, workload: Workload, parallel: ParallelConfig, mode: str
+) -> int:
+    return measure(rank, world_size, workload, parallel, RematConfig(mode)).peak  # type: ignore[arg-type]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_ranks_with_experts_between_them_hold_the_activations_that_were_planned(
+    ranks: dict[int, Ranks], mode: str
+) -> None:
+    model = replace(FAMILIES["experts"].model, experts={"all": EVEN})
+    workload = Workload(model, {"text": 100, "video": 100}, segments=2, packs=8)
+    parallel = ParallelConfig(dp_shard=2, ep=2)
+    most = max(ranks[2].run(peak, workload, parallel, mode))
+    remat = RematConfig(mode)  # type: ignore[arg-type]
+    assert planned_peak(workload, parallel, remat, 4) == pytest.approx(most, rel=0.05)
+    apart = planned_peak(workload, replace(parallel, ep=1), remat, 4)
+    assert planned_peak(workload, parallel, remat, 4) > apart
 
 
 def peaks(

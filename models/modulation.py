@@ -10,6 +10,7 @@ Shape legend: N tokens, d width, c width of the condition, K rows of the noise-l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -67,13 +68,15 @@ class Modulation(nn.Module):
         """`projected` [K, parts * d], `shared` as in `forward` -> the rows of each branch."""
         if shared is not None:
             projected = projected + shared.narrow(1, 0, projected.shape[1])
-        return [self._branch(part) for part in projected.chunk(self.branches, dim=-1)]
+        per_branch = 1 + self.has_shift + self.has_gate
+        # One split: its backward writes all gradients to where they belong, without a copy each.
+        parts = projected.chunk(self.branches * per_branch, dim=-1)
+        return [self._branch(parts[i : i + per_branch]) for i in range(0, len(parts), per_branch)]
 
-    def _branch(self, rows: Tensor) -> Rows:
-        parts = list(rows.chunk(1 + self.has_shift + self.has_gate, dim=-1))
-        shift = parts.pop(0) if self.has_shift else None
-        scale = parts.pop(0)
-        gate = parts.pop(0) if self.has_gate else None
+    def _branch(self, parts: Sequence[Tensor]) -> Rows:
+        shift = parts[0] if self.has_shift else None
+        scale = parts[int(self.has_shift)]
+        gate = parts[-1] if self.has_gate else None
         if gate is not None and not self.has_shift:
             gate = gate.tanh()
         return Rows(shift, scale, gate)

@@ -47,6 +47,8 @@ class Context:
     level_segment: [K] the sample of each row, of `num_segments` in the pack
     levels_seen: stream -> [M] int64, the row of each token that its matrices see
     time:      [K, c] activated embedding of each row's noise level, if a router asks for it
+    tasks:     [G, c] the same of noise levels that tell routers apart, if one asks, in training
+    draws:     [S] what draws for each sample are keyed by; None: nothing is drawn
     stream:    [M] int64, the stream of each token that single blocks see; None before them
     apply_experts: applies experts to rows
     """
@@ -64,6 +66,8 @@ class Context:
     num_segments: int
     levels_seen: Mapping[str, Tensor]
     time: Tensor | None = None
+    tasks: Tensor | None = None
+    draws: Tensor | None = None
     stream: Tensor | None = None
     apply_experts: ExpertOp = apply_experts
 
@@ -167,6 +171,8 @@ def call_experts(layer: MoE, name: str, x: Tensor, context: Context) -> Tensor:
         level,
         context.time,
         context.level_segment[level],
+        context.draws,
+        context.tasks,
         context.num_segments,
         gather,
     )

@@ -161,6 +161,10 @@ def _mlp(
     if experts.router.is_learned:
         by_token = experts.router.kind == "token"
         inputs, times = (width, rows) if by_token else (config.width_of_condition, "levels")
+        if experts.router.hidden_ratio:
+            hidden = round(experts.router.hidden_ratio * inputs)
+            yield Matrix(inputs, hidden, times)
+            inputs = hidden
         yield Matrix(inputs, experts.num_experts, times, has_bias=False)
     sizes = experts.num_experts, experts.top_k
     yield from _feed_forward(config, width, rows, experts.expert_ratio, *sizes)

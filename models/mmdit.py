@@ -14,11 +14,14 @@ from kinodit.models.attention import AttentionOp, attend
 from kinodit.models.block import JointBlock, SingleBlock
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.context import ALL, Context, Rotary
-from kinodit.models.embed import ConditionEmbed, StreamEmbed
+from kinodit.models.embed import ConditionEmbed, StreamEmbed, timestep_features
 from kinodit.models.errors import ConfigError
 from kinodit.models.exchange import Exchange, Parts, Spot
 from kinodit.models.modulation import AdaNorm, Modulation
 from kinodit.models.moe.experts import ExpertOp, apply_experts
+from kinodit.models.moe.layer import moe_layers
+from kinodit.models.moe.prior import task_levels
+from kinodit.models.random import generator
 from kinodit.models.rope import rotary_table
 from kinodit.models.tokens import TokenBatch
 
@@ -64,8 +67,9 @@ class MMDiT(nn.Module):
         self.attend: AttentionOp = attend
         self.exchange: Exchange | None = None
         self.apply_experts: ExpertOp = apply_experts
-        kinds = {experts.router.kind for experts in config.experts.values()}
-        self._routes_by_timestep = "timestep" in kinds
+        routers = [experts.router for experts in config.experts.values()]
+        self._routes_by_timestep = any(router.kind == "timestep" for router in routers)
+        self._has_prior = any(router.balance == "prior" for router in routers)
         self.embeds = nn.ModuleDict({name: StreamEmbed(name, config) for name in config.streams})
         self.condition = ConditionEmbed(config)
         self.shared_modulation = nn.ModuleDict(_shared_modulation(config))
@@ -76,6 +80,8 @@ class MMDiT(nn.Module):
             SingleBlock(config, index) for index in range(config.num_single_blocks)
         )
         self.heads = nn.ModuleDict({name: Head(name, config) for name in outputs})
+        for name, layer in moe_layers(self).items():
+            layer.router.key = int(generator("router", name).integers(2**62))
 
     def forward(self, batch: TokenBatch) -> dict[str, Tensor]:
         """Outputs [N, C] of every stream with a head, in the dtype of the weights.
@@ -130,9 +136,19 @@ class MMDiT(nn.Module):
             level_segment=batch.level_segment,
             num_segments=batch.num_segments,
             time=F.silu(time) if self._routes_by_timestep else None,
+            tasks=self._tasks(batch, dtype),
+            draws=batch.draws,
             levels_seen=levels_seen,
             apply_experts=self.apply_experts,
         )
+
+    @torch.no_grad()
+    def _tasks(self, batch: TokenBatch, dtype: torch.dtype) -> Tensor | None:
+        """[G, c], see `Context.tasks`."""
+        if not self._has_prior or batch.draws is None:
+            return None
+        levels = task_levels(batch.level_t.device)
+        return F.silu(self.condition.time(timestep_features(levels, dtype)))
 
     def _run_single_blocks(self, x: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
         joint = torch.cat(list(x.values()))

@@ -45,3 +45,29 @@ def normal(source: np.random.Generator, shape: Sequence[int]) -> Tensor:
 def uniform(source: np.random.Generator) -> float:
     """One number uniform in [0, 1), float64."""
     return float(source.random())
+
+
+def sample_keys(seed: int, keys: Sequence[SampleKey], purpose: str) -> Tensor:
+    """[S] int64 on the CPU: a number for each sample, for draws that are made on the device."""
+    drawn = [int(sample_generator(seed, key, purpose).integers(2**63)) for key in keys]
+    return torch.tensor(drawn, dtype=torch.int64)
+
+
+def hashed_uniform(keys: Tensor, key: int, num: int) -> Tensor:
+    """[S] int64 -> [S, num] float64 in (0, 1), a pure function of each of `keys`, `key` and place.
+
+    SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", OOPSLA 2014, figure
+    17), whose integers are the same on every device.
+    """
+    place = torch.arange(1, num + 1, device=keys.device) + key
+    mixed = keys.unsqueeze(-1) + place * _GOLDEN
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+        # A shift of signed integers brings in copies of the sign: they are cut off.
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (((mixed >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+"""SplitMix64's constants, as signed integers."""

@@ -165,6 +165,8 @@ class TokenBatch:
     conditions:    name -> [S, D] float, named condition vectors of each segment
     layout:        who attends to whom
     samples:       S sample keys, the identity of each segment for keyed draws
+    draws:         [S] int64, a number of each segment that draws on the device are keyed by; None
+                   where nothing is drawn
     """
 
     modalities: Mapping[str, ModalityTokens]
@@ -173,6 +175,7 @@ class TokenBatch:
     conditions: Mapping[str, Tensor]
     layout: AttentionLayout
     samples: tuple[SampleKey, ...]
+    draws: Tensor | None = None
 
     @property
     def num_segments(self) -> int:
@@ -197,6 +200,7 @@ class TokenBatch:
             level_t=move(self.level_t),
             conditions={name: move(vector) for name, vector in self.conditions.items()},
             layout=self.layout.to(device),
+            draws=None if self.draws is None else move(self.draws),
         )
 
     def with_latents(self, latents: Mapping[str, Tensor]) -> TokenBatch:

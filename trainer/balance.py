@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kinodit.models.moe.layer import MoE, moe_layers
+from kinodit.models.moe.prior import matched_units
 from kinodit.models.moe.tally import Load
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.mesh import Mesh
@@ -24,6 +25,7 @@ class Balance:
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self._layers = moe_layers(model)
+        self._matching = Matching(self._layers, mesh)
         self._mesh = mesh
         self._sums: list[Tensor] = []
 
@@ -34,6 +36,7 @@ class Balance:
         """
         if not self._layers:
             return
+        self._matching.begin()
         names = sorted(batches[0].modalities)
         ours = [sum(batch.modalities[name].num_tokens for batch in batches) for name in names]
         counted = [float(n) * self._mesh.counts for n in (*ours, sum(ours))]
@@ -42,8 +45,8 @@ class Balance:
             router, stream = layer.config.router, _stream(name)
             # Each of the ranks that have the same tokens adds its fraction.
             tokens = sums[names.index(stream) if stream else -1] * self._mesh.place.copies
-            weight = router.loss_weight * layer.config.num_experts
-            layer.loss_scale = (weight if router.balance == "loss" else 0.0) / tokens
+            factor = {"loss": layer.config.num_experts, "prior": 1}.get(router.balance, 0)
+            layer.loss_scale = router.loss_weight * factor / tokens
             layer.z_scale = router.z_weight / tokens
             layer.tally.take(self._mesh.device)
 
@@ -57,6 +60,7 @@ class Balance:
         device = self._mesh.device
         sums = torch.cat([layer.tally.take(device) for layer in self._layers.values()])
         flat = self._mesh.sum(sums)
+        self._matching.gather()
         self._sums = list(flat.split([layer.tally.size for layer in self._layers.values()]))
         return dict(zip(self._layers, self._sums, strict=True))
 
@@ -66,6 +70,59 @@ class Balance:
         for layer, sums in zip(self._layers.values(), self._sums, strict=True):
             if layer.router.config.is_learned:
                 _update(layer, sums)
+        self._matching.update()
+
+
+class Matching:
+    """Which unit of the diffusion prior each expert has, in the layers of a stream together.
+
+    Found anew after each step, from what its routers made of the prior's tasks: on the main rank,
+    so that all have the same. The host waits for it.
+    """
+
+    def __init__(self, layers: Mapping[str, MoE], mesh: Mesh) -> None:
+        self._pools: dict[str, list[MoE]] = {}
+        for name, layer in layers.items():
+            if layer.router.config.balance == "prior":
+                self._pools.setdefault(_stream(name), []).append(layer)
+        for pool in self._pools.values():
+            for layer in pool:
+                layer.depth = len(pool)
+        self._mesh = mesh
+        self._masks: list[Tensor] = []
+        self._has_begun = False
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before a step: at the start of training, experts have the units in their order."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        for pool in self._pools.values():
+            if not any(layer.router.unit.round().any() for layer in pool):
+                units = torch.arange(sum(layer.config.num_experts for layer in pool))
+                _assign(pool, units)
+
+    def gather(self) -> None:
+        """After the last backward: what the main rank's routers made of the tasks. Collective."""
+        self._masks = []
+        for pool in self._pools.values():
+            found = [layer.router.masks for layer in pool]
+            masks = torch.cat([mask.t() for mask in found if mask is not None])
+            self._masks.append(self._mesh.sum(masks if self._mesh.is_main else masks * 0))
+
+    def update(self) -> None:
+        """After the update of the parameters."""
+        for pool, masks in zip(self._pools.values(), self._masks, strict=True):
+            width = sum(layer.config.top_k for layer in pool)
+            _assign(pool, torch.from_numpy(matched_units(masks.cpu().numpy(), width)))
+
+
+@torch.no_grad()
+def _assign(pool: Sequence[MoE], units: Tensor) -> None:
+    parts = units.split([layer.config.num_experts for layer in pool])
+    for layer, part in zip(pool, parts, strict=True):
+        layer.router.unit.copy_(part)
 
 
 def _stream(layer: str) -> str:

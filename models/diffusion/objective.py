@@ -28,6 +28,7 @@ from kinodit.models.diffusion.timesteps import (
     default_timesteps,
 )
 from kinodit.models.errors import ConfigError
+from kinodit.models.random import sample_keys
 from kinodit.models.tokens import Role, TokenBatch
 
 Prediction = Literal["velocity", "x0"]
@@ -155,7 +156,7 @@ class RectifiedFlow:
 
         Levels are drawn for the rows that have noised tokens; a row of clean tokens alone keeps
         the level that the batch gives it. With `level`, every drawn row has that level, and the
-        noise of a sample is the same at all levels and at all steps.
+        noise of a sample is the same at all levels and at all steps, and the model draws nothing.
         """
         rows_K = noised_rows(batch)
         if level is None:
@@ -174,7 +175,8 @@ class RectifiedFlow:
             noised[name] = torch.where(is_noised_N1, x_t_NC, tokens.latents)
             noise[name] = e_NC
         clean = {name: tokens.latents for name, tokens in batch.modalities.items()}
-        seen = replace(batch.with_latents(noised), level_t=level_t_K)
+        draws = sample_keys(seed, batch.samples, "model") if level is None else None
+        seen = replace(batch.with_latents(noised), level_t=level_t_K, draws=draws)
         return NoisedBatch(batch=seen, clean=clean, noise=noise)
 
     def velocity(self, prediction: Tensor, noised: NoisedBatch, modality: str) -> Tensor:

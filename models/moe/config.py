@@ -28,13 +28,20 @@ class RouterConfig:
                  for one expert are dropped, those that score lowest (Riquelme et al., "batch
                  prioritized routing", arXiv 2106.05974, section 4.1); 0: none is. With kind =
                  "token"
+    hidden_ratio: hidden units of the router over its inputs, between which GELU stands; 0: none, a
+                 linear map. 2 with kind = "timestep" is MoDE's (arXiv 2412.12953, section 3.2)
+    draw:        in training, draw the experts by their scores, without putting back, instead of
+                 taking the best (MoDE): one draw for each sample. With kind =
+                 "timestep"
     scores:      softmax over the experts, or sigmoid of each
     renormalise: divide the chosen experts' scores by their sum; not with top_k = 1, whose gates
                  would all be 1, so that a router learned from auxiliary losses alone
     scale:       multiplies what the experts give
     balance:     "loss": an auxiliary loss; "bias": no loss, but a correction of the scores by which
-                 experts are chosen (Wang et al., arXiv 2408.15664); "none"
-    loss_weight: of the auxiliary loss
+                 experts are chosen (Wang et al., arXiv 2408.15664); "prior": the diffusion prior
+                 loss with its matching (Switch-DiT, arXiv 2403.09176, sections 3.3 and 3.4), with
+                 kind = "timestep"; "none"
+    loss_weight: of the auxiliary loss; 1 in Switch-DiT
     bias_rate:   by how much a step moves the correction of each expert
     z_weight:    of the mean squared log-sum-exp of the logits (Zoph et al., arXiv 2202.08906,
                  equation 5)
@@ -43,19 +50,29 @@ class RouterConfig:
     kind: Literal["token", "timestep", "noise_level", "modality"] = "token"
     choice: Literal["token", "expert"] = "token"
     capacity_factor: float = 0.0
+    hidden_ratio: float = 0.0
+    draw: bool = False
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True
     scale: float = 1.0
-    balance: Literal["loss", "bias", "none"] = "loss"
+    balance: Literal["loss", "bias", "prior", "none"] = "loss"
     loss_weight: float = 0.01
     bias_rate: float = 0.001
     z_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.loss_weight, self.bias_rate, self.z_weight) < 0 or self.scale <= 0:
+        weights = self.loss_weight, self.bias_rate, self.z_weight, self.hidden_ratio
+        if min(weights) < 0 or self.scale <= 0:
             raise ConfigError(
-                f"router: loss_weight = {self.loss_weight}, bias_rate = {self.bias_rate} and "
-                f"z_weight = {self.z_weight} must not be negative, scale = {self.scale} positive"
+                f"router: loss_weight = {self.loss_weight}, bias_rate = {self.bias_rate}, "
+                f"z_weight = {self.z_weight} and hidden_ratio = {self.hidden_ratio} must not be "
+                f"negative, scale = {self.scale} positive"
+            )
+        if self.kind != "timestep" and (self.draw or self.balance == "prior"):
+            asked = "draw = true" if self.draw else "balance = prior"
+            raise ConfigError(
+                f"router.{asked} is for experts that the noise level decides, but router.kind = "
+                f"{self.kind}: set router.kind = timestep"
             )
         if self.capacity_factor and self.capacity_factor < 1:
             raise ConfigError(
@@ -90,7 +107,7 @@ class RouterConfig:
     @property
     def has_loss(self) -> bool:
         """Whether an auxiliary loss reaches the router, or there is none to be learned."""
-        return not self.is_learned or self.balance == "loss" or self.z_weight > 0
+        return not self.is_learned or self.balance in ("loss", "prior") or self.z_weight > 0
 
     @property
     def is_by_noise(self) -> bool:

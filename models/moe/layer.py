@@ -18,6 +18,7 @@ from kinodit.models.attention import permute
 from kinodit.models.mlp import MLP, Activation, hidden_width
 from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.moe.experts import ExpertOp, Experts
+from kinodit.models.moe.prior import divergence, prior_shares
 from kinodit.models.moe.router import Choice, Router, Seen
 from kinodit.models.moe.tally import Tally
 
@@ -53,7 +54,8 @@ class MoE(nn.Module):
           be; set for as long as weights stay (`cached_experts`)
 
     loss_scale, z_scale: what the auxiliary losses of one token are multiplied with; set before a
-                         step by whoever balances the pool
+                         step by whoever balances the pool, as is
+    depth: how many layers share the units of a prior
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class MoE(nn.Module):
             self.shared = MLP(width, hidden, activation, bias)
         self.loss_scale: Tensor | float = 0.0
         self.z_scale: Tensor | float = 0.0
+        self.depth = 1
         self.tally = Tally(config.num_experts)
         self.fuse: Fuse | None = None
 
@@ -116,7 +119,11 @@ class MoE(nn.Module):
         logits = None if choice.logits is None else around.own(choice.logits)
         squares = shares.new_zeros(()) if logits is None else logits.logsumexp(-1).square().sum()
         aux = self.z_scale * squares
-        if self.router.config.is_learned:
+        if self.router.config.balance == "prior":
+            units, width = self.depth * self.config.num_experts, self.depth * self.config.top_k
+            prior = prior_shares(around.level_t, self.router.unit, units, width)
+            aux = aux + self.loss_scale * divergence(shares / self.depth, prior)
+        elif self.router.config.is_learned:
             aux = aux + self.loss_scale * (shares * self.router.load.to(shares.dtype)).sum()
         counted = self.tally.count(index, kept, shares.detach(), squares.detach(), around.level_t)
         made: Tensor = _Observe.apply(out, aux, lambda: self.tally.add(counted))  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kinodit.models.modulation import per_token
 from kinodit.models.moe.config import ExpertsConfig
+from kinodit.models.random import hashed_uniform
 
 Gather = Callable[[Tensor], tuple[Tensor, Tensor]]
 """[M, ...] of the tokens seen -> [T, ...] of all tokens of the pack, in its order, and [M] int64,
@@ -36,7 +37,9 @@ class Seen:
     time:    [K, c], activated embedding of the noise level of each row; these two are there for
              routers by timestep
     segment: [M] int64, the sample of each token, of `num_segments` in the pack; for routers that
-             compare the tokens of a sample
+             compare the tokens of a sample, or draw for it
+    draws:   [S] int64, what draws for each sample are keyed by; None: nothing is drawn
+    tasks:   [G, c], as `time`, of noise levels that tell routers apart; None: nobody asks
     gather:  from the tokens seen to those of the pack; for these, too
     """
 
@@ -45,6 +48,8 @@ class Seen:
     level: Tensor | None = None
     time: Tensor | None = None
     segment: Tensor | None = None
+    draws: Tensor | None = None
+    tasks: Tensor | None = None
     num_segments: int = 1
     gather: Gather = all_seen
 
@@ -73,22 +78,38 @@ class Router(nn.Module):
     Buffers, moved at the end of a step by whoever balances the pool, and part of a checkpoint:
     correction: [E], added to the scores by which experts are chosen, and to nothing else
     load:       [E], share of the tokens' choices that each expert had in the step before
+    unit:       [E], whole numbers, what the experts have been matched with; with a prior loss alone
+
+    key:   what its draws are keyed by, besides the sample; set by the model
+    masks: [G, E] uint8, which experts each task has; what the last pass in training has found
     """
 
     correction: Tensor
     load: Tensor
+    unit: Tensor
 
     def __init__(self, width: int, config: ExpertsConfig, condition_width: int = 0) -> None:
         """`width` of tokens, and of the embedding of their noise level."""
         super().__init__()
         self.config = config.router
         self.num_experts, self.top_k = config.num_experts, config.top_k
+        self.key = 0
+        self.masks: Tensor | None = None
         self.weight: nn.Parameter | None = None
+        self.hidden: nn.Parameter | None = None
+        self.hidden_bias: nn.Parameter | None = None
         inputs = condition_width if config.router.kind == "timestep" else width
         if config.router.is_learned:
+            if config.router.hidden_ratio:
+                hidden = round(config.router.hidden_ratio * inputs)
+                self.hidden = nn.Parameter(torch.empty(hidden, inputs))
+                self.hidden_bias = nn.Parameter(torch.zeros(hidden))
+                inputs = hidden
             self.weight = nn.Parameter(torch.empty(config.num_experts, inputs))
             self.register_buffer("correction", torch.zeros(config.num_experts))
             self.register_buffer("load", torch.zeros(config.num_experts))
+        if config.router.balance == "prior":
+            self.register_buffer("unit", torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor, seen: Seen) -> Choice:
         """`x` [M, d] -> the choice of each token."""
@@ -99,14 +120,21 @@ class Router(nn.Module):
             assert seen.time is not None and seen.level is not None, "no embedding of noise levels"
             by_level = self._logits(seen.time, dtype)
             logits = per_token(by_level, seen.level).expand(len(seen.level), -1)
+            self._look_at_tasks(seen, dtype)
         else:
             logits = self._logits(x, dtype)
-        if self.config.scores == "softmax":
-            scores = shares = logits.softmax(-1)
-        else:
-            scores = logits.sigmoid()
-            shares = scores / scores.sum(-1, keepdim=True)
-        asked = scores.detach() + self.correction.to(dtype)
+        scores = self._scores(logits)
+        shares = (
+            scores / scores.sum(-1, keepdim=True) if self.config.scores != "softmax" else scores
+        )
+        asked = scores.detach()
+        if self.config.draw and seen.draws is not None:
+            # The best of log scores with Gumbel noise are a draw without putting back (Kool et
+            # al., arXiv 1903.06059, section 3.1).
+            assert seen.segment is not None, "no samples to draw for"
+            noise = gumbel(seen.draws, self.key, self.num_experts).to(dtype)
+            asked = asked.log() + noise.index_select(0, seen.segment)
+        asked = asked + self.correction.to(dtype)
         if self.config.choice == "expert":
             index = torch.arange(self.num_experts, device=x.device).expand(len(x), -1)
         else:
@@ -135,7 +163,20 @@ class Router(nn.Module):
     def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         assert self.weight is not None
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            x = x.to(dtype)
+            if self.hidden is not None and self.hidden_bias is not None:
+                x = F.gelu(F.linear(x, self.hidden.to(dtype), self.hidden_bias.to(dtype)))
+            return F.linear(x, self.weight.to(dtype))
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.config.scores == "softmax" else logits.sigmoid()
+
+    @torch.no_grad()
+    def _look_at_tasks(self, seen: Seen, dtype: torch.dtype) -> None:
+        if self.config.balance == "prior" and seen.tasks is not None:
+            asked = self._scores(self._logits(seen.tasks, dtype)) + self.correction.to(dtype)
+            chosen = best(asked, self.top_k)
+            self.masks = torch.zeros_like(asked, dtype=torch.uint8).scatter(-1, chosen, 1)
 
     def _placed(self, seen: Seen, dtype: torch.dtype) -> Choice:
         """The choice that noise level or modality decides alone."""
@@ -147,6 +188,11 @@ class Router(nn.Module):
         gates = torch.full((len(chosen), 1), self.config.scale, dtype=dtype, device=chosen.device)
         shares = F.one_hot(chosen, self.num_experts).to(dtype)
         return Choice(chosen.unsqueeze(-1), gates, shares)
+
+
+def gumbel(draws: Tensor, key: int, num_experts: int) -> Tensor:
+    """[S] int64 -> [S, E] float64: Gumbel noise for each sample and expert, by their keys alone."""
+    return -(-hashed_uniform(draws, key, num_experts).log()).log()
 
 
 def best(scores: Tensor, k: int) -> Tensor:

@@ -58,6 +58,27 @@ BY_PLACE = {
 }
 
 
+# A router of two layers that draws, and the prior that routers of both blocks are matched with.
+BY_NOISE = tiny_model_config(
+    num_heads=4,
+    width=32,
+    num_double_blocks=3,
+    experts={
+        "video": ExpertsConfig(
+            4,
+            2,
+            1.0,
+            router=RouterConfig(
+                "timestep", hidden_ratio=2.0, draw=True, balance="prior", loss_weight=1.0
+            ),
+        ),
+        "text": ExpertsConfig(
+            3, 1, 1.0, router=RouterConfig("timestep", balance="prior", renormalise=False)
+        ),
+    },
+)
+
+
 def twin_of(model: MMDiTConfig, remat: str = "none") -> Twin:
     remat_config = RematConfig(remat)  # type: ignore[arg-type]
     optim = OptimConfig(lr=3e-3)
@@ -205,6 +226,30 @@ def test_choices_among_the_tokens_of_a_sample_do_not_depend_on_packs(selective: 
 @pytest.mark.parametrize("remat", ["full", "selective"])
 def test_choices_among_the_tokens_of_a_sample_are_made_again(remat: str, selective: Routed) -> None:
     check(trace(0, 1, twin_of(AMONG_SAMPLES, remat), ParallelConfig(dp_shard=1)), selective.trace)
+
+
+@pytest.fixture(scope="module")
+def by_noise() -> Routed:
+    return routed(0, 1, twin_of(BY_NOISE), ParallelConfig(dp_shard=1))
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", ["fsdp2", "tp2", "ulysses2", "ring2 x tp2", "hsdp2x2"])
+def test_draws_of_experts_and_matches_with_a_prior(
+    name: str, groups: dict[int, Ranks], by_noise: Routed
+) -> None:
+    parallel = LAYOUTS[name]
+    known = answers(by_noise)
+    for found in groups[size_of(parallel)].run(routed, twin_of(BY_NOISE), parallel):
+        check(found.trace, by_noise.trace)
+        ours = answers(found)
+        assert ours and {row: known[row] for row in ours} == ours
+
+
+def test_draws_and_matches_do_not_depend_on_packs_or_recomputation(by_noise: Routed) -> None:
+    parallel, merged = ParallelConfig(dp_shard=1), NativeConfig(micro_batches=1)
+    check(trace(0, 1, twin_of(BY_NOISE), parallel, engine_config=merged), by_noise.trace)
+    check(trace(0, 1, twin_of(BY_NOISE, "full"), parallel), by_noise.trace)
 
 
 @pytest.mark.gloo

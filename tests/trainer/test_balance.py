@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kinodit.models.moe.config import ExpertsConfig, RouterConfig
 from kinodit.models.moe.experts import apply_experts
 from kinodit.models.moe.layer import MoE, Surroundings
+from kinodit.models.moe.prior import prior_shares, task_levels
 from kinodit.models.moe.router import Seen
 from kinodit.models.moe.tally import Load
 from kinodit.trainer.balance import Balance, report
@@ -86,6 +87,43 @@ def test_corrections_move_towards_experts_with_less_than_the_mean() -> None:
     balancing.update()
     assert layer.router.correction.tolist() == pytest.approx([0.5, -0.4, 0.5])
     assert layer.router.load.tolist() == [0, 1, 0]
+
+
+def test_a_prior_sends_neighbouring_levels_to_experts_that_they_share() -> None:
+    """Two layers learn from the prior alone, and most levels get the experts that it says."""
+    router = RouterConfig("timestep", balance="prior", loss_weight=1.0)
+    config = ExpertsConfig(4, 2, 1.0, router=router)
+    torch.manual_seed(1)
+    pool = nn.ModuleList([MoE(WIDTH, config, "silu", False, WIDTH) for _ in range(2)])
+    for parameter in pool.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    optimizer = torch.optim.Adam(pool.parameters(), lr=0.03)
+    balancing = Balance(pool, MESH)
+    layers = [layer for layer in pool if isinstance(layer, MoE)]
+    level_t = torch.linspace(0, 1, 64)
+    levels = torch.cat([level_t, task_levels(torch.device("cpu"))]).unsqueeze(-1)
+    time = torch.cos(torch.arange(WIDTH) * math.pi * levels)
+    seen = Seen(level_t, level=torch.arange(64), time=time[:64], tasks=time[64:])
+    around = Surroundings(seen, level_t, lambda seen: seen, apply_experts)
+    matched = []
+    for _ in range(200):
+        balancing.begin([synthetic_pack(0, [0])])
+        for layer in layers:
+            layer.loss_scale *= NUM_PACKED / 64
+            out = layer(torch.zeros(64, WIDTH), around)
+            (0.0 * out.sum()).backward()
+        balancing.count()
+        optimizer.step()
+        optimizer.zero_grad()
+        balancing.update()
+        matched.append([layer.router.unit.tolist() for layer in layers])
+    assert sorted(matched[-1][0] + matched[-1][1]) == list(range(8))
+    assert matched[0] != [[0, 1, 2, 3], [4, 5, 6, 7]] and matched[-1] == matched[-20]
+    for layer in layers:
+        prior = prior_shares(task_levels(torch.device("cpu")), layer.router.unit, 8, 4)
+        assert layer.router.masks is not None
+        agree = (layer.router.masks == (prior > 0)).double().mean()
+        assert agree > 0.8
 
 
 def tally_of(

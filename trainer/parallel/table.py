@@ -74,7 +74,7 @@ SPLITS: dict[Style, dict[str, Split]] = {
         "gate_bias": Split(1, part=True),
         "down_bias": Split(None, part=False, summed=True),
     },
-    "whole": {"weight": Split(None, part=False), "bias": Split(None, part=False)},
+    "whole": dict.fromkeys(("weight", "bias", "hidden", "hidden_bias"), Split(None, part=False)),
 }
 
 

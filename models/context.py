@@ -177,6 +177,6 @@ def call_experts(layer: MoE, name: str, x: Tensor, context: Context) -> Tensor:
         gather,
     )
     levels = context.level_t[context.level[name]]
-    is_whole = exchange is None and context.apply_experts is apply_experts
+    is_whole = context.apply_experts is apply_experts
     out: Tensor = layer(x, Surroundings(seen, levels, own, context.apply_experts, is_whole))
     return out

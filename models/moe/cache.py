@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +64,10 @@ def cached_experts(model: nn.Module) -> Iterator[None]:
     Holds those of each layer for the level that was met last.
 
     Weights must not change meanwhile. Layers whose routers look at tokens, or whose tokens have
-    several levels, route as ever; so does a model that several processes share.
+    several levels, route as ever. Processes that share tokens or split matrices put their own parts
+    together: nothing crosses for it. Those that have experts between them route: the chosen ones
+    are elsewhere, and gathering k experts' weights to every process for each level is what dealing
+    them out was to avoid.
     """
     layers = [layer for layer in moe_layers(model).values() if layer.router.config.is_by_noise]
     for layer in layers:
@@ -89,5 +93,7 @@ class _Cache:
         key = level_t[0].item()
         if key not in self._made:
             # Guidance asks for a level twice in turn, and no sampler comes back to one.
-            self._made = {key: Fused(self._layer.experts, choose())}
+            made = partial(Fused, choice=choose())
+            nothing = level_t.new_zeros(0)
+            self._made = {key: self._layer.experts(nothing, nothing, made)}
         return self._made[key]

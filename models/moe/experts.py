@@ -6,7 +6,7 @@ Shape legend: E experts, R rows, d width, h hidden width of an expert, i and o i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from kinodit.models.mlp import Activation, activated
 from kinodit.models.modulation import per_token
+
+Read = Callable[["Experts"], nn.Module]
+"""Makes something of the weights of experts."""
 
 
 class Experts(nn.Module):
@@ -33,11 +36,14 @@ class Experts(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(wide[:2])) if bias and has_gate else None
         self.down_bias = nn.Parameter(torch.zeros(narrow[:2])) if bias else None
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, read: Read | None = None) -> Any:
         """`x` [R, d], the first counts[0] rows for the first expert and so on -> [R, d].
 
         counts: [E] int64; their sum is R. An expert without rows gets a gradient of zero.
+        read:   what to return instead: where weights are shared, they are there in here alone
         """
+        if read is not None:
+            return read(self)
         hidden = grouped_linear(x, self.up, self.up_bias, counts)
         if self.gate is not None:
             hidden = F.silu(grouped_linear(x, self.gate, self.gate_bias, counts)) * hidden

@@ -31,7 +31,7 @@ class Surroundings:
     level_t: [N] float, noise level of each own token
     own:     [M, ...] of the tokens seen -> [N, ...] of the own ones among them
     apply:   applies experts to rows
-    is_whole: whether this process has all tokens of the pack, and whole matrices
+    is_whole: whether this process has all experts, or its part of each
     """
 
     seen: Seen
@@ -56,6 +56,7 @@ class MoE(nn.Module):
     loss_scale, z_scale: what the auxiliary losses of one token are multiplied with; set before a
                          step by whoever balances the pool, as is
     depth: how many layers share the units of a prior
+    gradient_scale: what their gradients start from, where the loss is multiplied by it, too
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class MoE(nn.Module):
         self.loss_scale: Tensor | float = 0.0
         self.z_scale: Tensor | float = 0.0
         self.depth = 1
+        self.gradient_scale = 1.0
         self.tally = Tally(config.num_experts)
         self.fuse: Fuse | None = None
 
@@ -126,6 +128,7 @@ class MoE(nn.Module):
         elif self.router.config.is_learned:
             aux = aux + self.loss_scale * (shares * self.router.load.to(shares.dtype)).sum()
         counted = self.tally.count(index, kept, shares.detach(), squares.detach(), around.level_t)
+        aux = aux * self.gradient_scale
         made: Tensor = _Observe.apply(out, aux, lambda: self.tally.add(counted))  # type: ignore[no-untyped-call]
         return made
 

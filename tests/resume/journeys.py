@@ -17,10 +17,11 @@ Legs = tuple[tuple[int, tuple[str, ...]], ...]
 """What a run goes through: (ranks, overrides), one start after the other."""
 
 
-def undisturbed(root: Path) -> Path:
+def undisturbed(root: Path, **sections: dict[str, object]) -> Path:
     """A recipe in `root`, whose run "alone" has ended, in float64 and in one process."""
     run: dict[str, object] = {"steps": STEPS, "out_dir": str(root / "runs")}
-    path = tiny_recipe(root, write_dataset(root), run=run, schedule={"name": "cosine"})
+    sections = {"schedule": {"name": "cosine"}, **sections}
+    path = tiny_recipe(root, write_dataset(root), run=run, **sections)
     run_case(0, 1, Start(path, "alone", overrides=FLOAT64))
     return path
 

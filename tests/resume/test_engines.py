@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.resume.journeys import FLOAT64, Legs, assert_as_alone, travel, undisturbed
-from tests.resume.test_resume import Start, metrics, run_case
+from tests.resume.test_resume import Start, final_tensors, metrics, run_case
 from tests.support.ranks import Ranks
 
 pytestmark = [
@@ -65,6 +65,38 @@ def test_engines_take_over_from_each_other(
 ) -> None:
     travel(recipe, name, (JOURNEYS | LONG)[name], groups)
     assert_as_alone(recipe, name)
+
+
+EXPERTS: dict[str, Legs] = {
+    "ep2-zero3-alone": ((2, ("parallel.ep=2",)), (2, zero(3)), (1, ())),
+}
+LONG_EXPERTS: dict[str, Legs] = {
+    "zero2-megatron-zero1": (
+        (2, zero(2)),
+        (2, ("engine.name=megatron", "parallel.tp=2")),
+        (2, zero(1, "parallel.tp=2")),
+        (2, ("parallel.cp=2",)),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pool = {"num_experts": 4, "top_k": 2, "shared_ratio": 0.5, "router": {"balance": "bias"}}
+    return undisturbed(tmp_path_factory.mktemp("experts"), model={"experts": {"video": pool}})
+
+
+@pytest.mark.parametrize(
+    "name", [*EXPERTS, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG_EXPERTS)]
+)
+def test_engines_take_over_experts_and_their_corrections(
+    name: str, with_experts: Path, groups: dict[int, Ranks]
+) -> None:
+    travel(with_experts, name, (EXPERTS | LONG_EXPERTS)[name], groups)
+    assert_as_alone(with_experts, name)
+    tensors = final_tensors(with_experts, name)
+    corrections = [x for key, x in tensors.items() if key.endswith(".correction")]
+    assert corrections and all(float(np.abs(x).max()) > 0 for x in corrections)
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])

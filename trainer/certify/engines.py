@@ -56,9 +56,7 @@ def chosen_engines(text: str, own: EngineConfig) -> list[str]:
 
 
 def can_have(engine: EngineConfig, layout: ParallelConfig, config: RunConfig) -> bool:
-    """Whether an engine has this layout at all, whose dp_shard is given, and the model."""
-    if config.model.experts and not isinstance(engine, NativeConfig):
-        return False
+    """Whether an engine has this layout at all, whose dp_shard is given."""
     size = num_ranks(layout)
     wish = Wish(engine, config.optim, layout, PrecisionConfig(), config.remat, size)
     return refusal(wish) == ""

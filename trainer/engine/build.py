@@ -10,7 +10,6 @@ from torch import nn
 
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
-from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.config import EngineConfig, MegatronConfig, megatron_part
 from kinodit.trainer.engine.refusals import Wish, check_library, check_wish
@@ -63,11 +62,6 @@ def build_engine(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> En
     """
     check_wish(wish)
     taken = megatron_part(wish.engine)
-    if wish.engine.name != "native" and moe_layers(model):
-        raise ConfigError(
-            f"engine.name={wish.engine.name} with model.experts: nothing has shown that they go "
-            "together; set engine.name=native, or leave model.experts out"
-        )
     if taken is not None:
         _take_linears(model, mesh, taken, wish.parallel.tp)
     module = importlib.import_module(f"kinodit.trainer.engine.{wish.engine.name}")

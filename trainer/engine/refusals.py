@@ -42,9 +42,12 @@ def refusal(wish: Wish) -> str:
     if unmet:
         return unmet
     if wish.engine.name != "native" and wish.parallel.ep > 1:
+        why = "its mesh has no axis for them"
+        if isinstance(wish.engine, DeepSpeedConfig):
+            why = "DeepSpeed sums their gradients apart in MoE modules of its own alone"
         return (
             f"parallel.ep={wish.parallel.ep} with engine.name={wish.engine.name}: only the native "
-            "engine deals experts out; set parallel.ep=1, or engine.name=native"
+            f"engine deals experts out ({why}); set parallel.ep=1, or engine.name=native"
         )
     if isinstance(wish.engine, DeepSpeedConfig):
         return _of_deepspeed(wish.engine, wish)

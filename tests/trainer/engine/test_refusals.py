@@ -6,21 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kinodit.models.errors import ConfigError, MissingExtraError
-from kinodit.models.mmdit import MMDiT
-from kinodit.models.moe.config import ExpertsConfig
 from kinodit.trainer.config import load_config
-from kinodit.trainer.engine.build import build_engine
 from kinodit.trainer.engine.config import DeepSpeedConfig, MegatronConfig, NativeConfig
 from kinodit.trainer.engine.refusals import Wish, check_wish, refusal
 from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
-from kinodit.trainer.parallel.deferred import initial_values
-from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
-from tests.support.synthetic import tiny_model_config
 
 PLAIN = Wish(
     NativeConfig(), OptimConfig(), ParallelConfig(), PrecisionConfig(), RematConfig(), world_size=4
@@ -99,13 +93,3 @@ def test_the_name_selects_the_settings_of_an_engine(tmp_path: Path) -> None:
     path.write_text("engine: {stage: 3}\n")
     with pytest.raises(ConfigError, match="stage"):
         load_config(path)
-
-
-def test_experts_need_the_native_engine() -> None:
-    pytest.importorskip("megatron.core")
-    with torch.device("meta"):
-        model = MMDiT(tiny_model_config(experts={"video": ExpertsConfig()}))
-    wish = replace(PLAIN, engine=MegatronConfig(), world_size=1)
-    mesh = Mesh(torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"engine\.name=megatron with model\.experts"):
-        build_engine(model, initial_values(0), mesh, wish)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kinodit.models.moe.layer import moe_layers
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.engine.base import Forward, Predictions
 from kinodit.trainer.engine.deepspeed.partitions import Partitions
@@ -49,6 +50,7 @@ class ZeroEngine:
         self._optimizer = optimizer
         self._partitions = partitions
         self._shells = shells
+        self._buffers = dict(model.named_buffers())
         self._mesh = mesh
         self._dtype = precision.compute_dtype
         self._shared = SharedForward(self._forward, mesh) if mesh.place.is_cut else self._forward
@@ -56,6 +58,8 @@ class ZeroEngine:
         num_ranks = 1 if shells.group is None else shells.group.size()
         # Stage 3 divides by the number of ranks and cannot be told not to.
         self._loss_scale = float(num_ranks) if is_averaged else 1.0
+        for layer in moe_layers(model).values():
+            layer.gradient_scale = self._loss_scale
 
     def start_from(self, values: Values) -> None:
         """Set the masters to `values`, one whole parameter at a time. Collective."""
@@ -67,6 +71,8 @@ class ZeroEngine:
             place = self._partitions.places[name]
             with torch.no_grad():
                 place.view(flats).copy_(made.reshape(-1)[slice(*place.own)])
+        for name, buffer in self._buffers.items():
+            buffer.copy_(values(name, buffer.shape))
         self.set_num_steps(0)
         self.refresh()
 
@@ -132,21 +138,22 @@ class ZeroEngine:
         return {name: place.view(flats) for name, place in self._partitions.places.items()}
 
     def masters(self) -> dict[str, Tensor]:
-        """See `Engine`: flat partitions, with the padding at their ends."""
-        return self._partitions.masters()
+        """See `Engine`: flat partitions, with the padding at their ends; buffers by name."""
+        return {**self._partitions.masters(), **self._buffers}
 
     def refresh(self) -> None:
         """See `Engine`."""
         self._partitions.refresh()
 
     def canonical(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `Engine`: copies, on the host."""
+        """See `Engine`: copies, on the host, but for buffers."""
         places = self._partitions.places
         parts = {name: places[name].view(values).detach() for name, _ in self._shells}
         made = self._shells.empty(next(iter(values.values())))
         have = {name: places[name].spans for name, _ in self._shells}
         redistribute(parts, have, made, self._shells.spans(), self._shells.group)
-        return {name: shell.wrap(made[name]) for name, shell in self._shells}
+        found = {name: shell.wrap(made[name]) for name, shell in self._shells}
+        return found | {name: values[name] for name in self._buffers if name in values}
 
     def assign(self, values: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
@@ -155,6 +162,9 @@ class ZeroEngine:
         wanted = {name: places[name].view(values).detach() for name, _ in self._shells}
         want = {name: places[name].spans for name, _ in self._shells}
         redistribute(parts, self._shells.spans(), wanted, want, self._shells.group)
+        for name in self._buffers:
+            if name in values:
+                values[name].copy_(canonical[name])
 
     def state(self) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -173,11 +183,11 @@ class ZeroEngine:
 
     def set_num_steps(self, num_steps: int) -> None:
         """See `Engine`."""
-        for master in self.masters().values():
+        for master in self._partitions.masters().values():
             self._optimizer.initialised(master)["step"].fill_(float(num_steps))
 
     def _moments(self, moment: str) -> dict[str, Tensor]:
-        masters = self.masters().items()
+        masters = self._partitions.masters().items()
         return {key: self._optimizer.initialised(master)[moment] for key, master in masters}
 
     @torch.no_grad()

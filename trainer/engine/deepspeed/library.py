@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import ProcessGroup
 
+from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.parallel.mesh import Mesh
 
 
@@ -39,6 +41,19 @@ def load(device: torch.device) -> Any:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
     return deepspeed
+
+
+def tell_of_routers(model: nn.Module) -> None:
+    """Let stage 3 gather routers for as long as it gathers for the layers around them.
+
+    It finds out when the backward needs a module by what that module returns, and sees tensors
+    alone: a router returns more than that.
+    """
+    from deepspeed import zero
+
+    for layer in moe_layers(model).values():
+        for parameter in layer.router.parameters():
+            zero.register_external_parameter(layer, parameter)
 
 
 @dataclass(frozen=True)

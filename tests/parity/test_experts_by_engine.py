@@ -1,0 +1,101 @@
+"""Experts under every engine: the loss, gradients, parameters and corrections of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kinodit.trainer.certify.engines import ENGINES, can_have
+from kinodit.trainer.certify.trace import Trace, trace
+from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig
+from kinodit.trainer.engine.refusals import Wish, is_missing, refusal
+from kinodit.trainer.optim import OptimConfig
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from kinodit.trainer.parallel.remat import RematConfig
+from tests.parity.test_experts import MODEL, check, size_of, twin_of
+from tests.support.ranks import Ranks
+
+pytestmark = [
+    pytest.mark.gloo,
+    pytest.mark.skipif(
+        any(is_missing(name) for name in ("deepspeed", "megatron")),
+        reason="needs the extras deepspeed and megatron",
+    ),
+]
+SHARDED = ParallelConfig(dp_shard=2)
+SPLIT = ParallelConfig(dp_shard=1, tp=2)
+AROUND = ParallelConfig(dp_shard=1, cp=2)
+BOTH = ParallelConfig(dp_shard=2, tp=2)
+FEW = [("zero1", SPLIT), ("zero2", AROUND), ("zero3", SHARDED), ("megatron-no-sp", SPLIT)]
+GRID = [
+    (name, parallel)
+    for name in ENGINES
+    if name != "native"
+    for parallel in (SHARDED, SPLIT, AROUND, BOTH)
+]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Trace:
+    return trace(0, 1, twin_of(MODEL), ParallelConfig(dp_shard=1))
+
+
+def under(
+    rank: int, world_size: int, parallel: ParallelConfig, engine: EngineConfig, remat: str
+) -> Trace:
+    return trace(rank, world_size, twin_of(MODEL, remat), parallel, engine_config=engine)
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in GRID if case not in FEW)],
+)
+def test_engine(
+    name: str, parallel: ParallelConfig, groups: dict[int, Ranks], reference: Trace
+) -> None:
+    """With routing so skewed that some experts get no token in the second step."""
+    for found in groups[size_of(parallel)].run(under, parallel, ENGINES[name], "none"):
+        check(found, reference)
+
+
+@pytest.mark.parametrize("remat", ["full", pytest.param("selective", marks=pytest.mark.slow)])
+def test_experts_that_stage_3_gathers_are_gathered_again(
+    remat: str, groups: dict[int, Ranks], reference: Trace
+) -> None:
+    """Nothing is so small here that it stays: DeepSpeed keeps small parameters whole by default."""
+    extra = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    engine = DeepSpeedConfig(stage=3, extra=extra)
+    for found in groups[2].run(under, SHARDED, engine, remat):
+        check(found, reference)
+
+
+def in_bfloat16(rank: int, world_size: int) -> Trace:
+    return trace(
+        rank,
+        world_size,
+        twin_of(MODEL),
+        SHARDED,
+        "bfloat16",
+        engine_config=DeepSpeedConfig(stage=2),
+    )
+
+
+def test_corrections_keep_their_precision_in_bfloat16(groups: dict[int, Ranks]) -> None:
+    """DeepSpeed casts whatever is in the model; corrections move by less than bfloat16 can say."""
+    for found in groups[2].run(in_bfloat16):
+        loads = [value for name, value in found.parameters.items() if name.endswith(".load")]
+        assert loads
+        assert any(abs(float(x) * 256 - round(float(x) * 256)) > 1e-3 for v in loads for x in v)
+
+
+def test_certificates_have_rows_of_every_engine_and_ep_is_the_native_one_s() -> None:
+    config = twin_of(MODEL).config
+    assert all(can_have(engine, SHARDED, config) for engine in ENGINES.values())
+    dealt = replace(SHARDED, ep=2)
+    assert [name for name, e in ENGINES.items() if can_have(e, dealt, config)] == ["native"]
+    wish = Wish(
+        ENGINES["zero2"], OptimConfig(), dealt, PrecisionConfig(), RematConfig(), world_size=2
+    )
+    assert "only the native engine deals experts out" in refusal(wish)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from kinodit.launch.plan.estimate import Settings
     from kinodit.launch.plan.search import Found
     from kinodit.trainer.config import RunConfig
+    from kinodit.trainer.engine.refusals import Wish
 
 HELP = (
     "Estimate memory, communication and step time of every layout of a recipe on a cluster that "
@@ -73,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--top {args.top}: must be at least 1")
     start_s = time.monotonic()
     config = load_config(args.config, args.overrides)
+    if args.dry_run and config.engine.name != "native":
+        raise ConfigError(
+            f"--dry-run builds the native engine, and engine.name is {config.engine.name}: "
+            "leave it out, or add engine.name=native"
+        )
     settings = _settings(args, config)
     found = search(settings, config.parallel, config.remat)
     print(show.plan(settings, found, args.top))
@@ -94,6 +101,7 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
     from kinodit.launch.plan.hardware import build_cluster
     from kinodit.launch.plan.state import Weights
     from kinodit.launch.plan.workload import Given, read_workload
+    from kinodit.trainer.engine.config import MegatronConfig
     from kinodit.trainer.parallel.volume import Formats
 
     given = Given(
@@ -109,6 +117,11 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
         workload = workload.noting(
             "one process computes under autocast, which widens some tensors: activations are "
             "counted as if it widened all, the most that it can be"
+        )
+    if isinstance(config.engine, MegatronConfig) and not config.engine.sequence_parallel:
+        workload = workload.noting(
+            "engine.sequence_parallel=false leaves all tokens of a pack's share on each tp rank: "
+            "activations are those with it, the least that they can be"
         )
     return Settings(
         workload=workload,
@@ -128,7 +141,21 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
         ),
         num_averages=len(config.ema),
         micro_batches=config.engine.micro_batches,
+        wish=_wish(config),
     )
+
+
+def _wish(config: RunConfig) -> Wish | None:
+    """What the engine is asked for, but for kernels that this machine need not have."""
+    from kinodit.trainer.engine.config import MegatronConfig
+    from kinodit.trainer.engine.refusals import Wish
+
+    engine, precision = config.engine, replace(config.precision, float8="none")
+    if engine.name == "native":
+        return None
+    if isinstance(engine, MegatronConfig):
+        engine = replace(engine, linears="core")
+    return Wish(engine, config.optim, config.parallel, precision, config.remat)
 
 
 def _codec(text: str | None) -> tuple[int, int, int, int] | None:

@@ -18,9 +18,13 @@ from kinodit.launch.plan.ops import Sizes
 from kinodit.launch.plan.seams import Crowd
 from kinodit.launch.plan.state import Units, Weights
 from kinodit.launch.plan.workload import Workload
+from kinodit.launch.plan.zero import zero_messages, zero_plan
 from kinodit.models.errors import ConfigError
+from kinodit.trainer.engine.config import DeepSpeedConfig
+from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
+from kinodit.trainer.parallel.shard import SHARD
 from kinodit.trainer.parallel.volume import Formats
 
 PARTS = (
@@ -91,7 +95,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Settings:
-    """What does not depend on the layout."""
+    """What does not depend on the layout. wish: of the recipe's engine, if it is not native."""
 
     workload: Workload
     weights: Weights
@@ -99,6 +103,13 @@ class Settings:
     cluster: Cluster
     num_averages: int
     micro_batches: int
+    wish: Wish | None = None
+
+    @property
+    def zero(self) -> DeepSpeedConfig | None:
+        """DeepSpeed's settings, if it is the engine."""
+        engine = None if self.wish is None else self.wish.engine
+        return engine if isinstance(engine, DeepSpeedConfig) else None
 
 
 class Estimator:
@@ -150,24 +161,36 @@ class Estimator:
         units = self._units(parallel)
         passes, _ = self.passes(parallel)
         taken = self.activations(parallel, remat)
+        zero = None
+        if settings.zero is not None:
+            zero = zero_plan(
+                settings.weights,
+                settings.zero,
+                parallel,
+                formats,
+                settings.num_averages,
+                passes,
+            )
+            state = zero.state
         at_rest = {
             "parameters": state.parameters,
             "gradients": state.gradients,
             "optimizer": state.optimizer,
             "averages": state.averages,
         }
-        host = taken.host
+        host = taken.host + (0 if zero is None else zero.host)
         if parallel.cpu_offload:
             host += state.total
             at_rest = dict.fromkeys(at_rest, 0)
-        if passes > 1 and settings.cluster.num_gpus > 1:
+        if passes > 1 and settings.cluster.num_gpus > 1 and settings.zero is None:
             # Until the last micro-batch gradients are added up whole, before they are reduced.
             at_rest["gradients"] += units.whole * formats.reduce
+        buffers = gathered_bytes(units, parallel, formats) if zero is None else zero.buffers
         parts = {
             **at_rest,
             "activations": taken.peak,
             "encoders": settings.workload.encoder_bytes,
-            "buffers": gathered_bytes(units, parallel, formats) + self._batch_bytes(parallel),
+            "buffers": buffers + self._batch_bytes(parallel),
         }
         return Memory({name: parts[name] for name in PARTS}, host)
 
@@ -199,6 +222,11 @@ class Estimator:
         passes, _ = self.passes(parallel)
         units = self._units(parallel)
         sent = traffic(self.work(parallel), units, parallel, remat, settings.formats, passes)
+        if settings.zero is not None:
+            zero = zero_messages(
+                settings.weights, settings.zero, parallel, settings.formats, passes
+            )
+            sent = [one for one in sent if one.label != SHARD] + ([zero] if zero else [])
         time = self._time(parallel, remat, units, sent)
         peak = settings.cluster.peak(settings.formats.compute) * settings.cluster.num_gpus
         return Estimate(
@@ -247,7 +275,9 @@ class Estimator:
         shard = units.shard(parallel.dp_shard * parallel.cp, parallel.ep)
         own = shard * settings.formats.params
         touched = own * (FUSED_PASSES + 3 * settings.num_averages)
-        host_bytes = 2 * passes * taken.host + (4 * own if parallel.cpu_offload else 0)
+        zero = settings.zero
+        is_offloaded = parallel.cpu_offload or (zero and zero.offload_optimizer != "none")
+        host_bytes = 2 * passes * taken.host + (4 * own if is_offloaded else 0)
         parts = {
             **compute,
             **exposed,

@@ -11,6 +11,7 @@ from kinodit.launch.plan.estimate import Estimate, Estimator, Memory, Settings
 from kinodit.launch.plan.hardware import GIB
 from kinodit.models.errors import ConfigError
 from kinodit.trainer.certify.layouts import layout_name, num_ranks
+from kinodit.trainer.engine.refusals import refusal
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.table import check_heads
@@ -149,6 +150,12 @@ def _impossible(estimator: Estimator, parallel: ParallelConfig) -> tuple[str, st
             settings.weights.check_pools(parallel.ep)
         except ConfigError as error:
             return "ep", f"{layout_name(parallel)}: {error}"
+    if settings.wish is not None:
+        # Which libraries and devices are on this machine does not matter.
+        asked = replace(settings.wish, parallel=parallel, world_size=settings.cluster.num_gpus)
+        unmet = refusal(asked)
+        if unmet:
+            return "engine", f"{layout_name(parallel)}: {unmet}"
     dp = parallel.dp_replicate * parallel.dp_shard
     if dp > workload.packs:
         return "packs", (

@@ -131,6 +131,7 @@ EXPLAINED = {
     "tokens": "have more ranks than tokens; for instance",
     "micro-batches": "cannot have the recipe's micro-batches; for instance",
     "cpu_offload": "cannot offload; for instance",
+    "engine": "are not the engine's; for instance",
     "ep": "cannot deal experts out; for instance",
 }
 

@@ -21,6 +21,7 @@ from kinodit.models.mmdit import MMDiT
 from kinodit.models.moe.experts import Experts
 from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.optim import OptimConfig, optimizer_bytes
+from kinodit.trainer.optim.base import group_parameters
 from kinodit.trainer.parallel.expert import check_pools
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.table import Split, assign_splits, check_heads, mmdit_table
@@ -116,6 +117,16 @@ class Weights:
     def num_experts(self) -> list[int]:
         """Of each pool of experts."""
         return [layer.config.num_experts for layer in moe_layers(self._model).values()]
+
+    @property
+    def num_buffered(self) -> int:
+        """Numbers of buffers, which averages have as well."""
+        return self._buffered
+
+    def optimizer_groups(self) -> list[list[str]]:
+        """Names of the parameters of each group of the optimizer."""
+        groups = group_parameters(self._optim, self._model.named_parameters())
+        return [list(group.parameters) for group in groups]
 
     def check_pools(self, ep: int) -> None:
         """See `trainer/parallel/expert.py: check_pools`."""

@@ -21,7 +21,6 @@ from kinodit.models.config import SINGLE, MMDiTConfig
 from kinodit.models.context import ALL, Context, Rotary, call_attention
 from kinodit.models.mlp import MLP
 from kinodit.models.modulation import AdaNorm, Modulation, Rows, gated_add
-from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.moe.layer import MoE
 from kinodit.models.norm import HeadNorm, RMSNorm
 from kinodit.models.rope import rotate
@@ -58,10 +57,13 @@ class Projections(nn.Module):
         return q, k, v
 
 
-def feed_forward(width: int, config: MMDiTConfig, experts: ExpertsConfig | None) -> MLP | MoE:
-    """The feed-forward of a stream of `width`, or the experts in its place."""
+def feed_forward(width: int, config: MMDiTConfig, name: str, index: int) -> MLP | MoE:
+    """The feed-forward of the stream `name`, or of `SINGLE`, or the experts in its place."""
+    experts = config.experts_in(name, index)
     if experts is not None:
-        return MoE(width, experts, config.activation, config.bias, config.width_of_condition)
+        streams = tuple(config.streams) if name == SINGLE else (name,)
+        condition_width = config.width_of_condition
+        return MoE(width, experts, config.activation, config.bias, condition_width, streams)
     return MLP(width, config.hidden(width), config.activation, config.bias)
 
 
@@ -87,7 +89,7 @@ class StreamLayer(nn.Module):
         self.mlp: MLP | MoE | None = None
         if not is_last:
             self.mlp_prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
-            self.mlp = feed_forward(width, config, config.experts_in(name, index))
+            self.mlp = feed_forward(width, config, name, index)
         has_postnorm = config.sandwich_norm and not is_last
         self.attention_postnorm = RMSNorm(width, config.norm_eps) if has_postnorm else None
         self.mlp_postnorm = RMSNorm(width, config.norm_eps) if has_postnorm else None
@@ -191,7 +193,7 @@ class SingleBlock(nn.Module):
         self.prenorm = AdaNorm(width, config.norm_eps, config.block_norm)
         # One bias for the sum of both ways out: the MLP's.
         self.attention = Projections(width, config, has_out=True, out_bias=False)
-        self.mlp = feed_forward(width, config, config.experts_in(SINGLE, index))
+        self.mlp = feed_forward(width, config, SINGLE, index)
         self.postnorm = RMSNorm(width, config.norm_eps) if config.sandwich_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -8,16 +8,19 @@ are the same however tokens are dealt out to packs, micro-batches and ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kinodit.models.moe.layer import MoE, moe_layers
 from kinodit.models.moe.prior import matched_units
-from kinodit.models.moe.tally import Load
+from kinodit.models.moe.tally import Load, Sums
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.mesh import Mesh
+
+Squares = Callable[[Sequence[str]], Tensor]
+"""[n], as `Engine.gradient_squares`."""
 
 
 class Balance:
@@ -26,6 +29,10 @@ class Balance:
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self._layers = moe_layers(model)
         self._matching = Matching(self._layers, mesh)
+        self._routers = [
+            [f"{name}.router.{key}" for key, _ in layer.router.named_parameters()]
+            for name, layer in self._layers.items()
+        ]
         self._mesh = mesh
         self._sums: list[Tensor] = []
 
@@ -50,19 +57,30 @@ class Balance:
             layer.z_scale = router.z_weight / tokens
             layer.tally.take(self._mesh.device)
 
-    def count(self) -> dict[str, Tensor]:
+    def count(self, squares: Squares) -> dict[str, Sums]:
         """After the last backward: layer -> its tally of the step, of all ranks. Collective.
+
+        And the square of the norm of its router's gradient, by its parameters' `squares`.
 
         On the device, for which the host does not wait.
         """
         if not self._layers:
             return {}
         device = self._mesh.device
-        sums = torch.cat([layer.tally.take(device) for layer in self._layers.values()])
-        flat = self._mesh.sum(sums)
+        # Ranks that have the same tokens count them all.
+        copies = self._mesh.place.copies
+        parts = [layer.tally.take(device) / copies for layer in self._layers.values()]
+        if routers := [name for names in self._routers for name in names]:
+            found = squares(routers).split([len(names) for names in self._routers])
+            for part, gradients in zip(parts, found, strict=True):
+                part[-1] = gradients.sum()
+        flat = self._mesh.sum(torch.cat(parts))
         self._matching.gather()
         self._sums = list(flat.split([layer.tally.size for layer in self._layers.values()]))
-        return dict(zip(self._layers, self._sums, strict=True))
+        return {
+            name: Sums(sums, layer.tally.streams)
+            for (name, layer), sums in zip(self._layers.items(), self._sums, strict=True)
+        }
 
     @torch.no_grad()
     def update(self) -> None:
@@ -141,43 +159,51 @@ def _update(layer: MoE, sums: Tensor) -> None:
     router.load.copy_(counts / counts.sum().clamp(min=1))
 
 
-def report(tallies: Mapping[str, Tensor]) -> dict[str, object]:
-    """What a row of metrics says of the experts. `tallies`: layer -> sums over some steps.
+def report(tallies: Mapping[str, Sums], num_steps: int) -> dict[str, object]:
+    """What a row of metrics says of the experts. `tallies`: layer -> sums over `num_steps` steps.
 
     moe/violation: the largest load over the mean, less 1, of the worst layer (MaxVio of arXiv
                    2408.15664, equation 4)
     moe/entropy:   of the tokens' shares, over that of equal shares, mean over layers
     moe/dropped:   share of the tokens that went to no expert of a layer, mean over layers
+    moe/router_grad_norm: of all routers together, root mean square over the steps
     experts:       layer -> "load", of each expert over the mean; "noise_bins", the same by bin of
-                   the noise level; "violation"; "z", mean squared log-sum-exp of the logits;
-                   "dropped"; "experts_per_token", how many a token went to, on average
+                   the noise level; "modalities", the same by stream, if there are several;
+                   "violation"; "z", mean squared log-sum-exp of the logits; "dropped";
+                   "experts_per_token", how many a token went to, on average; "router_grad_norm"
     """
     if not tallies:
         return {}
-    loads = {name: Load.of(sums.tolist()) for name, sums in tallies.items()}
-    layers: dict[str, object] = {}
+    loads = {name: Load.of(sums.values.tolist(), sums.streams) for name, sums in tallies.items()}
+    layers: dict[str, dict[str, object]] = {}
     entropies, dropped = [], []
     for name, load in loads.items():
         num_experts = len(load.shares)
-        mean = sum(load.by_expert) / num_experts or 1.0
-        bins = [
-            [round(count * num_experts / sum(row), 4) for count in row] if sum(row) else []
-            for row in load.counts
-        ]
         num_tokens = max(1.0, load.num_tokens)
         entropies.append(load.entropy / num_tokens / math.log(max(2, num_experts)))
         dropped.append(load.dropped / num_tokens)
         layers[name] = {
-            "load": [round(count / mean, 4) for count in load.by_expert],
-            "noise_bins": bins,
+            "load": _over_mean(load.by_expert) or [0.0] * num_experts,
+            "noise_bins": [_over_mean(row) for row in load.by_bin],
             "violation": round(load.violation, 6),
             "z": load.squares / num_tokens,
             "dropped": round(dropped[-1], 6),
             "experts_per_token": round(sum(load.by_expert) / num_tokens, 4),
+            "router_grad_norm": math.sqrt(load.gradient / num_steps),
         }
+        if len(load.streams) > 1:
+            by_stream = {stream: _over_mean(row) for stream, row in load.by_stream.items()}
+            layers[name] |= {"modalities": by_stream}
     return {
         "moe/violation": max(load.violation for load in loads.values()),
         "moe/entropy": sum(entropies) / len(entropies),
         "moe/dropped": sum(dropped) / len(dropped),
+        "moe/router_grad_norm": math.sqrt(sum(one.gradient for one in loads.values()) / num_steps),
         "experts": layers,
     }
+
+
+def _over_mean(counts: Sequence[float]) -> list[float]:
+    """[E] -> [E]; empty if nothing was counted."""
+    total = sum(counts)
+    return [round(count * len(counts) / total, 4) for count in counts] if total else []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kinodit.models.flops import forward_flops
 from kinodit.models.mmdit import MMDiTConfig
+from kinodit.models.moe.tally import Sums
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer import balance
 from kinodit.trainer.parallel.mesh import Mesh
@@ -86,14 +87,15 @@ class Clock:
 class Window:
     """Steps since the last logged row; sums stay on the device until the row is made.
 
-    Losses are of the steps that updated the model; the others are counted in `num_skipped`.
+    Losses and loads are of the steps that updated the model; the others are counted in
+    `num_skipped`.
     """
 
     modalities: Sequence[str]
     clock: Clock = field(default_factory=Clock)
     sums: Tensor | None = None
     grad_norm: Tensor | None = None
-    loads: dict[str, Tensor] = field(default_factory=dict)
+    loads: dict[str, Sums] = field(default_factory=dict)
     num_steps: int = 0
     num_skipped: int = 0
     num_tokens: int = 0
@@ -111,7 +113,7 @@ class Window:
         self.sums = sums if self.sums is None else self.sums + sums
         if result.updated or self.grad_norm is None:
             self.grad_norm = result.grad_norm
-        for name, load in result.loads.items():
+        for name, load in result.loads.items() if result.updated else ():
             self.loads[name] = self.loads[name] + load if name in self.loads else load
         self.num_steps += 1
         self.num_tokens += num_tokens
@@ -176,7 +178,7 @@ class Window:
             "skipped_steps": self.num_skipped,
         }
         row |= report(rank_times, self.num_steps)
-        row |= balance.report(self.loads)
+        row |= balance.report(self.loads, num_updates)
         for name, value in zip(self.modalities, losses, strict=True):
             weight = loss_weights.get(name, 1.0)
             row[f"loss/{name}"] = value / weight if weight else 0.0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kinodit.models.diffusion.objective import NoisedBatch, Objective, bin_errors
+from kinodit.models.moe.tally import Sums
 from kinodit.models.tokens import Role, TokenBatch
 from kinodit.trainer import faults
 from kinodit.trainer.balance import Balance
@@ -64,7 +65,7 @@ class StepResult:
     grad_norm: Tensor
     counts: StepCounts
     updated: bool = True
-    loads: Mapping[str, Tensor] = field(default_factory=dict)
+    loads: Mapping[str, Sums] = field(default_factory=dict)
 
 
 def loss_tokens(tokens_weight: Tensor, role: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class Step:
                 return torch.stack(terms).sum()
 
             self._engine.forward_backward(noised.batch, loss, last=index == len(batches) - 1)
-        loads = self._balance.count()
+        loads = self._balance.count(self._engine.gradient_squares)
         faults.reach("step:gradients", step, self._engine.gradient_parts)
         grad_norm = self._engine.clip(self._max_grad_norm)
         faults.reach("step:before-update", step)

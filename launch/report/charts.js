@@ -123,6 +123,13 @@ function addTraining(host) {
   if (columns["moe/violation"]) {
     smoothed.push(new Chart(host, { ...overTrain, title: "Load of experts", note: "largest over the mean less 1, worst layer; 0 is even", zero: true, series: [line("violation", columns["moe/violation"], PALETTE[1])] }));
     smoothed.push(new Chart(host, { ...overTrain, title: "Entropy of routers", note: "1: all experts alike", zero: true, series: [line("entropy", columns["moe/entropy"], PALETTE[3])] }));
+    if (columns["moe/router_grad_norm"]) {
+      smoothed.push(new Chart(host, { ...overTrain, title: "Gradient norm of routers", note: "all routers together, before clipping", log: true, series: [line("norm", columns["moe/router_grad_norm"], PALETTE[4])] }));
+    }
+    const dropped = columns["moe/dropped"];
+    if (dropped && dropped.mean.some((share) => share > 0)) {
+      smoothed.push(new Chart(host, { ...overTrain, title: "Dropped tokens", note: "share that found no expert, mean of layers", zero: true, series: [line("share", dropped, PALETTE[1])] }));
+    }
   }
   if (!host.children.length) host.append(html("p", { class: "empty" }, "Nothing has been logged."));
 }

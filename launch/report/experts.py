@@ -11,7 +11,7 @@ from kinodit.launch.report.read import Row, number
 
 @dataclass(frozen=True)
 class Cell:
-    """One expert in one range of the noise level. load: over the mean; None if nothing went there.
+    """One expert and some of the tokens. load: over the mean; None if nothing went there.
 
     shade: per cent of full colour, 0 for no load and 100 for twice the mean or more
     """
@@ -22,12 +22,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class ExpertMap:
-    """One layer. all: each expert's load; bins: (label of the noise level, each expert's load)."""
+    """One layer. said: figures of it; rows: (label of some tokens, each expert's load).
+
+    Groups of rows: all tokens, those of each modality, those of each range of the noise level.
+    """
 
     name: str
-    violation: str
-    all: list[Cell]
-    bins: list[tuple[str, list[Cell]]]
+    said: list[str]
+    groups: list[list[tuple[str, list[Cell]]]]
 
 
 def expert_maps(rows: Sequence[Row]) -> list[ExpertMap]:
@@ -39,14 +41,26 @@ def expert_maps(rows: Sequence[Row]) -> list[ExpertMap]:
 
 
 def _map(name: str, layer: Row) -> ExpertMap:
-    loads = _cells(layer.get("load"))
-    bins = layer.get("noise_bins")
+    bins, modalities = layer.get("noise_bins"), layer.get("modalities")
     rows = [_cells(line) for line in bins] if isinstance(bins, list) else []
     labels = [f"t {i / len(rows):.1f}–{(i + 1) / len(rows):.1f}" for i in range(len(rows))]
-    seen = [(label, cells) for label, cells in zip(labels, rows, strict=True) if cells]
-    violation = number(layer.get("violation"))
-    said = f"largest load {1 + violation:.2f} of the mean" if math.isfinite(violation) else ""
-    return ExpertMap(_title(name), said, loads, seen)
+    by_stream = modalities.items() if isinstance(modalities, dict) else ()
+    groups = [
+        [("all tokens", _cells(layer.get("load")))],
+        [(str(stream), _cells(line)) for stream, line in by_stream],
+        list(zip(labels, rows, strict=True)),
+    ]
+    seen = [[(label, cells) for label, cells in group if cells] for group in groups]
+    return ExpertMap(_title(name), _said(layer), [group for group in seen if group])
+
+
+def _said(layer: Row) -> list[str]:
+    violation, dropped = number(layer.get("violation")), number(layer.get("dropped"))
+    norm = number(layer.get("router_grad_norm"))
+    said = [f"largest load {1 + violation:.2f}" if math.isfinite(violation) else ""]
+    said.append(f"{100 * dropped:.1f} % dropped" if dropped > 0 else "")
+    said.append(f"router gradient {norm:.2g}" if math.isfinite(norm) else "")
+    return [part for part in said if part]
 
 
 def _title(name: str) -> str:

@@ -72,7 +72,7 @@ class ExpertOp(Protocol):
 def apply_experts(
     experts: nn.Module, x: Tensor, counts: Tensor, beside: Beside | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The `ExpertOp` of one process, where all experts are; see there."""
+    """The `ExpertOp` of one process, where all experts are: `x` [R, d], `counts` [E] -> [R, d]."""
     out: Tensor = experts(x, counts)
     return out, None if beside is None else beside()
 

@@ -6,7 +6,7 @@ of a token and an expert that it goes to (M k where nothing is dropped), d width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,7 +66,9 @@ class MoE(nn.Module):
         activation: Activation,
         bias: bool,
         condition_width: int = 0,
+        streams: Sequence[str] = ("",),
     ) -> None:
+        """`condition_width` is that of noise levels' embeddings; `streams` name the tokens'."""
         super().__init__()
         self.config = config
         hidden = hidden_width(width, config.expert_ratio, activation)
@@ -80,7 +82,7 @@ class MoE(nn.Module):
         self.z_scale: Tensor | float = 0.0
         self.depth = 1
         self.gradient_scale = 1.0
-        self.tally = Tally(config.num_experts)
+        self.tally = Tally(config.num_experts, streams)
         self.fuse: Fuse | None = None
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
@@ -127,7 +129,10 @@ class MoE(nn.Module):
             aux = aux + self.loss_scale * divergence(shares / self.depth, prior)
         elif self.router.config.is_learned:
             aux = aux + self.loss_scale * (shares * self.router.load.to(shares.dtype)).sum()
-        counted = self.tally.count(index, kept, shares.detach(), squares.detach(), around.level_t)
+        stream = None if around.seen.stream is None else around.own(around.seen.stream)
+        counted = self.tally.count(
+            index, kept, shares.detach(), squares.detach(), around.level_t, stream
+        )
         aux = aux * self.gradient_scale
         made: Tensor = _Observe.apply(out, aux, lambda: self.tally.add(counted))  # type: ignore[no-untyped-call]
         return made

@@ -11,7 +11,14 @@ from kinodit.launch.report.read import Row
 from tests.support.fake_run import make_run
 
 NAME = "joint_blocks.2.streams.video.mlp"
-LAYER = {"load": [0.0, 1.0, 3.0, "NaN"], "noise_bins": [[1.5, 0.5], []], "violation": 2.0}
+LAYER = {
+    "load": [0.0, 1.0, 3.0, "NaN"],
+    "noise_bins": [[1.5, 0.5], []],
+    "modalities": {"video": [2.0, 0.0], "text": []},
+    "violation": 2.0,
+    "dropped": 0.125,
+    "router_grad_norm": 0.01234,
+}
 
 
 def test_the_last_row_that_tells_of_them_is_shown() -> None:
@@ -19,15 +26,18 @@ def test_the_last_row_that_tells_of_them_is_shown() -> None:
     rows: list[Row] = [early, {"experts": {NAME: LAYER}}, {"loss": 1.0}]
     (found,) = expert_maps(rows)
     assert found.name == "video, joint block 2"
-    assert found.violation == "largest load 3.00 of the mean"
-    assert found.all == [Cell(0.0, 0), Cell(1.0, 50), Cell(3.0, 100), Cell(None, 0)]
-    assert found.bins == [("t 0.0–0.5", [Cell(1.5, 75), Cell(0.5, 25)])]
+    assert found.said == ["largest load 3.00", "12.5 % dropped", "router gradient 0.012"]
+    assert found.groups == [
+        [("all tokens", [Cell(0.0, 0), Cell(1.0, 50), Cell(3.0, 100), Cell(None, 0)])],
+        [("video", [Cell(2.0, 100), Cell(0.0, 0)])],
+        [("t 0.0–0.5", [Cell(1.5, 75), Cell(0.5, 25)])],
+    ]
 
 
 def test_rows_without_experts_have_no_map() -> None:
     assert expert_maps([]) == expert_maps([{"loss": 1.0}, {"experts": "x"}]) == []
     (single,) = expert_maps([{"experts": {"single_blocks.0.mlp": {}}}])
-    assert (single.name, single.all, single.bins) == ("all streams, single block 0", [], [])
+    assert (single.name, single.said, single.groups) == ("all streams, single block 0", [], [])
 
 
 def test_a_page_has_them_if_the_run_has_experts(tmp_path: Path) -> None:
@@ -38,5 +48,6 @@ def test_a_page_has_them_if_the_run_has_experts(tmp_path: Path) -> None:
     row = json.loads(lines[-1]) | {"kind": "train", "experts": {f"<{NAME}>": LAYER}}
     file.write_text("\n".join([*lines[:-1], json.dumps(row)]) + "\n")
     html = write_report(run_dir).read_text()
-    assert 'id="experts"' in html and html.count("<td style=") == 6
-    assert "expert 2, all: 3.00" in html and "expert 3, all: –" in html
+    assert 'id="experts"' in html and html.count("<td style=") == 8
+    assert "expert 2, all tokens: 3.00" in html and "expert 3, all tokens: –" in html
+    assert "12.5 % dropped" in html and "expert 0, video: 2.00" in html

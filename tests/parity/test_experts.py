@@ -135,6 +135,10 @@ def selective() -> Routed:
 def check(found: Trace, expected: Trace) -> None:
     assert found.losses == pytest.approx(expected.losses, rel=1e-12)
     assert found.norms == pytest.approx(expected.norms, rel=1e-12)
+    for step, loads in zip(found.loads, expected.loads, strict=True):
+        assert step.keys() == loads.keys() and loads
+        for key, sums in loads.items():
+            np.testing.assert_allclose(step[key], sums, rtol=1e-9, atol=1e-12)
     for name in ("gradients", "parameters", "averages"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert ours.keys() == theirs.keys()

@@ -14,7 +14,7 @@ from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
-from tests.parity.test_experts import MODEL, check, size_of, twin_of
+from tests.parity.test_experts import AMONG_SAMPLES, MODEL, check, size_of, twin_of
 from tests.support.ranks import Ranks
 
 pytestmark = [
@@ -28,6 +28,7 @@ SHARDED = ParallelConfig(dp_shard=2)
 SPLIT = ParallelConfig(dp_shard=1, tp=2)
 AROUND = ParallelConfig(dp_shard=1, cp=2)
 BOTH = ParallelConfig(dp_shard=2, tp=2)
+BOTH_SHARED = ParallelConfig(dp_shard=1, cp=2, tp=2)
 FEW = [("zero1", SPLIT), ("zero2", AROUND), ("zero3", SHARDED), ("megatron-no-sp", SPLIT)]
 GRID = [
     (name, parallel)
@@ -58,6 +59,23 @@ def test_engine(
     """With routing so skewed that some experts get no token in the second step."""
     for found in groups[size_of(parallel)].run(under, parallel, ENGINES[name], "none"):
         check(found, reference)
+
+
+def among_samples(
+    rank: int, world_size: int, parallel: ParallelConfig, engine: EngineConfig
+) -> Trace:
+    return trace(rank, world_size, twin_of(AMONG_SAMPLES), parallel, engine_config=engine)
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"), [("megatron-no-sp", SPLIT), ("megatron-no-sp", BOTH_SHARED), FEW[1]]
+)
+def test_choices_among_the_tokens_of_a_sample(
+    name: str, parallel: ParallelConfig, groups: dict[int, Ranks]
+) -> None:
+    expected = trace(0, 1, twin_of(AMONG_SAMPLES), ParallelConfig(dp_shard=1))
+    for found in groups[size_of(parallel)].run(among_samples, parallel, ENGINES[name]):
+        check(found, expected)
 
 
 @pytest.mark.parametrize("remat", ["full", pytest.param("selective", marks=pytest.mark.slow)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from kinodit.models.moe.experts import apply_experts
 from kinodit.models.moe.layer import MoE, Surroundings
 from kinodit.models.moe.prior import prior_shares, task_levels
 from kinodit.models.moe.router import Seen
-from kinodit.models.moe.tally import Load
+from kinodit.models.moe.tally import Load, Sums, Tally
 from kinodit.trainer.balance import Balance, report
 from kinodit.trainer.parallel.mesh import Mesh
 from tests.support.synthetic import synthetic_pack
@@ -23,6 +24,10 @@ NUM_STEPS, LAST = 300, 50
 NUM_PACKED = sum(tokens.num_tokens for tokens in synthetic_pack(0, [0]).modalities.values())
 """Tokens of the pack that stands for the stream's where only their number counts."""
 MESH = Mesh(torch.device("cpu"))
+
+
+def no_gradients(names: Sequence[str]) -> Tensor:
+    return torch.zeros(len(names))
 
 
 def forward(layer: MoE, x: Tensor) -> Tensor:
@@ -54,12 +59,12 @@ def largest_load(balance: str) -> float:
         layer.loss_scale *= NUM_PACKED / NUM_TOKENS
         x = skewed_tokens(step)
         (forward(layer, x) - 2 * x).square().mean().backward()
-        (tally,) = balancing.count().values()
+        (tally,) = balancing.count(no_gradients).values()
         optimizer.step()
         optimizer.zero_grad()
         balancing.update()
         if step >= NUM_STEPS - LAST:
-            total = total + tally
+            total = total + tally.values
     return 1 + Load.of(total.tolist()).violation
 
 
@@ -81,8 +86,8 @@ def test_corrections_move_towards_experts_with_less_than_the_mean() -> None:
         nn.init.zeros_(parameter)
     layer.router.correction[1] = 0.1
     forward(layer, torch.ones(4, WIDTH)).sum().backward()
-    (tally,) = balancing.count().values()
-    assert Load.of(tally.tolist()).by_expert == [0, 4, 0]
+    (tally,) = balancing.count(no_gradients).values()
+    assert Load.of(tally.values.tolist()).by_expert == [0, 4, 0]
     assert layer.router.correction.tolist() == pytest.approx([0, 0.1, 0])
     balancing.update()
     assert layer.router.correction.tolist() == pytest.approx([0.5, -0.4, 0.5])
@@ -112,7 +117,7 @@ def test_a_prior_sends_neighbouring_levels_to_experts_that_they_share() -> None:
             layer.loss_scale *= NUM_PACKED / 64
             out = layer(torch.zeros(64, WIDTH), around)
             (0.0 * out.sum()).backward()
-        balancing.count()
+        balancing.count(no_gradients)
         optimizer.step()
         optimizer.zero_grad()
         balancing.update()
@@ -127,18 +132,22 @@ def test_a_prior_sends_neighbouring_levels_to_experts_that_they_share() -> None:
 
 
 def tally_of(
-    counts: list[list[float]], entropy: float, squares: float, dropped: float = 0.0
+    counts: list[list[float]],
+    entropy: float,
+    squares: float,
+    dropped: float = 0.0,
+    gradient: float = 0.0,
 ) -> Tensor:
     """A tally of two experts with these counts in the first bins of the noise level."""
     cells = [count for row in counts for count in row] + [0.0] * (20 - 2 * len(counts))
     shares = [sum(column) for column in zip(*counts, strict=True)]
-    return torch.tensor([*cells, *shares, dropped, entropy, squares], dtype=torch.float64)
+    return torch.tensor([*cells, *shares, dropped, entropy, squares, gradient], dtype=torch.float64)
 
 
 def test_a_report_says_how_far_from_even_and_how_sure() -> None:
     even = tally_of([[2.0, 2.0]], 4 * math.log(2), 0.0)
-    skewed = tally_of([[3.0, 1.0]], 0.0, 8.0, dropped=1.0)
-    row = report({"a": even, "b": skewed})
+    skewed = tally_of([[3.0, 1.0]], 0.0, 8.0, dropped=1.0, gradient=18.0)
+    row = report({"a": Sums(even, ("",)), "b": Sums(skewed, ("",))}, num_steps=2)
     assert row["moe/violation"] == 0.5
     assert row["moe/entropy"] == pytest.approx(0.5)
     layers = row["experts"]
@@ -148,4 +157,36 @@ def test_a_report_says_how_far_from_even_and_how_sure() -> None:
     assert layers["b"]["z"] == 2.0
     assert layers["b"]["dropped"] == 0.25
     assert row["moe/dropped"] == 0.125
-    assert report({}) == {}
+    assert row["moe/router_grad_norm"] == layers["b"]["router_grad_norm"] == 3.0
+    assert "modalities" not in layers["b"]
+    assert report({}, 0) == {}
+
+
+def test_a_report_tells_streams_and_noise_levels_apart() -> None:
+    tally = Tally(2, ("text", "video"))
+    index, stream = torch.tensor([[0], [0], [1], [0]]), torch.tensor([0, 1, 1, 1])
+    level_t = torch.tensor([0.05, 0.05, 0.95, 0.95])
+    shares = torch.full((4, 2), 0.5)
+    tally.add(tally.count(index, None, shares, torch.zeros(()), level_t, stream))
+    row = report({"a": Sums(tally.take(torch.device("cpu")), tally.streams)}, 1)
+    layers = row["experts"]
+    assert isinstance(layers, dict)
+    assert layers["a"]["modalities"] == {"text": [2.0, 0.0], "video": [1.3333, 0.6667]}
+    assert layers["a"]["noise_bins"] == [[2.0, 0.0], *[[]] * 8, [1.0, 1.0]]
+    assert layers["a"]["load"] == [1.5, 0.5]
+
+
+def test_the_norm_of_routers_gradients_is_of_all_their_parameters() -> None:
+    config = ExpertsConfig(3, 2, 1.0, router=RouterConfig(hidden_ratio=1.0))
+    layer = MoE(WIDTH, config, "silu", bias=False)
+    balancing = Balance(nn.ModuleList([layer]), MESH)
+    balancing.begin([synthetic_pack(0, [0])])
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    forward(layer, torch.ones(4, WIDTH)).sum().backward()
+
+    def squares(names: Sequence[str]) -> Tensor:
+        assert sorted(names) == ["0.router.hidden", "0.router.hidden_bias", "0.router.weight"]
+        return torch.tensor([1.0, 2.0, 4.0])
+
+    assert balancing.count(squares)["0"].values[-1] == 7

@@ -69,6 +69,7 @@ class Trace:
     averages:      the EMA after the last step
     draws:         (step, slot) -> digest of the sample's latents, noise and level as they were used
     probes:        module -> sums of the first step on this rank, if it was asked for
+    loads:         of each step, layer with experts -> tally of their use
     """
 
     losses: list[float] = field(default_factory=list)
@@ -78,6 +79,7 @@ class Trace:
     averages: dict[str, Array] = field(default_factory=dict)
     draws: dict[tuple[int, int], str] = field(default_factory=dict)
     probes: dict[str, Sums] = field(default_factory=dict)
+    loads: list[dict[str, Array]] = field(default_factory=list)
 
 
 def trace(
@@ -150,6 +152,7 @@ def trace(
             result = step(number, batches, config.optim.lr)
         found.losses.append(float(mesh.sum(result.losses.sum())))
         found.norms.append(float(result.grad_norm))
+        found.loads.append({name: whole(load.values) for name, load in result.loads.items()})
     parameters, average = engine.canonical(engine.masters()), engine.canonical(averages.average)
     found.parameters = {name: whole(p) for name, p in parameters.items()}
     found.averages = {name: whole(p) for name, p in average.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -66,6 +66,13 @@ class Engine(Protocol):
 
     def gradient_parts(self) -> dict[str, Tensor]:
         """This rank's parts of the reduced gradients, which `clip` and `step` will use."""
+        ...
+
+    def gradient_squares(self, names: Sequence[str]) -> Tensor:
+        """[n] on the device: this rank's parts of the squared norms of n parameters' gradients.
+
+        After the last `forward_backward` and before `clip`. Their sums over ranks are the whole.
+        """
         ...
 
     def masters(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,13 @@ from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.deferred import Values, materialize
 from kinodit.trainer.parallel.float8 import use_float8
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.parallel.shard import global_norm, local_part, reshard, set_gradient_sync
+from kinodit.trainer.parallel.shard import (
+    global_norm,
+    local_part,
+    reshard,
+    set_gradient_sync,
+    squared_norms,
+)
 from kinodit.trainer.parallel.sharing import SharedForward
 from kinodit.trainer.parallel.tensor import sum_whole_gradients
 
@@ -112,6 +118,12 @@ class NativeEngine:
         """See `Engine`."""
         parameters = self.model.named_parameters()
         return {name: local_part(p.grad) for name, p in parameters if p.grad is not None}
+
+    def gradient_squares(self, names: Sequence[str]) -> Tensor:
+        """See `Engine`."""
+        parameters = [self.model.get_parameter(name) for name in names]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return squared_norms(gradients, self._mesh)
 
     def masters(self) -> dict[str, Tensor]:
         """See `Engine`."""

@@ -160,12 +160,17 @@ def global_norm(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
 
     What several ranks hold alike counts once: its square is divided by their number.
     """
+    return mesh.sum(squared_norms(tensors, mesh).sum()).sqrt()
+
+
+def squared_norms(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
+    """[n]: this rank's parts of the squared 2-norms of n tensors, on the mesh's device."""
     norms = torch._foreach_norm([local_part(tensor) for tensor in tensors])
     squares = torch._foreach_mul(norms, norms)
     if mesh.world_size > 1:
         squares = torch._foreach_div(squares, [_num_copies(tensor) for tensor in tensors])
     # What is offloaded to the host still crosses between devices.
-    return mesh.sum(torch.stack(squares).sum().to(mesh.device)).sqrt()
+    return torch.stack(squares).to(mesh.device)
 
 
 def _num_copies(tensor: Tensor) -> int:

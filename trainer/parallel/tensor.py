@@ -28,7 +28,7 @@ from kinodit.models.context import ALL
 from kinodit.models.exchange import Parts, Spot
 from kinodit.models.tokens import AttentionLayout, ModalityTokens, TokenBatch
 from kinodit.trainer.parallel.collectives import gather_dim, gather_rows, scatter_rows, sum_rows
-from kinodit.trainer.parallel.sequence import CutLayout
+from kinodit.trainer.parallel.sequence import CutLayout, Dealt
 from kinodit.trainer.parallel.table import Row, Split, assign_splits
 from kinodit.trainer.parallel.traffic import note, others_share
 
@@ -199,11 +199,9 @@ class TokenExchange:
         self, name: str, seen: Tensor, layout: AttentionLayout
     ) -> tuple[Tensor, Tensor]:
         """See `Exchange`. Collective over the ranks that share the pack."""
-        assert self.pack is not None, "tokens of a pack that nobody shares"
-        dealt = _cut_layout(layout).dealt[name]
-        own = self.own(name, seen, layout)
-        (came,) = gather_rows([own], [dealt.counts], self.pack, SCORES)
-        return torch.empty_like(came).index_copy_(0, dealt.order, came), dealt.rows
+        return _gather_pack(
+            self.own(name, seen, layout), _cut_layout(layout).dealt[name], self.pack
+        )
 
     def join(self, rows: Parts) -> dict[str, Tensor]:
         """See `Exchange`."""
@@ -253,11 +251,19 @@ class CopiedTokens:
         self, name: str, seen: Tensor, layout: AttentionLayout
     ) -> tuple[Tensor, Tensor]:
         """See `Exchange`."""
-        raise AssertionError("no engine that copies tokens takes a model with experts")
+        return _gather_pack(seen, _cut_layout(layout).dealt[name], self.among.pack)
 
     def join(self, rows: Parts) -> dict[str, Tensor]:
         """See `Exchange`."""
         return self.among.join(rows)
+
+
+def _gather_pack(own: Tensor, dealt: Dealt, pack: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """`pack`: ranks that have different tokens of the pack, None for one."""
+    if pack is None:
+        return own, dealt.rows
+    (came,) = gather_rows([own], [dealt.counts], pack, SCORES)
+    return torch.empty_like(came).index_copy_(0, dealt.order, came), dealt.rows
 
 
 def _cut_layout(layout: AttentionLayout) -> CutLayout:

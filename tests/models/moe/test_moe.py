@@ -259,7 +259,7 @@ def test_each_pass_with_a_backward_is_counted_once() -> None:
 
 
 def test_violation_is_the_largest_load_over_the_mean() -> None:
-    one = Load(((3.0, 1.0), (3.0, 1.0)), (4.0, 4.0), 0.0, 0.0, 0.0)
+    one = Load(("",), ((3.0, 1.0), (3.0, 1.0)), (4.0, 4.0), 0.0, 0.0, 0.0, 0.0)
     assert one.violation == 0.5
     assert one.by_expert == [6.0, 2.0]
 

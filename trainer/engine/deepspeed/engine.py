@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,14 +94,7 @@ class ZeroEngine:
 
     def clip(self, max_norm: float) -> Tensor:
         """See `Engine`."""
-        parts = self.gradient_parts()
-        norms = torch.stack(torch._foreach_norm(list(parts.values()), dtype=torch.float64))
-        num_tp = 1 if self._mesh.tp_mesh is None else self._mesh.tp_mesh.size()
-        shells = (self._shells.by_name[name] for name in parts)
-        copies = [num_tp if shell.on_every_tp_rank else 1 for shell in shells]
-        # What is offloaded to the host still crosses between devices.
-        squares = norms.to(self.device).square() / self._mesh.tensor(copies, torch.float64)
-        norm = self._mesh.sum(squares.sum()).sqrt()
+        norm = self._mesh.sum(self.gradient_squares(list(self._partitions.places)).sum()).sqrt()
         if max_norm > 0:
             scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             for flat in self._partitions.gradients().values():
@@ -136,6 +129,17 @@ class ZeroEngine:
         """See `Engine`."""
         flats = self._partitions.gradients()
         return {name: place.view(flats) for name, place in self._partitions.places.items()}
+
+    def gradient_squares(self, names: Sequence[str]) -> Tensor:
+        """See `Engine`."""
+        parts = self.gradient_parts()
+        norms = torch._foreach_norm([parts[name] for name in names], dtype=torch.float64)
+        num_tp = 1 if self._mesh.tp_mesh is None else self._mesh.tp_mesh.size()
+        shells = (self._shells.by_name[name] for name in names)
+        copies = [num_tp if shell.on_every_tp_rank else 1 for shell in shells]
+        # What is offloaded to the host still crosses between devices.
+        squares = torch.stack(norms).to(self.device).square()
+        return squares / self._mesh.tensor(copies, torch.float64)
 
     def masters(self) -> dict[str, Tensor]:
         """See `Engine`: flat partitions, with the padding at their ends; buffers by name."""

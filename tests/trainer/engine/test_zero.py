@@ -199,3 +199,16 @@ def test_nothing_is_compiled_when_it_starts(
         group.close()
     assert not any(tmp_path.iterdir()), "an extension was built, or its lock left behind"
     assert all("deepspeed_shm_comm" not in names for names in modules)
+
+
+def hooked(rank: int, world_size: int, twin: Twin) -> tuple[list[str], list[str]]:
+    """Modules with hooks of stage 3 but no parameters, and with parameters but no hooks."""
+    model = engine_of(twin, rank, world_size, DeepSpeedConfig(stage=3)).model
+    parts = [(name, part) for name, part in model.named_modules() if name]
+    empty = [name for name, part in parts if not [*part.parameters(recurse=False)]]
+    hooks = [name for name, part in parts if part._forward_pre_hooks]
+    return sorted({*empty} & {*hooks}), sorted({name for name, _ in parts} - {*empty} - {*hooks})
+
+
+def test_stage_3_hooks_into_modules_that_have_parameters_alone(small: Twin, two: Ranks) -> None:
+    assert two.run(hooked, small) == [([], []), ([], [])]

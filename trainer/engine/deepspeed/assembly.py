@@ -15,6 +15,7 @@ from kinodit.trainer.engine.config import DeepSpeedConfig
 from kinodit.trainer.engine.deepspeed.driver import driver_class
 from kinodit.trainer.engine.deepspeed.engine import ZeroEngine
 from kinodit.trainer.engine.deepspeed.library import (
+    leave_empty_modules,
     load,
     partition_group,
     tell_groups,
@@ -79,6 +80,8 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
         dist_init_required=False,
     )
     _own_buffers(model, mesh.device, wish.precision.params_dtype)
+    if settings.stage == 3:
+        leave_empty_modules(model)
     num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     partitions = partitions_of(engine, model, num_ranks, rank)
     zero = ZeroEngine(engine, model, optimizer, partitions, shells, mesh, wish.precision)

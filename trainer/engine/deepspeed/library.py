@@ -56,6 +56,19 @@ def tell_of_routers(model: nn.Module) -> None:
             zero.register_external_parameter(layer, parameter)
 
 
+def leave_empty_modules(model: nn.Module) -> None:
+    """Take stage 3's hooks off modules inside `model` that have no parameters to be gathered.
+
+    Each costs as much as those around a matrix, and most of a model's modules are of that kind.
+    To be called before anyone else hooks into the model.
+    """
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *getattr(module, "_external_params", {})]
+        if module is not model and not own:
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+
+
 @dataclass(frozen=True)
 class Mpu:
     """Our process groups by the names that DeepSpeed asks a Megatron-like program for."""

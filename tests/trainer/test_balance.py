@@ -16,7 +16,9 @@ from kinodit.models.moe.prior import prior_shares, task_levels
 from kinodit.models.moe.router import Seen
 from kinodit.models.moe.tally import Load, Sums, Tally
 from kinodit.trainer.balance import Balance, report
+from kinodit.trainer.metrics import Window
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.step import NUM_NOISE_BINS, StepCounts, StepResult
 from tests.support.synthetic import synthetic_pack
 
 WIDTH, NUM_EXPERTS, NUM_TOKENS = 16, 8, 512
@@ -190,3 +192,16 @@ def test_the_norm_of_routers_gradients_is_of_all_their_parameters() -> None:
         return torch.tensor([1.0, 2.0, 4.0])
 
     assert balancing.count(squares)["0"].values[-1] == 7
+
+
+def test_rows_leave_out_steps_that_did_not_update() -> None:
+    none = torch.zeros(1, NUM_NOISE_BINS, dtype=torch.float64)
+    counts, loss = StepCounts({"video": 1}, 2, 1), torch.ones(1, dtype=torch.float64)
+    window = Window(["video"])
+    for updated, gradient in ((True, 4.0), (False, math.nan), (True, 14.0)):
+        tally = tally_of([[3.0, 1.0]], 0.0, 0.0, gradient=gradient)
+        loads = {"a": Sums(tally, ("",))}
+        result = StepResult(loss, none, none, torch.ones(()), counts, updated, loads)
+        window.add(result, num_tokens=2, num_samples=1, flops=1.0)
+    row = window.row(3, lr=1e-3, mesh=MESH, peak=1.0, loss_weights={})
+    assert row["moe/router_grad_norm"] == 3.0 and row["moe/violation"] == 0.5

@@ -56,3 +56,39 @@ def test_a_row_is_what_the_command_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cells", ROWS, ids=lambda cells: "-".join(cells[:2]))
 def test_every_row_is_what_the_command_says(cells: list[str], tmp_path: Path) -> None:
     assert row(cells[0], int(cells[1].replace(",", "")), tmp_path) == cells
+
+
+EXPERTS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs" / "experts.md").read_text().splitlines()
+    if line.startswith(("| 256 |", "| 1,024 |"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_gpus", ["256", "1,024"])
+def test_the_large_recipe_with_experts_is_planned_as_its_page_says(
+    num_gpus: str, tmp_path: Path
+) -> None:
+    """The fastest layout, and the fastest whose experts are dealt out within a node."""
+    file = tmp_path / "plan.json"
+    recipe = str(ROOT / "configs" / "t2v_moe_large.yaml")
+    cluster = ["--gpus", num_gpus.replace(",", ""), "--gpu-memory", "80", "--top", "1000"]
+    assert cli.main(["plan", recipe, *cluster, "--json", str(file)]) == 0
+    document: dict[str, Any] = json.loads(file.read_text())
+    layouts = document["layouts"]
+    dealt = next(one for one in layouts if one["ep"] == 8)
+    names = ("dp_replicate", "dp_shard", "cp", "ring", "tp", "ep")
+    found = [
+        [
+            num_gpus,
+            f"`{','.join(f'{name}={one[name]}' for name in names if one[name] > 1)}`",
+            f"{one['memory_total'] / 2**30:.1f}",
+            f"{one['step_s']:.3g}",
+            f"{one['mfu']:.0%}",
+        ]
+        for one in (layouts[0], dealt)
+    ]
+    rows = [cells for cells in EXPERTS if cells[0] == num_gpus]
+    assert [cells[:5] for cells in rows] == found
+    assert rows[0][5] == f"{document['num_fitting']:,}"

@@ -133,7 +133,7 @@ def _pretended_certificate(part: Part, recipe: Path) -> None:
         found = forward(model, layout, pack, rank=1)
         name = f"pretended certificate/{recipe.stem}/{layout_name(layout)}"
         is_split = layout.tp > 1
-        ok = (found.messages("alltoall") > 0) == (layout.ulysses > 1)
+        ok = (found.messages("alltoall") > 0) == (layout.ulysses > 1 or layout.ep > 1)
         ok &= (found.messages("allgather") > 0) == is_split
         part.add(name, None, "runs", ok, ops=found.ops.total())
 

@@ -166,17 +166,17 @@ def call_experts(layer: MoE, name: str, x: Tensor, context: Context) -> Tensor:
 
     level = context.levels_seen[name]
     seen = Seen(
-        context.level_t[level],
+        context.level_t.index_select(0, level),
         context.stream,
         level,
         context.time,
-        context.level_segment[level],
+        context.level_segment.index_select(0, level),
         context.draws,
         context.tasks,
         context.num_segments,
         gather,
     )
-    levels = context.level_t[context.level[name]]
+    levels = context.level_t.index_select(0, context.level[name])
     is_whole = context.apply_experts is apply_experts
     out: Tensor = layer(x, Surroundings(seen, levels, own, context.apply_experts, is_whole))
     return out

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinodit.launch.topology import pretended_group
@@ -26,9 +27,10 @@ from kinodit.models.attention import fits_flash
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.exchange import Spot
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe import experts
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.certify.layouts import num_ranks
-from kinodit.trainer.parallel import ring, tensor
+from kinodit.trainer.parallel import expert, ring, tensor
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
@@ -78,19 +80,41 @@ def _run(model: MMDiT, own: TokenBatch, dtype: torch.dtype, *, is_split: bool) -
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(ring, "Transfer", _Arrived))
+        stack.enter_context(patch.object(experts, "looped_product", _looped))
+        stack.enter_context(patch.object(expert, "rows_of", _even))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(torch.no_grad())
         ops = stack.enter_context(Ops())
         batch = on_cuda(own).in_dtype(dtype)
+        for module in model.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, pretend(buffer))
         if is_split:
             with patch.object(tensor, "_local", local):
                 outputs = model(batch)
         else:
-            weights = {name: pretend(x) for name, x in model.named_parameters()}
+            # Experts that ranks have between them are DTensors; what a rank holds computes.
+            parameters = dict(model.named_parameters())
+            weights = {
+                name: local(x) if isinstance(x, DTensor) else pretend(x)
+                for name, x in parameters.items()
+            }
             outputs = torch.func.functional_call(model, weights, (batch,))
     for name, output in outputs.items():
         assert output.device.type == "cuda" and output.dtype == dtype, name
     return Pretended({name: tuple(x.shape) for name, x in outputs.items()}, ops.counts)
+
+
+def _looped(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In the place of `looped_product`: nobody knows the counts of tokens that are not there."""
+    return x.new_empty(len(x), weight.shape[1])
+
+
+def _even(sent: Tensor, arriving: Tensor, num_rows: int) -> tuple[list[int], list[int]]:
+    """In the place of `rows_of`: as many for each rank as there can be, and as many from it."""
+    num_ranks = len(sent)
+    rows = [(num_rows + rank) // num_ranks for rank in range(num_ranks)]
+    return rows, rows
 
 
 def pretend(x: Tensor) -> Tensor:

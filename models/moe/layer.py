@@ -96,7 +96,7 @@ class MoE(nn.Module):
         rows = Rows.of(choice)
         order = rows.expert.sort(stable=True).indices
         inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
+        inverse.scatter_(0, order, torch.arange(len(order), device=order.device))
         # Not bincount, for which the host waits on CUDA.
         counts = order.new_zeros(self.config.num_experts)
         counts.index_add_(0, rows.expert, torch.ones_like(order))

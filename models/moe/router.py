@@ -155,9 +155,10 @@ class Router(nn.Module):
         # One message: a segment's number is small enough for any float.
         segment = seen.segment.to(asked.dtype).unsqueeze(-1)
         whole, rows = seen.gather(torch.cat([candidates, segment], -1))
-        sample = whole[:, -1].long()
+        whole, sample = whole.split([self.num_experts, 1], -1)
         share = (self.config.capacity_factor or 1.0) * self.top_k / self.num_experts
-        kept = best_of_sample(whole[:, :-1], sample, share, seen.num_segments)
+        owner = sample.squeeze(-1).long()
+        kept = best_of_sample(whole, owner, share, seen.num_segments)
         return kept.index_select(0, rows).gather(-1, index)
 
     def _logits(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,7 +201,7 @@ def best(scores: Tensor, k: int) -> Tensor:
 
     (`topk` leaves open which of equal scores it takes, and does it differently by device.)
     """
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return scores.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)
 
 
 def best_of_sample(scores: Tensor, sample: Tensor, share: float, num_samples: int) -> Tensor:
@@ -212,10 +213,10 @@ def best_of_sample(scores: Tensor, sample: Tensor, share: float, num_samples: in
     sizes = sample.new_zeros(num_samples).index_add_(0, sample, torch.ones_like(sample))
     limit = (sizes.double() * share).ceil().long()
     by_score = scores.sort(dim=0, descending=True, stable=True).indices
-    by_sample = sample[by_score].sort(dim=0, stable=True).indices
+    by_sample = sample.take(by_score).sort(dim=0, stable=True).indices
     order = by_score.gather(0, by_sample)
     # Samples are runs of the order now, in every column the same.
     owner = sample.sort(stable=True).values
-    place = torch.arange(len(sample), device=sample.device) - (sizes.cumsum(0) - sizes)[owner]
-    is_kept = (place < limit[owner]).unsqueeze(-1).expand_as(order)
+    place = torch.arange(len(sample), device=sample.device) - (sizes.cumsum(0) - sizes).take(owner)
+    is_kept = (place < limit.take(owner)).unsqueeze(-1).expand_as(order)
     return torch.zeros_like(order, dtype=torch.bool).scatter(0, order, is_kept)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from kinodit.launch.accept.pretended import forward
+from kinodit.models.moe.config import ExpertsConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.sequence import Place, cut
 from tests.cuda_fake.test_model import one_of_each_block, two_clips
@@ -36,3 +39,21 @@ def test_shared_blocks_never_wait_for_the_device(preset: str, name: str) -> None
     blocks = config.num_double_blocks + config.num_single_blocks
     assert found.messages("alltoall") == (2 * blocks if parallel.ulysses > 1 else 0)
     assert (found.messages("allgather") > 0) == (parallel.tp > 1)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(dp_shard=4, ep=4),
+        ParallelConfig(dp_shard=1, cp=2, ring=2, ep=2),
+        ParallelConfig(dp_shard=2, tp=2, ep=2),
+    ],
+    ids=str,
+)
+def test_experts_wait_for_counts_alone(parallel: ParallelConfig) -> None:
+    pools = {"video": ExpertsConfig(num_experts=4)}
+    config = dataclasses.replace(one_of_each_block("2b"), experts=pools)
+    found = forward(config, parallel, two_clips(config, torch.bfloat16), 1)
+    # One message of counts, and one each way of rows.
+    assert found.messages("alltoall") == 3
+    assert "aten::_grouped_mm" in found.ops

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
+COMPILING_S = 1200
+"""Beside it, where ranks compile: minutes for each on a machine that has other work."""
 PRELOADED = [
     "torch",
     "torch.distributed",
@@ -43,6 +45,7 @@ def _serve(
     store: str,
     paths: tuple[str, ...],
     device: str,
+    timeout_s: float,
     pipe: Connection,
 ) -> None:
     """Body of one rank: join the group, then run cases until told to stop."""
@@ -58,7 +61,7 @@ def _serve(
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=TIMEOUT_S),
+        timeout=timedelta(seconds=timeout_s),
     )
     is_last = False
     while not is_last and (request := pipe.recv()) is not None:
@@ -80,9 +83,19 @@ class RankError(RuntimeError):
 class Ranks:
     """A group of `world_size` processes that talk over gloo, or over NCCL with a device each."""
 
-    def __init__(self, world_size: int, paths: tuple[str, ...] = (), device: str = "cpu") -> None:
-        """`paths` are put before the processes' `sys.path`. device: "cpu" or "cuda"."""
+    def __init__(
+        self,
+        world_size: int,
+        paths: tuple[str, ...] = (),
+        device: str = "cpu",
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """`paths` are put before the processes' `sys.path`. device: "cpu" or "cuda".
+
+        timeout_s: how long a rank may wait for the others, and `run` for an answer
+        """
         self.world_size = world_size
+        self._timeout_s = timeout_s
         self._paths, self._device = paths, device
         self._pipes: list[Connection] = []
         self._start()
@@ -98,7 +111,15 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, self.world_size, store, self._paths, self._device, theirs),
+                args=(
+                    rank,
+                    self.world_size,
+                    store,
+                    self._paths,
+                    self._device,
+                    self._timeout_s,
+                    theirs,
+                ),
                 daemon=True,
             )
             process.start()
@@ -122,11 +143,11 @@ class Ranks:
         ended = False
         while len(results) < self.world_size:
             waiting = {pipe: r for r, pipe in enumerate(self._pipes) if r not in results}
-            answered = multiprocessing.connection.wait(list(waiting), TIMEOUT_S)
+            answered = multiprocessing.connection.wait(list(waiting), self._timeout_s)
             if not answered:
                 self.close()
                 missing = sorted(waiting.values())
-                raise TimeoutError(f"ranks {missing} did not answer within {TIMEOUT_S} s")
+                raise TimeoutError(f"ranks {missing} did not answer within {self._timeout_s} s")
             for pipe in self._pipes:
                 if pipe not in answered:
                     continue

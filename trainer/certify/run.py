@@ -12,7 +12,7 @@ from kinodit.trainer.certify.cause import likely_cause
 from kinodit.trainer.certify.engines import ENGINES
 from kinodit.trainer.certify.layouts import layout_name, num_ranks, with_degrees
 from kinodit.trainer.certify.probe import first_difference
-from kinodit.trainer.certify.ranks import RankError, Ranks
+from kinodit.trainer.certify.ranks import COMPILING_S, TIMEOUT_S, RankError, Ranks
 from kinodit.trainer.certify.trace import NATIVE, NUM_STEPS, Trace, trace
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
@@ -99,7 +99,7 @@ class Certifier:
     def __init__(self, twin: Twin, device: str = "cpu") -> None:
         self._twin, self._device = twin, device
         self._alone = with_degrees(twin.config.parallel, {})
-        self._groups: dict[int, Ranks] = {}
+        self._groups: dict[tuple[int, int], Ranks] = {}
         self._references: dict[tuple[str, int, bool], Trace] = {}
 
     def __call__(self, case: Case) -> Row:
@@ -150,9 +150,11 @@ class Certifier:
         engine: EngineConfig = NATIVE,
     ) -> list[Trace]:
         size = num_ranks(layout)
-        if size not in self._groups:
-            self._groups[size] = Ranks(size, device=self._device)
-        group = self._groups[size]
+        timeout_s = TIMEOUT_S + (COMPILING_S if engine.compile else 0)
+        key = (size, timeout_s)
+        if key not in self._groups:
+            self._groups[key] = Ranks(size, device=self._device, timeout_s=timeout_s)
+        group = self._groups[key]
         try:
             traces: list[Trace] = group.run(
                 trace,
@@ -166,7 +168,7 @@ class Certifier:
             )
         except (RankError, TimeoutError):
             # The group is closed; the next case of this size gets a new one.
-            del self._groups[size]
+            del self._groups[key]
             raise
         return traces
 

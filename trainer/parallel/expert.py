@@ -54,7 +54,7 @@ class ExpertExchange:
         arriving = torch.empty_like(sent)
         note(COUNTS, "all_to_all", arriving.nbytes // num_ranks * (num_ranks - 1))
         dist.all_to_all_single(arriving, sent.contiguous(), group=self._group)
-        send_rows, receive_rows = torch.stack((sent.sum(1), arriving.sum(1))).tolist()
+        send_rows, receive_rows = rows_of(sent, arriving, len(x))
         journey = Journey(self._group, EXPERTS)
         begun = journey.begin(x, send_rows, receive_rows)
         made_beside = None if beside is None else beside()
@@ -64,6 +64,13 @@ class ExpertExchange:
         made = permute(experts(permute(came, order, inverse), arriving.sum(0)), inverse, order)
         back = all_to_all(made, receive_rows, send_rows, self._group, EXPERTS)
         return back, made_beside
+
+
+def rows_of(sent: Tensor, arriving: Tensor, num_rows: int) -> tuple[list[int], list[int]]:
+    """How many of `num_rows` rows go to each rank, and how many come. The host waits for them."""
+    send_rows, receive_rows = torch.stack((sent.sum(1), arriving.sum(1))).tolist()
+    assert sum(send_rows) == num_rows, (send_rows, num_rows)
+    return send_rows, receive_rows
 
 
 def by_expert(arriving: Tensor, num_rows: int) -> Tensor:

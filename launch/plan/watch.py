@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import kinodit
+
 
 class Watch(TorchDispatchMode):
     """Notes when storages come and go while it is active.
@@ -94,6 +96,10 @@ FSDP_FILES = (
 """Where FSDP2, and what sends its messages, handles parameters and gradients, never activations."""
 
 
+PACKAGE = f"{kinodit.__path__[0]}/"
+"""Where this package's own files are; an environment may lie in a folder of the same name."""
+
+
 def _is_of_fsdp() -> bool:
     """Whether the op under way was called by FSDP2, for parameters or gradients."""
     frame = sys._getframe(2)
@@ -101,7 +107,7 @@ def _is_of_fsdp() -> bool:
         file = frame.f_code.co_filename
         if file.endswith(FSDP_FILES):
             return True
-        if "kinodit" in file:
+        if file.startswith(PACKAGE):
             return False
         frame = frame.f_back
     return False

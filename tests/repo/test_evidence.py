@@ -10,7 +10,15 @@ import pytest
 from tests.support.evidence import EVIDENCE, changed_keys, recipe_of
 
 FILES = sorted(EVIDENCE.glob("*.json"))
-CLAIMED = {"certificates", "direction", "floor", "kill_points", "mutants", "replay"}
+CLAIMED = {
+    "certificates",
+    "direction",
+    "floor",
+    "kill_points",
+    "mutants",
+    "replay",
+    "restarts",
+}
 """What the documentation says was measured."""
 
 

@@ -142,6 +142,17 @@ def test_ranks_with_experts_between_them_hold_the_activations_that_were_planned(
     assert planned_peak(workload, parallel, remat, 4) > apart
 
 
+QUICK_RINGS = {(2, "none", "float32"), (2, "full", "bfloat16")}
+RINGS = [
+    pytest.param(
+        ring, mode, compute, marks=[] if (ring, mode, compute) in QUICK_RINGS else pytest.mark.slow
+    )
+    for ring in (2, 4)
+    for mode in ("none", "selective", "full")
+    for compute in ("bfloat16", "float32")
+]
+
+
 def peaks(
     rank: int, world_size: int, parallel: ParallelConfig, mode: str, compute: str
 ) -> dict[str, int]:
@@ -153,9 +164,7 @@ def peaks(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("ring", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ring", "mode", "compute"), RINGS)
 def test_ranks_of_a_ring_hold_the_activations_that_were_planned(
     ranks: dict[int, Ranks], ring: int, mode: str, compute: str
 ) -> None:

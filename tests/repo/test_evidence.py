@@ -18,6 +18,7 @@ CLAIMED = {
     "mutants",
     "replay",
     "restarts",
+    "soak",
 }
 """What the documentation says was measured."""
 

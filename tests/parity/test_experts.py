@@ -192,17 +192,23 @@ def size_of(parallel: ParallelConfig) -> int:
     return parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp
 
 
+def check_layout(
+    parallel: ParallelConfig, groups: dict[int, Ranks], model: MMDiTConfig, expected: Routed
+) -> None:
+    """Every rank trains as one process does, and routes its tokens as that does."""
+    known = answers(expected)
+    for found in groups[size_of(parallel)].run(routed, twin_of(model), parallel):
+        check(found.trace, expected.trace)
+        ours = answers(found)
+        assert ours and {row: known[row] for row in ours} == ours
+
+
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     "name", some_of_them("fsdp2", "tp2", "ring2 x tp2", "ep4 of fsdp2 x ring2", "ep2 x tp2")
 )
 def test_layout(name: str, groups: dict[int, Ranks], reference: Routed) -> None:
-    parallel = LAYOUTS[name]
-    known = answers(reference)
-    for found in groups[size_of(parallel)].run(routed, twin_of(MODEL), parallel):
-        check(found.trace, reference.trace)
-        ours = answers(found)
-        assert ours and {row: known[row] for row in ours} == ours
+    check_layout(LAYOUTS[name], groups, MODEL, reference)
 
 
 def test_some_tokens_have_no_expert_and_others_many(selective: Routed) -> None:
@@ -220,12 +226,7 @@ def test_some_tokens_have_no_expert_and_others_many(selective: Routed) -> None:
 def test_choices_among_the_tokens_of_a_sample(
     name: str, groups: dict[int, Ranks], selective: Routed
 ) -> None:
-    parallel = LAYOUTS[name]
-    known = answers(selective)
-    for found in groups[size_of(parallel)].run(routed, twin_of(AMONG_SAMPLES), parallel):
-        check(found.trace, selective.trace)
-        ours = answers(found)
-        assert ours and {row: known[row] for row in ours} == ours
+    check_layout(LAYOUTS[name], groups, AMONG_SAMPLES, selective)
 
 
 def test_choices_among_the_tokens_of_a_sample_do_not_depend_on_packs(selective: Routed) -> None:
@@ -249,12 +250,7 @@ def by_noise() -> Routed:
 def test_draws_of_experts_and_matches_with_a_prior(
     name: str, groups: dict[int, Ranks], by_noise: Routed
 ) -> None:
-    parallel = LAYOUTS[name]
-    known = answers(by_noise)
-    for found in groups[size_of(parallel)].run(routed, twin_of(BY_NOISE), parallel):
-        check(found.trace, by_noise.trace)
-        ours = answers(found)
-        assert ours and {row: known[row] for row in ours} == ours
+    check_layout(LAYOUTS[name], groups, BY_NOISE, by_noise)
 
 
 def test_draws_and_matches_do_not_depend_on_packs_or_recomputation(by_noise: Routed) -> None:

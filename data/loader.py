@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -102,11 +103,10 @@ class Loader:
             raise StopIteration
         pending = self._ahead.popleft()
         start = time.perf_counter()
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
             packs = tuple(tuple(job.result() for job in pack) for pack in pending.packs)
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
         return StepData(pending.step, packs, time.perf_counter() - start)
 
     def close(self) -> None:

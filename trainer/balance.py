@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kinodit.models.moe.layer import MoE, moe_layers
-from kinodit.models.moe.prior import matched_units
+from kinodit.models.moe.prior import matched_units, solver
 from kinodit.models.moe.tally import Load, Sums
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.parallel.mesh import Mesh
@@ -99,6 +99,11 @@ class Matching:
     """
 
     def __init__(self, layers: Mapping[str, MoE], mesh: Mesh) -> None:
+        """Before anything is trained.
+
+        Raises:
+            MissingExtraError: the library that finds it is not installed.
+        """
         self._pools: dict[str, list[MoE]] = {}
         for name, layer in layers.items():
             if layer.router.config.balance == "prior":
@@ -106,6 +111,8 @@ class Matching:
         for pool in self._pools.values():
             for layer in pool:
                 layer.depth = len(pool)
+        if self._pools:
+            solver()
         self._mesh = mesh
         self._masks: list[Tensor] = []
         self._has_begun = False

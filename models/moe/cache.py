@@ -2,8 +2,8 @@
 
 When sampling, all noised tokens have the same level: one choice of experts serves all of them at a
 step of the sampler, and k experts are one feed-forward with k times the hidden units, whose ways
-out are weighed by the gates (MoDE, arXiv 2412.12953, section 3.3). It is made
-once for each level of a sampler.
+out are weighed by the gates (MoDE, arXiv 2412.12953, section 3.3). It is made once for each level
+of a sampler.
 """
 
 from __future__ import annotations

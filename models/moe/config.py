@@ -31,11 +31,10 @@ class RouterConfig:
     hidden_ratio: hidden units of the router over its inputs, between which GELU stands; 0: none, a
                  linear map. 2 with kind = "timestep" is MoDE's (arXiv 2412.12953, section 3.2)
     draw:        in training, draw the experts by their scores, without putting back, instead of
-                 taking the best (MoDE): one draw for each sample. With kind =
-                 "timestep"
+                 taking the best (MoDE): one draw for each sample. With kind = "timestep"
     scores:      softmax over the experts, or sigmoid of each
-    renormalise: divide the chosen experts' scores by their sum; not with top_k = 1, whose gates
-                 would all be 1, so that a router learned from auxiliary losses alone
+    renormalise: divide the chosen experts' scores by their sum. With top_k = 1 gates are then all
+                 1, and a router learns from its auxiliary losses alone: there must be one
     scale:       multiplies what the experts give
     balance:     "loss": an auxiliary loss; "bias": no loss, but a correction of the scores by which
                  experts are chosen (Wang et al., arXiv 2408.15664); "prior": the diffusion prior
@@ -73,6 +72,11 @@ class RouterConfig:
             raise ConfigError(
                 f"router.{asked} is for experts that the noise level decides, but router.kind = "
                 f"{self.kind}: set router.kind = timestep"
+            )
+        if self.draw and self.balance == "bias":
+            raise ConfigError(
+                "router.draw = true draws by logarithms of scores, which balance = bias corrects "
+                "as they are: set router.balance = loss, prior or none"
             )
         if self.capacity_factor and self.capacity_factor < 1:
             raise ConfigError(

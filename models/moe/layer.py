@@ -47,16 +47,17 @@ Fuse = Callable[[Tensor, Callable[[], Choice]], nn.Module | None]
 class MoE(nn.Module):
     """Experts that tokens are routed to, and maybe one that all of them go to.
 
-    `tally` is what the backward has counted since it was last emptied: each
-    pass counts once, whether its blocks are computed again or not, and evaluation not at all.
+    `tally` is what the backward has counted since it was last emptied: each pass counts once,
+    whether its blocks are computed again or not, and evaluation not at all.
 
     fuse: [M] levels and the way to a choice -> one feed-forward in place of the experts, if it can
           be; set for as long as weights stay (`cached_experts`)
 
     loss_scale, z_scale: what the auxiliary losses of one token are multiplied with; set before a
-                         step by whoever balances the pool, as is
-    depth: how many layers share the units of a prior
-    gradient_scale: what their gradients start from, where the loss is multiplied by it, too
+                         step by whoever balances the pool
+    depth:               how many layers share the units of a prior; set by the same
+    gradient_scale:      what gradients of auxiliary losses are multiplied with; set by an engine
+                         that multiplies the loss
     """
 
     def __init__(

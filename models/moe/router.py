@@ -130,7 +130,7 @@ class Router(nn.Module):
         asked = scores.detach()
         if self.config.draw and seen.draws is not None:
             # The best of log scores with Gumbel noise are a draw without putting back (Kool et
-            # al., arXiv 1903.06059, section 3.1).
+            # al., arXiv 1903.06059).
             assert seen.segment is not None, "no samples to draw for"
             noise = gumbel(seen.draws, self.key, self.num_experts).to(dtype)
             asked = asked.log() + noise.index_select(0, seen.segment)

@@ -304,6 +304,7 @@ def test_experts_that_cannot_be(fields: dict[str, object], message: str) -> None
         ({"capacity_factor": 0.5}, "capacity_factor = 0.5"),
         ({"kind": "timestep", "capacity_factor": 1.0}, "router.kind = timestep"),
         ({"kind": "modality", "choice": "expert"}, "router.kind = modality"),
+        ({"kind": "timestep", "draw": True, "balance": "bias"}, "balance = loss, prior or none"),
         ({"choice": "expert", "balance": "none"}, "router.renormalise = false"),
     ],
 )

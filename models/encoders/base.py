@@ -1,8 +1,8 @@
-"""What an encoder is: captions to token features, pixels to latents and back.
+"""What an encoder is: captions to token features, pixels and sound to latents and back.
 
 Encoders are frozen: they are built once on a device, have no trainable parameter, never touch the
 network and never run code that comes with weights. Shape legend: L text tokens, D features;
-T frames of H x W pixels; C latent channels on a grid of t x h x w.
+T frames of H x W pixels; A sound channels of N samples; C latent channels on a grid of t x h x w.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +85,42 @@ class VideoCodec(Protocol):
         """Latents [C, t, h, w] to uint8 [T, H, W, 3] on the codec's device."""
 
 
+class SoundFormat(NamedTuple):
+    """How sound is sampled: samples per second and channel, and channels (1 or 2)."""
+
+    rate_hz: int
+    num_channels: int
+
+
+class AudioCodec(Protocol):
+    """Sound to latents and back. `fingerprint` changes when the latents could.
+
+    Latent frame k is the sound of seconds k * hop / rate to (k + 1) * hop / rate.
+    """
+
+    @property
+    def format(self) -> SoundFormat:
+        """The sound that it takes and gives."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent frame, C."""
+
+    @property
+    def hop(self) -> int:
+        """Samples (of each channel) per latent frame."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of configuration and weights: the key of cached latents."""
+
+    def encode(self, sound: Tensor) -> Tensor:
+        """Float32 [A, N], N a multiple of `hop`, to float32 latents [C, N / hop, 1, 1]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [C, t, 1, 1] to float32 [A, t * hop] in [-1, 1]; both on the codec's device."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderConfig(ABC):
     """Which text encoder, and its settings."""
@@ -107,6 +143,17 @@ class VideoCodecConfig(ABC):
         """The codec on `device`. Raises EncoderError or MissingExtraError."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AudioCodecConfig(ABC):
+    """Which audio codec, and its settings."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, device: torch.device, sound: SoundFormat) -> AudioCodec:
+        """The codec on `device` for `sound`. Raises EncoderError or MissingExtraError."""
+
+
 def build_text_encoder(config: TextEncoderConfig, device: torch.device) -> TextEncoder:
     """The text encoder that a config names."""
     return config.build(device)
@@ -115,6 +162,36 @@ def build_text_encoder(config: TextEncoderConfig, device: torch.device) -> TextE
 def build_video_codec(config: VideoCodecConfig, device: torch.device) -> VideoCodec:
     """The video codec that a config names."""
     return config.build(device)
+
+
+def build_audio_codec(
+    config: AudioCodecConfig, device: torch.device, sound: SoundFormat
+) -> AudioCodec:
+    """The audio codec that a config names, for sound of the recipe's format."""
+    return config.build(device, sound)
+
+
+def check_sound(sound: Tensor, codec: AudioCodec) -> None:
+    """Raise EncoderError unless `sound` is float32 [A, N] in whole latent frames of `codec`."""
+    num_channels = codec.format.num_channels
+    if sound.dtype != torch.float32 or sound.ndim != 2 or sound.shape[0] != num_channels:
+        raise EncoderError(
+            f"the audio codec takes float32 sound [{num_channels}, samples], got {sound.dtype} "
+            f"{list(sound.shape)}"
+        )
+    if sound.shape[1] % codec.hop or not sound.shape[1]:
+        raise EncoderError(
+            f"{sound.shape[1]} samples are no whole number of latent frames of {codec.hop} samples"
+        )
+
+
+def check_sound_latents(latents: Tensor, codec: AudioCodec) -> None:
+    """Raise EncoderError unless `latents` are [C, t, 1, 1] of `codec`."""
+    if latents.ndim != 4 or latents.shape[0] != codec.latent_channels or latents[0, 0].numel() != 1:
+        raise EncoderError(
+            f"the audio codec has latents [{codec.latent_channels}, t, 1, 1], "
+            f"got {list(latents.shape)}"
+        )
 
 
 def check_video(video: Tensor) -> None:

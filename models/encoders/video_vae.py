@@ -1,6 +1,6 @@
 """Video (and image) autoencoders of `diffusers` from a local folder.
 
-The only importer of diffusers outside tests and benchmarks. Shape legend: T frames of H x W
+Shape legend: T frames of H x W
 pixels; C latent channels on a grid of t x h x w.
 """
 
@@ -11,15 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kinodit.models.encoders.autoencoder import load_autoencoder
 from kinodit.models.encoders.base import EncoderError, VideoCodecConfig, check_video, grid_shape
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
-from kinodit.models.libraries import import_extra, without_warnings
 from kinodit.models.random import generator, normal
 
 
@@ -84,8 +83,8 @@ class DiffusersVae:
                 f"{', '.join(sorted(FAMILIES))}"
             )
         self._family = FAMILIES[class_name]
-        self._vae = _load(self._folder, class_name, config)
-        self._vae.eval().requires_grad_(False).to(device)
+        self._vae = load_autoencoder(self._folder, class_name, config.dtype, "diffusers")
+        self._vae.to(device)
         if config.tiling:
             self._vae.enable_tiling()
         facts = self._vae.config
@@ -187,36 +186,6 @@ def _normalisation(vae: Any, channels: int, device: torch.device) -> tuple[Tenso
     mean = statistic("latents_mean", shift)
     scale = factor / statistic("latents_std", 1.0)
     return mean.reshape(-1, 1, 1, 1).to(device), scale.reshape(-1, 1, 1, 1).to(device)
-
-
-def _load(folder: Path, class_name: str, config: DiffusersVaeConfig) -> Any:
-    """The autoencoder; whatever the library dislikes about the folder is an EncoderError."""
-    diffusers = import_extra("diffusers", "encoders", "a video autoencoder")
-    if not any(folder.glob("*.safetensors")):
-        raise EncoderError(f"{folder} has no *.safetensors; pickled weights are not read")
-    try:
-        # Its classes are imported when they are asked for.
-        with without_warnings():
-            autoencoder = getattr(diffusers, class_name)
-        vae, info = autoencoder.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            torch_dtype=getattr(torch, config.dtype),
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        raise EncoderError(
-            f"cannot load the {class_name} in {folder}: {' '.join(str(error).split())}"
-        ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise EncoderError(
-            f"the weights in {folder} lack {len(missing)} tensors of {class_name}, "
-            f"for instance {missing[0]!r}"
-        )
-    return vae
 
 
 @contextmanager

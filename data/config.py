@@ -71,6 +71,8 @@ class DecodeConfig:
     audio_channels:   1 or 2
     max_pixels:       largest source picture, height x width; larger ones are refused unread
     max_duration_s:   longest source, seconds; likewise
+    max_frames:       most frames of a source; likewise
+    decode_limit_s:   longest that decoding one sample may take, seconds
     """
 
     height: int = 64
@@ -84,9 +86,12 @@ class DecodeConfig:
     audio_channels: int = 1
     max_pixels: int = 8192 * 8192
     max_duration_s: float = 3600.0
+    max_frames: int = 1_000_000
+    decode_limit_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("height", "width", "num_frames", "fps", "max_pixels", "max_duration_s"):
+        counts = ("height", "width", "num_frames", "fps")
+        for name in (*counts, "max_pixels", "max_duration_s", "max_frames", "decode_limit_s"):
             _require_positive(name, getattr(self, name))
         if not 1000 <= self.audio_rate <= 192_000:
             raise ConfigError(f"data.audio_rate is {self.audio_rate} Hz; it must be 1000 to 192000")
@@ -100,6 +105,32 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class QuarantineConfig:
+    """How many bad samples a run puts up with.
+
+    max_attempts:    samples tried for one place of a step, the wanted one among them
+    max_step_share:  share of a step's samples that may be substitutes (one always may)
+    max_shard_share: share of a shard's samples that may be bad (two always may)
+    """
+
+    max_attempts: int = 8
+    max_step_share: float = 0.25
+    max_shard_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 2:
+            raise ConfigError(
+                f"data.quarantine.max_attempts is {self.max_attempts}; a substitute needs 2 "
+                "(data.on_error=fail ends the run at the first bad sample)"
+            )
+        for name in ("max_step_share", "max_shard_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"data.quarantine.{name} is {getattr(self, name)}; a share is 0 to 1"
+                )
+
+
+@dataclass(frozen=True)
 class DataConfig(DecodeConfig):
     """The data stream: the mixture, the size of a step, and the loader.
 
@@ -110,12 +141,17 @@ class DataConfig(DecodeConfig):
     packs_per_step:   packs these are put into, over all ranks. Fixed by the recipe, never by the
                       number of ranks; a rank without a pack of its own runs an empty one
     token_budget:     most tokens of one pack, text included; left out, what the worst step needs
-    num_threads:      decoding threads of each rank
+    num_threads:      samples that each rank reads and decodes at once
+    workers:          where they are decoded: in threads, or each in a process of its own, which is
+                      killed at `decode_limit_s`, and replaced when a medium makes it crash; in
+                      threads a decoder is asked to stop, and one that crashes ends the run
     prefetch_steps:   steps decoded ahead of the one in use
     cache_mib:        memory for decoded samples that are used again, and as much for their latents,
                       per rank, MiB; 0 is none
-    on_error:         what a sample does that cannot be read or decoded: it ends the run with its
-                      name. "substitute" is kept for a replacement by rule, and refused until then
+    on_error:         what a sample does that cannot be used: "substitute" puts another one of its
+                      cost in its place, by a rule that every rank and every restart follows alike,
+                      and writes it to RUN/quarantine.jsonl; "fail" ends the run with its name
+    quarantine:       how many bad samples are too many
     """
 
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
@@ -123,20 +159,16 @@ class DataConfig(DecodeConfig):
     packs_per_step: int = 1
     token_budget: int | None = None
     num_threads: int = 2
+    workers: Literal["threads", "processes"] = "threads"
     prefetch_steps: int = 2
     cache_mib: int = 0
-    on_error: Literal["fail", "substitute"] = "fail"
+    on_error: Literal["fail", "substitute"] = "substitute"
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("samples_per_step", "packs_per_step", "num_threads", "prefetch_steps"):
             _require_positive(name, getattr(self, name))
-        if self.on_error == "substitute":
-            raise ConfigError(
-                "data.on_error=substitute does not exist yet: what replaces a sample must be a "
-                "function of the plan. Use data.on_error=fail, which names the sample; "
-                "`kinodit data validate --decode` finds all damaged ones beforehand"
-            )
         if self.cache_mib < 0:
             raise ConfigError(f"data.cache_mib is {self.cache_mib}; 0 turns the cache off")
         if self.token_budget is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -40,7 +41,14 @@ SIGNATURES = (
 
 
 class DecodeError(UserError):
-    """A medium that cannot be decoded to what the recipe asks; names sample, member and reason."""
+    """A medium that cannot be decoded to what the recipe asks; names sample, member and reason.
+
+    key: of the sample
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @contextmanager
@@ -60,7 +68,7 @@ def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
         raise MissingExtraError("PyAV", "media", "decoding clips") from error
     medium = record.medium
     if medium is None:
-        raise DecodeError(f"sample {record.key!r} has no medium: it holds tensors only")
+        raise DecodeError(f"sample {record.key!r} has no medium: it holds tensors only", record.key)
     name, payload = medium
     where = f"sample {record.key!r}, member {name!r}"
     # FFmpeg decodes a frame to learn a picture's format, so its limit holds from the first byte.
@@ -75,12 +83,13 @@ def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
             _check_limits(container, config)
             yield container
     except DecodeError as error:
-        raise DecodeError(f"{where}: {error}") from error.__cause__
+        raise DecodeError(f"{where}: {error}", record.key) from error.__cause__
     except (av.FFmpegError, OSError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DecodeError(
             f"{where} cannot be decoded ({reason}): its {len(payload)} bytes are damaged or not "
-            f"{name}; `kinodit data validate` finds such samples"
+            f"{name}; `kinodit data validate` finds such samples",
+            record.key,
         ) from error
 
 
@@ -103,6 +112,23 @@ def seek_to(container: Any, stream: Any, ticks: Fraction) -> None:
         container.seek((stream.start_time or 0) + floor(ticks), stream=stream)
 
 
+def within_limit(frames: Iterator[Any], config: DecodeConfig) -> Iterator[Any]:
+    """`frames` as they are decoded. Raises DecodeError once they have taken `decode_limit_s`."""
+    end_s = time.monotonic() + config.decode_limit_s
+    for frame in frames:
+        if time.monotonic() > end_s:
+            raise DecodeError(too_slow(config))
+        yield frame
+
+
+def too_slow(config: DecodeConfig) -> str:
+    """What is said of a medium that takes too long."""
+    return (
+        f"decoding it takes longer than the {config.decode_limit_s:g} s that data.decode_limit_s "
+        "allows"
+    )
+
+
 def _check_limits(container: Any, config: DecodeConfig) -> None:
     seconds = (container.duration or 0) / 1_000_000
     if seconds > config.max_duration_s:
@@ -110,6 +136,10 @@ def _check_limits(container: Any, config: DecodeConfig) -> None:
             f"it lasts {seconds:.1f} s; data.max_duration_s allows {config.max_duration_s:g}"
         )
     for stream in container.streams.video:
+        if stream.frames > config.max_frames:
+            raise DecodeError(
+                f"it has {stream.frames} frames; data.max_frames allows {config.max_frames}"
+            )
         width, height = stream.codec_context.width, stream.codec_context.height
         if width < 1 or height < 1:
             raise DecodeError(

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from kinodit.data.config import DecodeConfig
-from kinodit.data.container import DecodeError, open_medium, seek_to
+from kinodit.data.container import DecodeError, open_medium, seek_to, within_limit
 from kinodit.data.picture import CENTRE, Canvas, Crop
 from kinodit.data.plan import SampleRef
 from kinodit.data.record import Record, RecordMeta
@@ -139,7 +139,8 @@ def _decode_sound(record: Record, config: DecodeConfig, window_u: float) -> Deco
     if not config.use_audio:
         raise DecodeError(
             f"sample {record.key!r} has only sound, which this recipe ignores "
-            "(data.use_audio is false)"
+            "(data.use_audio is false)",
+            record.key,
         )
     with open_medium(record, config) as container:
         duration_s = record.meta.duration_s or (container.duration or 0) / 1_000_000
@@ -229,7 +230,7 @@ def _fill(
         return (2 * (pts - origin) * frames + ticks) // (2 * ticks)
 
     done, held, shown_until = 0, None, 0
-    for frame in container.decode(stream):
+    for frame in within_limit(container.decode(stream), canvas.config):
         if frame.pts is None:
             raise DecodeError("its frames have no time stamps")
         number = number_at(frame.pts)

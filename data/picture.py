@@ -26,6 +26,7 @@ class Canvas:
     def __init__(self, num_frames: int, config: DecodeConfig, crop: Crop) -> None:
         shape = (num_frames, config.height, config.width, 3)
         self._array: NDArray[np.uint8] = np.empty(shape, dtype=np.uint8)
+        self.config = config
         self._crop = crop
         self._last: Any = None
         self._last_row = 0

@@ -13,13 +13,24 @@ from threading import Lock
 
 from kinodit.data.index import read_span, spans
 from kinodit.data.manifest import Dataset
-from kinodit.data.record import Record, RecordError
+from kinodit.data.record import KEY_PATTERN, Record, RecordError
 from kinodit.data.tar import TarError
 from kinodit.models.errors import UserError
 
 
 class ShardError(UserError):
     """A shard that cannot be read, or is not what its index says; names file, sample and bytes."""
+
+
+class SampleError(ShardError):
+    """One sample whose bytes are not those that were indexed, or break the record contract.
+
+    key: of the sample, as far as it can still be read; "" otherwise
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class ShardReader:
@@ -37,8 +48,9 @@ class ShardReader:
         """The record of sample `index`. Nothing in it is decoded or unpickled.
 
         Raises:
-            ShardError: the shard is missing or cut off, the bytes are not those that were indexed,
-                or they are not exactly one sample of the record contract.
+            SampleError: the shard is cut off before the sample's end, the bytes are not those that
+                were indexed, or they are not exactly one sample of the record contract.
+            ShardError: the shard is missing or its storage does not answer.
         """
         path, offset, size = self.dataset.locate(index)
         where = f"{path}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
@@ -52,10 +64,11 @@ class ShardReader:
             ) from error
         checksum, expected = zlib.crc32(span), self.dataset.row(index).crc32
         if checksum != expected:
-            raise ShardError(
+            raise SampleError(
                 f"{where} was changed after it was indexed: its {size} bytes have CRC-32 "
                 f"{checksum:08x}, the index says {expected:08x}. Restore the shard, or run "
-                "`kinodit data validate` to see what is damaged"
+                "`kinodit data validate` to see what is damaged",
+                readable_key(span),
             )
         try:
             found = list(spans(span, whole=False))
@@ -63,11 +76,19 @@ class ShardReader:
                 raise RecordError(f"these bytes hold {len(found)} samples, not one")
             return read_span(span, found[0])
         except (TarError, RecordError) as error:
-            raise ShardError(f"{where} breaks the record contract: {error}") from error
+            raise SampleError(
+                f"{where} breaks the record contract: {error}", readable_key(span)
+            ) from error
 
     def close(self) -> None:
         """Closes all files that no other thread is reading."""
         self._files.close()
+
+
+def readable_key(span: bytes) -> str:
+    """The key that a damaged sample's first header still shows; "" if that is none."""
+    name = span[:100].split(b".", 1)[0].decode(errors="replace")
+    return name if KEY_PATTERN.fullmatch(name) else ""
 
 
 def _read_exactly(descriptor: int, offset: int, size: int, where: str) -> bytes:
@@ -76,7 +97,7 @@ def _read_exactly(descriptor: int, offset: int, size: int, where: str) -> bytes:
     while missing:
         piece = os.pread(descriptor, missing, offset + size - missing)
         if not piece:
-            raise ShardError(
+            raise SampleError(
                 f"{where} is cut off: expected {size} bytes, found {size - missing}; the file has "
                 f"{os.fstat(descriptor).st_size} bytes, and the sample ends at {offset + size}. "
                 "Copy the shard anew"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kinodit.data.config import DecodeConfig
-from kinodit.data.container import DecodeError, seek_to
+from kinodit.data.container import DecodeError, seek_to, within_limit
 
 PREROLL_S = 0.5
 """How far before the window decoding begins after a seek: codecs need a few packets to settle
@@ -41,7 +42,7 @@ def decode_audio(container: Any, start_s: float, config: DecodeConfig) -> Tensor
         seek_to(container, stream, Fraction(start_s - PREROLL_S) / stream.time_base)
     layout = "mono" if config.audio_channels == 1 else "stereo"
     resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-    for source in (*container.decode(stream), None):
+    for source in chain(within_limit(container.decode(stream), config), [None]):
         for frame in resampler.resample(source):
             start = round(float(frame.pts * frame.time_base) * rate) - first
             _place(out, frame.to_ndarray(), start)

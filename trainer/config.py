@@ -128,6 +128,10 @@ MAY_CHANGE_ON_RESUME = (
     "data.num_threads",
     "data.prefetch_steps",
     "data.cache_mib",
+    "data.workers",
+    "data.decode_limit_s",
+    "data.on_error",
+    "data.quarantine.",
     "run.stop_after_steps",
 )
 """Keys that leave the loss curve as it is, so that a run may go on with other values."""

@@ -22,6 +22,7 @@ EventKind = Literal[
     "checkpoint",
     "sample",
     "skip",
+    "quarantine",
     "rollback",
     "hang",
     "crash",

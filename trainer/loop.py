@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kinodit.data.loader import Loader, StepData
+from kinodit.data.loader import StepData
 from kinodit.models.mmdit import MMDiTConfig
 from kinodit.trainer import checkpoint, faults
 from kinodit.trainer.batches import BatchSource
@@ -43,7 +43,7 @@ class Loop:
     emas: Mapping[str, Ema]
     step: Step
     source: BatchSource
-    loader: Loader
+    steps: Iterator[StepData]
     guard: Guard
     saver: checkpoint.Saver
     evaluate: Callable[[int], Row] | None
@@ -66,14 +66,13 @@ class Loop:
         if config.run.stop_after_steps:
             end = min(end, state.step + config.run.stop_after_steps)
         window = Window(self.step.modalities)
-        steps = iter(self.loader)
         saved = state.step
         if self.ledger is not None:
             self.ledger.begin()
         if self._owes_validation(state.step, end):
             self._validate(window, state.step)
         while state.step < end:
-            window, state = self._one_step(window, state, steps)
+            window, state = self._one_step(window, state)
             done = state.step
             self._tell(self.saver.poll())
             if _due(done, config.resilience.checksum_every_steps, 0):
@@ -165,14 +164,12 @@ class Loop:
                 if self.progress is not None:
                     self.progress.note(line)
 
-    def _one_step(
-        self, window: Window, state: TrainState, steps: Iterator[StepData]
-    ) -> tuple[Window, TrainState]:
+    def _one_step(self, window: Window, state: TrainState) -> tuple[Window, TrainState]:
         config, clock = self.config, window.clock
         pulse.step(state.step)
         faults.reach("step:begin", state.step)
         with clock.measure("data"):
-            data = next(steps)
+            data = next(self.steps)
         assert data.step == state.data_step, "the loader and the trainer disagree about the step"
         with clock.measure("encode"):
             batches = self.source.batches(data)

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 import torch
 
 from kinodit.data.encode import SampleEncoder
-from kinodit.data.loader import Loader
 from kinodit.data.manifest import Dataset
+from kinodit.data.quarantine import Replacement
 from kinodit.data.select import open_datasets, plan_spec
 from kinodit.data.spec import PlanSpec
 from kinodit.models.encoders.base import TextEncoder, VideoCodec, build_text_encoder
@@ -39,6 +39,7 @@ from kinodit.trainer.metrics import peak_flops
 from kinodit.trainer.parallel.mesh import Mesh, placement_warning
 from kinodit.trainer.parallel.traffic import listening
 from kinodit.trainer.progress import Progress
+from kinodit.trainer.quarantine import Quarantine
 from kinodit.trainer.resilience import pulse
 from kinodit.trainer.resilience.errors import DivergedError
 from kinodit.trainer.resilience.goodput import Ledger, process_start_s
@@ -210,15 +211,16 @@ def _attempt(
         evaluate = build_evaluator(
             config, parts, setting.encoder, setting.codec, setting.text, mesh
         )
-        loader = Loader(
-            spec,
-            setting.datasets,
-            config.data,
-            mesh.dp_index,
-            mesh.dp_size,
-            start_step=state.data_step,
+
+        def tell(replaced: Replacement) -> None:
+            assert sinks is not None and progress is not None
+            sinks.event("quarantine", replaced.step, str(replaced))
+            progress.note(str(replaced))
+
+        steps = Quarantine(
+            run_dir, mesh, config.data, setting.datasets, spec, state.data_step, tell
         )
-        stack.callback(loader.close)
+        stack.callback(steps.close)
         state = Loop(
             config=config,
             model_config=parts.model_config,
@@ -227,7 +229,7 @@ def _attempt(
             emas=parts.emas,
             step=_step(config, parts),
             source=source,
-            loader=loader,
+            steps=steps,
             guard=guard,
             saver=saver,
             evaluate=evaluate,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from kinodit.data.encode import SampleEncoder
-from kinodit.data.loader import Loader
 from kinodit.data.select import open_datasets, plan_spec
 from kinodit.models.encoders.base import TextEncoder, VideoCodec
 from kinodit.trainer.batches import VIDEO, BatchSource
@@ -13,6 +12,7 @@ from kinodit.trainer.config import RunConfig
 from kinodit.trainer.encoders import cost_model
 from kinodit.trainer.evaluate import Evaluator
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.quarantine import Quarantine
 from kinodit.trainer.setup import Parts, master_dtype
 
 VALIDATION_SEED_OFFSET = 1
@@ -41,11 +41,11 @@ def build_evaluator(
     datasets = open_datasets(data)
     seed = config.run.seed + VALIDATION_SEED_OFFSET
     spec = plan_spec(data, datasets, cost_model(config, codec, text), seed)
-    loader = Loader(spec, datasets, data, mesh.dp_index, mesh.dp_size, start_step=0)
+    steps = Quarantine(config.run.folder, mesh, data, datasets, spec)
     try:
-        packs = next(iter(loader))
+        packs = next(steps)
     finally:
-        loader.close()
+        steps.close()
     whole = SampleEncoder(encoder.text_encoder, codec, seed, 0.0)
     source = BatchSource(whole, parts.pack_spec, 0, master_dtype(config))
     return Evaluator(

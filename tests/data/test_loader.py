@@ -140,7 +140,7 @@ def test_a_cache_changes_nothing_and_is_used(
         decoded.append(record.key)
         return decode(record, *rest)
 
-    monkeypatch.setattr("kinodit.data.loader.decode", counting)
+    monkeypatch.setattr("kinodit.data.samples.decode", counting)
     options: dict[str, Any] = {"window": "first", "crop": "centre", "num_threads": 1}
     plain = by_slot(run(datasets, steps=12, **options))
     without = len(decoded)
@@ -215,7 +215,7 @@ def test_a_broken_clip_ends_the_run_with_its_name(
     records = small_records(5)
     records[2] = replace(records[2], members={"mp4": b"garbage" * 100})
     broken = {"many": datasets["many"], "few": write_dataset(tmp_path / "few", records)}
-    settings = config(broken)
+    settings = config(broken, on_error="fail")
     with Loader(spec_of(broken, settings), broken, settings) as loader:
         with pytest.raises(LoadError) as error:
             for _ in range(20):
@@ -233,7 +233,7 @@ def test_a_shard_that_goes_bad_ends_the_run_with_its_name(
     datasets: dict[str, Dataset], tmp_path: Path, harm: str
 ) -> None:
     bad = copied(datasets, tmp_path)
-    settings = config(bad)
+    settings = config(bad, on_error="fail")
     loader = Loader(spec_of(bad, settings), bad, settings)
     path, offset, _ = bad["few"].locate(0)
     if harm == "missing":
@@ -257,6 +257,6 @@ def test_a_fault_of_ours_is_not_hidden(
     def fail(*_: Any) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("kinodit.data.loader.decode", fail)
+    monkeypatch.setattr("kinodit.data.samples.decode", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         run(datasets)

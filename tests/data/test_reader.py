@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,7 @@ def test_every_sample_is_what_was_written(dataset: Dataset) -> None:
 def test_threads_share_a_reader_and_few_files_stay_open(dataset: Dataset) -> None:
     reader = ShardReader(dataset, max_open=2)
     expected = records(24)
+    gc.collect()
     before = num_open_files()
 
     def read(turn: int) -> bool:

@@ -42,7 +42,11 @@ def changed_keys(recipe: str, measured: dict[str, Any]) -> list[str]:
     """
     now = recipe_of(recipe)
     own = {} if recipe.endswith(".py") else flatten(yaml.safe_load((ROOT / recipe).read_text()))
-    changed = [key for key, value in measured.items() if now.get(key, MISSING) != value]
+    changed = [
+        key
+        for key, value in measured.items()
+        if now.get(key, MISSING) != value and not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]
     return changed + [key for key in now if key not in measured and key in own]
 
 

@@ -1,0 +1,179 @@
+"""One sample of a step: read, decoded, with the caption of this step; or what takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from threading import Lock, local
+
+from kinodit.data.cache import BoundedCache
+from kinodit.data.captions import choose_caption
+from kinodit.data.config import DataConfig
+from kinodit.data.container import DecodeError
+from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
+from kinodit.data.manifest import Dataset
+from kinodit.data.picture import CENTRE, Crop
+from kinodit.data.plan import SampleRef
+from kinodit.data.quarantine import Fault, QuarantineError, Replacement, substitute
+from kinodit.data.reader import SampleError, ShardError, ShardReader
+from kinodit.data.record import Record, RecordMeta
+from kinodit.data.spec import PlanSpec
+from kinodit.data.worker import DecodeWorker
+from kinodit.models.errors import UserError
+from kinodit.models.random import sample_generator, uniform
+
+MIB = 1 << 20
+Settled = Mapping[tuple[int, int], Replacement]
+"""(step, slot) -> what took that place when the step was first loaded."""
+
+
+class LoadError(UserError):
+    """A sample that cannot be loaded; names the step, the sample, the shard and the reason."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A sample, and the replacement that made it this one; None if it is what the plan asks for."""
+
+    sample: DecodedSample
+    replacement: Replacement | None
+
+
+class SampleSource:
+    """Loads samples by their place in the plan. Threads share it.
+
+    What it gives is a function of spec, data and `settled`: caches and workers decide when a sample
+    is decoded, never what it is.
+    """
+
+    def __init__(
+        self,
+        spec: PlanSpec,
+        datasets: Mapping[str, Dataset],
+        config: DataConfig,
+        settled: Settled,
+    ) -> None:
+        self._spec = spec
+        self._datasets = datasets
+        self._config = config
+        self._settled = settled
+        self._readers = {name: ShardReader(dataset) for name, dataset in datasets.items()}
+        self._cache = BoundedCache[str, _CachedSample](
+            config.cache_mib * MIB, lambda cached: cached.media.num_bytes
+        )
+        self._own = local()
+        self._workers: list[DecodeWorker] = []
+        self._lock = Lock()
+
+    def load(self, step: int, ref: SampleRef, settled: Replacement | None = None) -> Loaded:
+        """The sample at a place of a step, or its substitute.
+
+        `settled`: what other ranks found to take this place; without it, what the ledger says.
+
+        Raises:
+            LoadError: the sample cannot be used and `data.on_error` is "fail", no substitute can be
+                used either, or the storage does not answer.
+        """
+        settled = settled or self._settled.get((step, ref.slot))
+        faults: list[Fault] = []
+        now = ref
+        if settled is not None:
+            if (settled.dataset, settled.wanted) != (ref.dataset, ref.index):
+                raise LoadError(
+                    f"the quarantine ledger is of another data order: at step {step}, slot "
+                    f"{ref.slot} it replaced {settled.dataset}:{settled.wanted}, and the plan has "
+                    f"{ref.sample_id} there"
+                )
+            faults = list(settled.faults)
+            now = replace(ref, index=settled.used)
+        while True:
+            try:
+                sample = self._sample(step, now)
+                break
+            except (SampleError, DecodeError) as error:
+                if self._config.on_error == "fail":
+                    raise self._load_error(error, step, now) from error
+                faults.append(self._fault(now, error))
+                now = self._next(step, ref, faults, error)
+            except ShardError as error:
+                raise self._load_error(error, step, now) from error
+        if not faults:
+            return Loaded(sample, None)
+        found = Replacement(step, ref.slot, ref.dataset, ref.index, now.index, tuple(faults))
+        return Loaded(sample, found)
+
+    def close(self) -> None:
+        """Closes files and ends worker processes; no thread may be loading any more."""
+        for reader in self._readers.values():
+            reader.close()
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+
+    def _next(
+        self, step: int, ref: SampleRef, faults: list[Fault], error: SampleError | DecodeError
+    ) -> SampleRef:
+        limit = self._config.quarantine.max_attempts
+        if len(faults) >= limit:
+            raise LoadError(
+                f"{len(faults)} samples in a row cannot be used at step {step}, slot {ref.slot} "
+                f"(data.quarantine.max_attempts is {limit}); the last reason: {error}"
+            ) from error
+        tried = [fault.index for fault in faults]
+        try:
+            return substitute(self._spec, self._datasets[ref.dataset], step, ref, tried)
+        except QuarantineError as none_left:
+            raise LoadError(f"{error}; {none_left}") from none_left
+
+    def _fault(self, ref: SampleRef, error: SampleError | DecodeError) -> Fault:
+        shard, offset, _ = self._datasets[ref.dataset].locate(ref.index)
+        return Fault(ref.index, str(shard), offset, error.key, str(error))
+
+    def _load_error(self, error: UserError, step: int, ref: SampleRef) -> LoadError:
+        shard, _, _ = self._datasets[ref.dataset].locate(ref.index)
+        return LoadError(
+            f"{error} (step {step}, slot {ref.slot}, sample {ref.sample_id} in {shard})"
+        )
+
+    def _sample(self, step: int, ref: SampleRef) -> DecodedSample:
+        seed, key = self._spec.seed, ref.key(step)
+        window_u, crop_u = uniform(sample_generator(seed, key, "window")), CENTRE
+        if self._config.crop == "random":
+            crop = sample_generator(seed, key, "crop")
+            crop_u = uniform(crop), uniform(crop)
+        found = self._cache.get(ref.sample_id)
+        if found is None or found.media.view != pick_view(
+            found.meta, self._config, window_u, crop_u
+        ):
+            record = self._readers[ref.dataset].read(ref.index)
+            found = _CachedSample(record.meta, self._decode(record, window_u, crop_u))
+            self._cache.put(ref.sample_id, found)
+        return DecodedSample(
+            key=key,
+            ref=ref,
+            caption=choose_caption(found.meta.captions, seed, key),
+            video=found.media.video,
+            audio=found.media.audio,
+            fps=found.media.fps,
+            start_s=found.media.start_s,
+            view=found.media.view,
+            meta=found.meta,
+        )
+
+    def _decode(self, record: Record, window_u: float, crop_u: Crop) -> DecodedMedia:
+        if self._config.workers == "threads":
+            return decode(record, self._config, window_u, crop_u)
+        if not hasattr(self._own, "worker"):
+            self._own.worker = DecodeWorker()
+            with self._lock:
+                self._workers.append(self._own.worker)
+        worker: DecodeWorker = self._own.worker
+        return worker.decode(record, self._config, window_u, crop_u)
+
+
+@dataclass(frozen=True)
+class _CachedSample:
+    """The view of a sample that was decoded last."""
+
+    meta: RecordMeta
+    media: DecodedMedia

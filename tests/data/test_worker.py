@@ -1,0 +1,149 @@
+"""What a medium does to its decoder ends in the worker: it is replaced, and nothing waits."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kinodit.data.config import DecodeConfig
+from kinodit.data.container import DecodeError
+from kinodit.data.decode import DecodedMedia, decode
+from kinodit.data.record import Record
+from kinodit.data.worker import DecodeWorker
+from tests.data.clips import (
+    clip_bytes,
+    image_bytes,
+    image_record,
+    sound_bytes,
+    sound_record,
+    video_record,
+)
+
+CONFIG = DecodeConfig(
+    height=40, width=56, num_frames=5, fps=8.0, use_audio=True, audio_channels=2, crop="random"
+)
+
+
+@pytest.fixture
+def worker() -> Iterator[DecodeWorker]:
+    made = DecodeWorker()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def clip() -> Record:
+    return video_record("clip", clip_bytes(100, 24, onset=24_000), 100, 24.0, has_audio=True)
+
+
+def same(ours: DecodedMedia, theirs: DecodedMedia) -> bool:
+    for mine, other in ((ours.video, theirs.video), (ours.audio, theirs.audio)):
+        if (mine is None) != (other is None):
+            return False
+        if mine is not None and other is not None and not torch.equal(mine, other):
+            return False
+    return replace(ours, video=None, audio=None) == replace(theirs, video=None, audio=None)
+
+
+def test_a_worker_gives_the_same_bits(worker: DecodeWorker, clip: Record) -> None:
+    still = image_record("still", image_bytes("jpg"), "jpg")
+    sound = sound_record("sound", sound_bytes(3.0, 20_000), 3.0)
+    for u in (0.0, 0.4, 0.9):
+        for record in (clip, still, sound):
+            ours = worker.decode(record, CONFIG, u, (u, 0.3))
+            assert same(ours, decode(record, CONFIG, u, (u, 0.3))), record.key
+    assert worker.num_started == 1
+    with pytest.raises(DecodeError, match="sample 'clip', member 'mp4' cannot be decoded") as error:
+        worker.decode(replace(clip, members={"mp4": b"junk" * 99}), CONFIG, 0.0, (0.5, 0.5))
+    assert error.value.key == "clip" and worker.num_started == 1
+
+
+def test_samples_may_have_sizes_of_their_own(worker: DecodeWorker, clip: Record) -> None:
+    for height in (8, 64, 24, 96):
+        config = replace(CONFIG, height=height, num_frames=height // 8)
+        ours = worker.decode(clip, config, 0.5, (0.5, 0.5))
+        assert same(ours, decode(clip, config, 0.5, (0.5, 0.5)))
+    assert worker.num_started == 1
+
+
+def test_a_worker_that_was_killed_is_replaced_at_its_place(
+    worker: DecodeWorker, clip: Record
+) -> None:
+    expected = worker.decode(clip, CONFIG, 0.3, (0.5, 0.5))
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    assert same(worker.decode(clip, CONFIG, 0.3, (0.5, 0.5)), expected)
+    assert worker.num_started == 2
+
+
+def test_a_worker_that_hangs_is_killed_and_the_sample_named(clip: Record) -> None:
+    hasty, config = DecodeWorker(), replace(CONFIG, decode_limit_s=0.2)
+    hasty.decode(image_record("still", image_bytes("png")), config, 0.0, (0.5, 0.5))
+    pid = hasty.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(DecodeError, match=r"limit_s allows: its decoder hung and was killed"):
+        hasty.decode(clip, config, 0.3, (0.5, 0.5))
+    assert 4 < time.monotonic() - start < 30
+    assert not Path(f"/proc/{pid}").exists()
+    hasty.close()
+
+
+def test_a_request_too_large_for_the_socket_does_not_hang_either(clip: Record) -> None:
+    hasty, config = DecodeWorker(), replace(CONFIG, decode_limit_s=0.2)
+    hasty.decode(image_record("still", image_bytes("png")), config, 0.0, (0.5, 0.5))
+    assert hasty.pid is not None
+    os.kill(hasty.pid, signal.SIGSTOP)
+    large = replace(clip, members={"mp4": clip.members["mp4"] + bytes(8 << 20)})
+    # The send is cut short, the worker replaced, and the sample decoded there.
+    assert hasty.decode(large, config, 0.3, (0.5, 0.5)).video is not None
+    assert hasty.num_started == 2
+    hasty.close()
+
+
+def test_a_sample_that_crashes_its_decoder_twice_is_refused(
+    worker: DecodeWorker, clip: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The record kills whoever unpickles it, as a defect in a decoder would.
+    deadly = replace(clip, key="deadly", members={"mp4": Deadly()})  # type: ignore[dict-item]
+    with pytest.raises(DecodeError, match="'deadly': its decoder crashed, and did so again"):
+        worker.decode(deadly, CONFIG, 0.0, (0.5, 0.5))
+    assert worker.num_started == 2
+    assert worker.decode(clip, CONFIG, 0.0, (0.5, 0.5)).video is not None
+
+
+class Deadly:
+    """Ends the process that opens it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (9,)
+
+
+def test_a_fault_of_ours_keeps_its_stack(worker: DecodeWorker, clip: Record) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)a worker failed:.*Traceback.*decode"):
+        worker.decode(replace(clip, meta=None), CONFIG, 0.0, (0.5, 0.5))  # type: ignore[arg-type]
+
+
+def test_no_process_and_no_file_is_left(clip: Record) -> None:
+    def num_open() -> int:
+        gc.collect()
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    DecodeWorker().close()
+    before = num_open()
+    for _ in range(3):
+        worker = DecodeWorker()
+        worker.decode(clip, CONFIG, 0.0, (0.5, 0.5))
+        pid = worker.pid
+        worker.close()
+        assert not Path(f"/proc/{pid}").exists()
+    assert num_open() == before

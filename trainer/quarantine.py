@@ -1,0 +1,142 @@
+"""What took the place of bad samples: agreed on by all ranks, written down, held to its quotas."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from kinodit.data.config import DataConfig
+from kinodit.data.loader import Loader, StepData
+from kinodit.data.manifest import Dataset
+from kinodit.data.quarantine import LEDGER_FILE, QuarantineError, Quotas, Replacement
+from kinodit.data.spec import PlanSpec
+from kinodit.trainer.jsonl import read_rows
+from kinodit.trainer.parallel.mesh import Mesh
+
+
+def read_ledger(run_dir: Path, plan: str) -> dict[tuple[int, int], Replacement]:
+    """(step, slot) of the data plan -> what took that place, of all starts of the run so far.
+
+    plan: fingerprint of the plan; lines of other plans (a validation set's, or one that the run
+        had before its data changed) are left out
+
+    Raises:
+        QuarantineError: a line is not one that was written there. A last line that a kill cut short
+            is of a step that was never used, and left out.
+    """
+    path = run_dir / LEDGER_FILE
+    if not path.is_file():
+        return {}
+    rows = list(read_rows(path))
+    if rows and rows[-1] is None:
+        rows.pop()
+    mine = [row for row in rows if row is None or row.pop("plan", None) == plan]
+    found = [Replacement.parse(row) for row in mine]
+    return {(item.step, item.slot): item for item in found}
+
+
+class Quarantine:
+    """The steps of a loader, with the same substitutes on all ranks, after any restart, too.
+
+    A damaged sample fails on every rank that loads it. One that took too long may fail on one of
+    the ranks that share a pack only: then all of them take its substitute. Nothing is trained on
+    before rank 0 has written it down. Collective: every rank takes every step.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        mesh: Mesh,
+        config: DataConfig,
+        datasets: Mapping[str, Dataset],
+        spec: PlanSpec,
+        start_step: int = 0,
+        tell: Callable[[Replacement], None] = lambda _: None,
+    ) -> None:
+        """A loader of this rank's packs, from `start_step` of the plan on.
+
+        tell: is given what is newly replaced, on rank 0
+        """
+        self._path = run_dir / LEDGER_FILE
+        self._mesh = mesh
+        self._plan = spec.fingerprint
+        self._is_on = config.on_error == "substitute"
+        settled = mesh.from_main(lambda: read_ledger(run_dir, spec.fingerprint))
+        self._quotas = Quotas(config.quarantine, datasets, config.samples_per_step)
+        self._quotas.count(settled.values())
+        self._written = set(settled)
+        self._tell = tell
+        place = mesh.dp_index, mesh.dp_size
+        self._loader = Loader(spec, datasets, config, *place, start_step, settled=settled)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> StepData:
+        """The next step, as every rank that has its packs sees it. Collective.
+
+        Raises:
+            LoadError: a sample, or a substitute that another rank uses, cannot be loaded here.
+            QuarantineError: on all ranks: more was replaced than `data.quarantine` allows.
+        """
+        data = next(self._loader)
+        if not self._is_on or not self._mesh.any(bool(data.replaced)):
+            return data
+        return self._settled(data)
+
+    def close(self) -> None:
+        """Stops the loader."""
+        self._loader.close()
+
+    @property
+    def num_bad(self) -> int:
+        """Different samples of the run that were bad, over all ranks."""
+        return self._quotas.num_bad
+
+    def _settled(self, data: StepData) -> StepData:
+        while True:
+            everywhere = self._mesh.gather_objects(data.replaced)
+            chosen: dict[int, Replacement] = {}
+            found = [item for part in everywhere for item in part]
+            for item in sorted(found, key=lambda item: (len(item.faults), item.used)):
+                chosen[item.slot] = item
+            settled = self._loader.settle(data, chosen)
+            if not self._mesh.any(settled.replaced != data.replaced):
+                break
+            data = settled
+        self._account([chosen[slot] for slot in sorted(chosen)])
+        return settled
+
+    def _account(self, replaced: list[Replacement]) -> None:
+        self._quotas.count(replaced)
+        new = [item for item in replaced if (item.step, item.slot) not in self._written]
+        self._written |= {(item.step, item.slot) for item in new}
+
+        def write() -> None:
+            if new:
+                _append(self._path, [{"plan": self._plan, **item.to_json()} for item in new])
+            for item in new:
+                self._tell(item)
+
+        self._mesh.from_main(write)
+        self._quotas.check(replaced)
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            if file.tell() and not path.read_bytes().endswith(b"\n"):
+                # A kill cut the last line short: the next one must not be joined to it.
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise QuarantineError(
+            f"{path} cannot be written ({error.strerror}): what replaces a bad sample must be on "
+            "disk before it is trained on"
+        ) from error

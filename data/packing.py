@@ -13,14 +13,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kinodit.data.assignment import Assignment, Piece, Shape, assign
+from kinodit.data.tasks import DrawnTask
 from kinodit.models.errors import ConfigError
+from kinodit.models.random import normal, sample_generator
 from kinodit.models.tokens import (
     AttentionLayout,
     ModalityTokens,
     Role,
     SampleKey,
     TokenBatch,
+    Visibility,
     build_layout,
+    see_all,
 )
 
 Patch = tuple[int, int, int]
@@ -72,6 +77,9 @@ class EncodedSample:
     seconds:    modality -> seconds from one latent frame to the next
     text:       stream -> [L, C] float, features of the caption
     conditions: name -> [D] float
+    task:       what its tokens are for; None: everything is generated from the text
+    groups:     modality -> latents [C, t, h, w] of pictures of any sizes, one after the other in
+                time, in the place of one in `latents`
     """
 
     key: SampleKey
@@ -79,6 +87,13 @@ class EncodedSample:
     seconds: Mapping[str, float]
     text: Mapping[str, Tensor]
     conditions: Mapping[str, Tensor]
+    task: DrawnTask | None = None
+    groups: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+
+    @property
+    def media(self) -> list[str]:
+        """The modalities that the sample has."""
+        return [*self.latents, *self.groups]
 
 
 def patch_grid(shape: Sequence[int], patch: Patch) -> tuple[int, int, int]:
@@ -133,7 +148,8 @@ def pack(samples: Sequence[EncodedSample], spec: PackSpec) -> TokenBatch:
 
     Latents become noised tokens of weight 1, text clean tokens of weight 0 at position (0, 0, 0).
     A segment's rows of the table of noise levels are adjacent; with levels per frame its row r is
-    for patches at time r, and text has row 0. Levels are 0 until an objective draws them. Latents
+    for patches at time r, and text has row 0. Levels are 0 until an objective draws them. A sample
+    with a task has roles, rows, weights and groups of its own (`kinodit.data.assignment`). Latents
     stay on their device; everything else is on the host, where the layout is computed.
 
     Raises:
@@ -143,8 +159,19 @@ def pack(samples: Sequence[EncodedSample], spec: PackSpec) -> TokenBatch:
         return filler(spec)
     parts: dict[str, list[ModalityTokens]] = {stream.name: [] for stream in spec.streams}
     level_segment: list[int] = []
+    level_t: list[float] = []
+    visible: list[Visibility] = []
     for segment, sample in enumerate(samples):
         first_level, num_levels = len(level_segment), 1
+        if sample.task is not None:
+            assignment, tokens = _assigned(sample, spec, segment, first_level)
+            for name, part in tokens.items():
+                parts[name].append(part)
+            level_segment += [segment] * len(assignment.level_t)
+            level_t += assignment.level_t
+            visible.append(assignment.visible)
+            continue
+        visible.append(see_all)
         for stream in spec.streams:
             latents, position, times = _tokens(sample, stream)
             if spec.levels_per == "frame" and stream.patch is not None and len(times):
@@ -154,15 +181,16 @@ def pack(samples: Sequence[EncodedSample], spec: PackSpec) -> TokenBatch:
                 level = torch.full((len(latents),), first_level)
             parts[stream.name].append(_stream_tokens(latents, position, level, segment, stream))
         level_segment += [segment] * num_levels
-    modalities = {name: _join(tokens) for name, tokens in parts.items()}
+        level_t += [0.0] * num_levels
+    modalities = {name: _join(of_samples) for name, of_samples in parts.items()}
     return TokenBatch(
         modalities=modalities,
         level_segment=torch.tensor(level_segment),
-        level_t=torch.zeros(len(level_segment)),
+        level_t=torch.tensor(level_t),
         conditions={
             name: _conditions(samples, name, size) for name, size in spec.conditions.items()
         },
-        layout=build_layout(list(modalities.values())),
+        layout=build_layout(list(modalities.values()), visible),
         samples=tuple(sample.key for sample in samples),
     )
 
@@ -235,15 +263,66 @@ def _tokens(sample: EncodedSample, stream: StreamSpec) -> tuple[Tensor, Tensor, 
         _check_channels(sample, stream, found.shape[-1])
         zeros = torch.zeros(len(found), 3)
         return found, zeros, torch.zeros(len(found), dtype=torch.int64)
-    if stream.name not in sample.latents:
+    if stream.name not in sample.media:
         empty = torch.zeros(0, stream.token_channels)
         return empty, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
-    latents = sample.latents[stream.name]
-    _check_channels(sample, stream, latents.shape[0])
-    grid = patch_grid(latents.shape, stream.patch)
-    position = positions(grid, sample.seconds[stream.name] * stream.patch[0])
-    times = torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2])
-    return patchify(latents, stream.patch), position, times
+    pictures = sample.groups.get(stream.name) or [sample.latents[stream.name]]
+    patch_s = sample.seconds[stream.name] * stream.patch[0]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    first = 0
+    for picture in pictures:
+        _check_channels(sample, stream, picture.shape[0])
+        grid = patch_grid(picture.shape, stream.patch)
+        place = positions(grid, patch_s)
+        times = torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2])
+        if first:
+            place[:, 0] += first * patch_s
+            times += first
+        parts.append((patchify(picture, stream.patch), place, times))
+        first += grid[0]
+    if len(parts) == 1:
+        return parts[0]
+    tokens, place, times = (torch.cat(column) for column in zip(*parts, strict=True))
+    return tokens, place, times
+
+
+def _assigned(
+    sample: EncodedSample, spec: PackSpec, segment: int, first_level: int
+) -> tuple[Assignment, dict[str, ModalityTokens]]:
+    """A sample's assignment by its task, and its tokens by it."""
+    assert sample.task is not None
+    encoded = {stream.name: _tokens(sample, stream) for stream in spec.streams}
+    shapes = {
+        stream.name: Shape(encoded[stream.name][2], encoded[stream.name][1], stream.patch is None)
+        for stream in spec.streams
+    }
+    assignment = assign(sample.task, shapes, sample.key)
+    tokens = {}
+    for name, piece in assignment.pieces.items():
+        latents, position, _ = encoded[name]
+        if piece.is_noise:
+            source = sample_generator(sample.task.seed, sample.key, f"task/noise/{name}")
+            latents = normal(source, latents.shape).to(latents)
+        tokens[name] = _placed(piece, latents, position, segment, first_level)
+    return assignment, tokens
+
+
+def _placed(
+    piece: Piece, latents: Tensor, position: Tensor, segment: int, first_level: int
+) -> ModalityTokens:
+    """The tokens of a piece, from all `latents` [N, C] and `position` [N, 3] of its stream."""
+    if piece.take is not None:
+        latents = latents.index_select(0, piece.take.to(latents.device))
+        position = position.index_select(0, piece.take)
+    return ModalityTokens(
+        latents=latents,
+        segment=torch.full_like(piece.level, segment),
+        group=piece.group,
+        position=position,
+        role=piece.role,
+        level=piece.level + first_level,
+        weight=piece.weight,
+    )
 
 
 def _check_channels(sample: EncodedSample, stream: StreamSpec, found: int) -> None:

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kinodit.data.packing import EncodedSample, PackSpec, StreamSpec, pack
+from kinodit.data.tasks import DrawnTask, TaskConfig
 from kinodit.models.random import generator, normal
 from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch, build_layout
 
 SECONDS_PER_FRAME = 0.25
+SLOTS_PER_STEP = 8
+"""After so many slots, tasks go on with the next step."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,68 @@ def synthetic_pack(
         conditions={name: vector[: len(slots)].to(dtype) for name, vector in vectors.items()},
         layout=build_layout(list(modalities.values())),
         samples=tuple(SampleKey(step, slot, f"synthetic:{slot}") for slot in slots),
+    )
+
+
+def task_pack(
+    step: int,
+    slots: Sequence[int],
+    streams: Mapping[str, SyntheticStream],
+    conditions: Mapping[str, int],
+    dtype: torch.dtype,
+    tasks: Mapping[str, TaskConfig],
+    seed: int,
+) -> TokenBatch:
+    """The same with tasks: slot after slot has the next of `tasks`, and what it leaves open drawn.
+
+    Samples have two frames or more, and streams after the first noised one twice as many a second,
+    one token each, as sound has. Every third slot lacks the last of them, if its task lets it.
+    """
+    spec = PackSpec(
+        tuple(
+            StreamSpec(name, stream.channels, (1, 1, 1) if stream.is_noised else None)
+            for name, stream in streams.items()
+        ),
+        conditions,
+    )
+    samples = [_sample(step, slot, streams, conditions, dtype, tasks, seed) for slot in slots]
+    batch = pack(samples, spec)
+    return batch.with_latents({n: t.latents.to(dtype) for n, t in batch.modalities.items()})
+
+
+def _sample(
+    step: int,
+    slot: int,
+    streams: Mapping[str, SyntheticStream],
+    conditions: Mapping[str, int],
+    dtype: torch.dtype,
+    tasks: Mapping[str, TaskConfig],
+    seed: int,
+) -> EncodedSample:
+    noised = [name for name, stream in streams.items() if stream.is_noised]
+    name = list(tasks)[(step * SLOTS_PER_STEP + slot) % len(tasks)]
+    if slot % 3 == 2 and tasks[name].fits(noised[:-1]):
+        noised = noised[:-1]
+    latents, seconds = {}, {}
+    frames = 2 + slot % 3
+    for index, stream in enumerate(noised):
+        grid = (2 * frames - 1, 1, 1) if index else (frames, 3, 1 + slot % 4)
+        source = generator("synthetic", step, slot, stream)
+        latents[stream] = normal(source, (streams[stream].channels, *grid)).to(dtype)
+        seconds[stream] = SECONDS_PER_FRAME / (2 if index else 1)
+    return EncodedSample(
+        key=SampleKey(step, slot, f"synthetic:{slot}"),
+        latents=latents,
+        seconds=seconds,
+        text={
+            stream: normal(
+                generator("synthetic", step, slot, stream), (1 + slot * 2 % 7, facts.channels)
+            ).to(dtype)
+            for stream, facts in streams.items()
+            if not facts.is_noised
+        },
+        conditions={c: _vector(step, slot, c, dim).to(dtype) for c, dim in conditions.items()},
+        task=DrawnTask(name, tasks[name], seed),
     )
 
 

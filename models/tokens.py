@@ -121,10 +121,11 @@ def see_all(query_group: int, key_group: int) -> bool:
 
 
 def build_layout(
-    modalities: Sequence[ModalityTokens], visibility: Visibility = see_all
+    modalities: Sequence[ModalityTokens], visibility: Visibility | Sequence[Visibility] = see_all
 ) -> AttentionLayout:
     """The layout of tokens on the host. Must be called before the tokens move to a device.
 
+    `visibility`: of all segments, or of each.
     Groups of one segment with the same visibility row are still separate groups; the attention op
     merges them where that pays.
     """
@@ -142,8 +143,12 @@ def build_layout(
     by_segment: dict[int, list[int]] = {}
     for index, owner in enumerate(segments):
         by_segment.setdefault(owner, []).append(index)
+
+    def sees(owner: int) -> Visibility:
+        return visibility if callable(visibility) else visibility[owner]
+
     visible = tuple(
-        tuple(key for key in by_segment[owner] if visibility(groups[query], groups[key]))
+        tuple(key for key in by_segment[owner] if sees(owner)(groups[query], groups[key]))
         for query, owner in enumerate(segments)
     )
     return AttentionLayout(

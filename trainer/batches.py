@@ -10,6 +10,7 @@ import torch
 from kinodit.data.encode import EncodedSample, SampleEncoder
 from kinodit.data.loader import StepData
 from kinodit.data.packing import PackSpec, StreamSpec, concatenate, pack
+from kinodit.data.tasks import TaskMix
 from kinodit.models.encoders.base import TextEncoder, VideoCodec
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import ConditionConfig, MMDiTConfig
@@ -58,12 +59,14 @@ class BatchSource:
 
     micro_batches: forward passes that this rank's packs are merged into; 0: one for each pack
     dtype:         of the clean latents
+    tasks:         what samples are for; None: everything is generated from the text
     """
 
     encoder: SampleEncoder
     spec: PackSpec
     micro_batches: int
     dtype: torch.dtype
+    tasks: TaskMix | None = None
 
     def batches(self, data: StepData) -> list[TokenBatch]:
         """This rank's micro-batches of a step.
@@ -71,7 +74,7 @@ class BatchSource:
         Raises:
             ConfigError: the rank's packs do not divide into `micro_batches`.
         """
-        packs = [self._cast(pack(self.encoder.encode(part), self.spec)) for part in data.packs]
+        packs = [self._pack(self.encoder.encode(part)) for part in data.packs]
         if not self.micro_batches:
             return packs
         if len(packs) % self.micro_batches:
@@ -87,15 +90,28 @@ class BatchSource:
         batches = []
         for part in data.packs:
             samples = self.encoder.encode(part)
-            batches.append(
-                self._cast(pack(_rotated(samples) if shuffle_captions else samples, self.spec))
-            )
+            batches.append(self._pack(_rotated(samples) if shuffle_captions else samples))
         return batches
+
+    def _pack(self, samples: Sequence[EncodedSample]) -> TokenBatch:
+        mixed = [
+            sample if self.tasks is None else with_task(sample, self.tasks) for sample in samples
+        ]
+        return self._cast(pack(mixed, self.spec))
 
     def _cast(self, batch: TokenBatch) -> TokenBatch:
         return batch.with_latents(
             {name: tokens.latents.to(self.dtype) for name, tokens in batch.modalities.items()}
         )
+
+
+def with_task(sample: EncodedSample, tasks: TaskMix) -> EncodedSample:
+    """The sample with a task that is drawn for it."""
+    task = tasks.draw(sample.key, sample.media)
+    if task is None:
+        return sample
+    text, conditions = tasks.captions(task, sample.key, sample.text, sample.conditions)
+    return replace(sample, task=task, text=text, conditions=conditions)
 
 
 def _rotated(samples: Sequence[EncodedSample]) -> list[EncodedSample]:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from kinodit.data.config import DataConfig
+from kinodit.data.tasks import TaskConfig, check_tasks
 from kinodit.models.diffusion.objective import OBJECTIVES, ObjectiveConfig, RectifiedFlowConfig
 from kinodit.models.diffusion.timesteps import SHIFTS, TIMESTEPS
 from kinodit.models.encoders.base import TextEncoderConfig, VideoCodecConfig
@@ -78,6 +79,7 @@ class RunConfig:
     model: MMDiTConfig = field(default_factory=lambda: PRESETS["tiny"])
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=RectifiedFlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -97,6 +99,20 @@ class RunConfig:
             if name and name not in self.ema:
                 raise ConfigError(
                     f"{key}={name}: there is no such average; ema has {sorted(self.ema)}"
+                )
+        check_tasks(self.tasks, {name: s.output for name, s in self.model.streams.items()})
+        self._check_routers()
+
+    def _check_routers(self) -> None:
+        """Tokens that compete for experts tell each other what a task may not let them see."""
+        restricted = [name for name, task in self.tasks.items() if task.is_restricted]
+        for name, experts in self.model.experts.items():
+            router = experts.router
+            if restricted and (router.choice == "expert" or router.capacity_factor):
+                raise ConfigError(
+                    f"tasks.{restricted[0]} hides tokens from others, but in model.experts.{name} "
+                    "the tokens of a sample compete for experts, by which each depends on all: set "
+                    "router.choice: token and router.capacity_factor: 0"
                 )
 
 

@@ -69,9 +69,11 @@ def cost_model(config: RunConfig, codec: VideoCodec, text: TextEncoder) -> CostM
     patch = config.modalities.video.patch
     per_patch = patch[0] * patch[1] * patch[2]
 
+    growth = max((task.most_tokens for task in config.tasks.values()), default=1)
+
     def tokens(num_frames: int) -> int:
         t, h, w = codec.latent_shape(num_frames, config.data.height, config.data.width)
-        return t * h * w // per_patch
+        return growth * t * h * w // per_patch
 
     video_tokens = tokens(config.data.num_frames)
     image_tokens: int | None

@@ -57,6 +57,7 @@ from kinodit.trainer.setup import (
     build_parts,
     engine_wish,
     master_dtype,
+    task_mix,
 )
 from kinodit.trainer.sinks import Sinks, require_extras
 from kinodit.trainer.state import TrainState
@@ -183,7 +184,11 @@ def _attempt(
     state = mesh.from_main(lambda: past_bad_data(run_dir, position))
     guard = Guard(config.resilience.guard, mesh, setting.signals, state.guard)
     source = BatchSource(
-        setting.encoder, parts.pack_spec, config.engine.micro_batches, master_dtype(config)
+        setting.encoder,
+        parts.pack_spec,
+        config.engine.micro_batches,
+        master_dtype(config),
+        task_mix(config, setting.encoder, config.run.seed),
     )
     with ExitStack() as stack:
         sinks = ledger = progress = None

@@ -9,6 +9,7 @@ import torch
 
 from kinodit.data.encode import SampleEncoder
 from kinodit.data.packing import PackSpec
+from kinodit.data.tasks import TaskMix
 from kinodit.models.diffusion.objective import Objective, TokenShape, build_objective
 from kinodit.models.encoders.base import VideoCodec, VideoCodecConfig
 from kinodit.models.encoders.wavelet import WaveletConfig
@@ -117,6 +118,13 @@ def sampling_shift(config: RunConfig, parts: Parts) -> float:
     num_tokens = grid[0] * grid[1] * grid[2] // (patch[0] * patch[1] * patch[2])
     shift = getattr(config.objective, "shift", None)
     return 1.0 if shift is None else float(shift.factor(num_tokens))
+
+
+def task_mix(config: RunConfig, encoder: SampleEncoder, seed: int) -> TaskMix | None:
+    """The recipe's tasks, drawn by `seed`; None if it has none."""
+    if not config.tasks:
+        return None
+    return TaskMix(config.tasks, seed, lambda: encoder.text(""))
 
 
 def master_dtype(config: RunConfig) -> torch.dtype:

@@ -13,7 +13,7 @@ from kinodit.trainer.encoders import cost_model
 from kinodit.trainer.evaluate import Evaluator
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.quarantine import Quarantine
-from kinodit.trainer.setup import Parts, master_dtype
+from kinodit.trainer.setup import Parts, master_dtype, task_mix
 
 VALIDATION_SEED_OFFSET = 1
 
@@ -47,7 +47,8 @@ def build_evaluator(
     finally:
         steps.close()
     whole = SampleEncoder(encoder.text_encoder, codec, seed, 0.0)
-    source = BatchSource(whole, parts.pack_spec, 0, master_dtype(config))
+    tasks = task_mix(config, whole, seed)
+    source = BatchSource(whole, parts.pack_spec, 0, master_dtype(config), tasks)
     return Evaluator(
         engine=parts.engine,
         objective=parts.objective,

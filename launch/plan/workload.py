@@ -135,9 +135,15 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
             f"data.packs_per_step is {packs} with data.samples_per_step {samples}: every pack "
             f"needs a sample, so make it at most {samples}"
         )
+    growth = max((task.most_tokens for task in config.tasks.values()), default=1)
+    if growth > 1:
+        notes.append(
+            "tasks with block_s hold blocks twice, clean and noised: every sample is taken as "
+            "such, and its attention as full, the most that they can be"
+        )
     return Workload(
         model=fit_model(config.model, spec),
-        tokens={TEXT: text_tokens, VIDEO: video_tokens},
+        tokens={TEXT: text_tokens, VIDEO: growth * video_tokens},
         segments=given.segments or -(-samples // packs),
         packs=packs,
         encoder_bytes=encoder_bytes,

@@ -1,4 +1,4 @@
-"""Every axis, every pair and triples of axes train as one process does, for three kinds of models.
+"""Every axis, every pair and triples of axes train as one process does, for four kinds of models.
 
 The small size draws some of the layouts by the commit; `make proof` runs all and keeps the figures.
 """
@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
+from kinodit.models.moe.config import ExpertsConfig
 from kinodit.trainer.certify.layouts import full_layouts, layout_name, lowest, num_ranks
 from kinodit.trainer.certify.run import Case, Certifier, Row
 from kinodit.trainer.certify.twin import Twin, twin
@@ -18,6 +19,7 @@ from kinodit.trainer.config import RunConfig, load_config
 from tests.support.evidence import write_evidence
 from tests.support.ranks import ROOT
 from tests.support.sampling import sampled
+from tests.support.tasks import TASKS
 
 TEXT = StreamConfig(in_channels=7, output=False, position="none")
 IMAGE_AND_VIDEO = MMDiTConfig(
@@ -42,10 +44,17 @@ TEXT_VIDEO_AUDIO = MMDiTConfig(
     num_double_blocks=2,
     modulation_rank=4,
 )
+ALL_TASKS = replace(
+    TEXT_VIDEO_AUDIO,
+    streams={"text": TEXT, "video": StreamConfig(6), "audio": StreamConfig(5)},
+    num_single_blocks=1,
+    experts={"video": ExpertsConfig(4, 2, 1.0), "all": ExpertsConfig(4, 2, 1.0)},
+)
 TWINS = {
     "text_to_video": twin(load_config(ROOT / "configs" / "t2v_tiny.yaml")),
     "image_and_video": twin(replace(RunConfig(), model=IMAGE_AND_VIDEO)),
     "text_video_audio": twin(replace(RunConfig(), model=TEXT_VIDEO_AUDIO)),
+    "all_tasks": twin(replace(RunConfig(), model=ALL_TASKS, tasks=TASKS)),
 }
 NUM_IN_CI = 5
 
@@ -124,3 +133,6 @@ def test_the_grid_has_what_was_promised() -> None:
         assert "dp_replicate=2,tp=2" in found
         assert {"dp_replicate=2,dp_shard=2,tp=2", "dp_shard=2,cp=2,tp=2"} <= found
         assert {"cp=4,ring=2,tp=2", "dp_shard=2,cp=2,ring=2,tp=2"} <= found
+    made = TWINS["all_tasks"].config
+    layouts = full_layouts(made.model, made.parallel, 8)
+    assert "dp_shard=2,ep=2" in {layout_name(layout) for layout in layouts}

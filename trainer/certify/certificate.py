@@ -127,7 +127,8 @@ def key_of(small: Twin) -> str:
     parts = (config.model, config.objective, config.optim, config.remat, config.ema)
     low = low_precision(config.precision)
     digest = hashlib.sha256(torch.__version__.partition("+")[0].encode())
-    digest.update(json.dumps([_plain(part) for part in (*parts, low)], sort_keys=True).encode())
+    plain = [_plain(part) for part in (*parts, low, *filter(None, [config.tasks]))]
+    digest.update(json.dumps(plain, sort_keys=True).encode())
     root = Path(kinodit.__file__).parent
     for pattern in SOURCES:
         for path in sorted(root.glob(pattern)):

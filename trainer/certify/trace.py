@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kinodit.data.synthetic import synthetic_pack
+from kinodit.data.synthetic import synthetic_pack, task_pack
 from kinodit.models.diffusion.objective import (
     NoisedBatch,
     Objective,
@@ -203,6 +203,10 @@ def _batches(
     if micro_batches:
         size = -(-len(own) // micro_batches)
         own = [tuple(itertools.chain(*own[i : i + size])) for i in range(0, len(own), size)]
+    tasks, seed = twin.config.tasks, twin.config.run.seed
+    if tasks:
+        streams, conditions = twin.streams, twin.conditions
+        return [task_pack(step, slots, streams, conditions, dtype, tasks, seed) for slots in own]
     return [synthetic_pack(step, slots, twin.streams, twin.conditions, dtype) for slots in own]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from kinodit.data.synthetic import SyntheticStream
+from kinodit.data.synthetic import SECONDS_PER_FRAME, SyntheticStream
+from kinodit.data.tasks import TaskConfig
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.rope import RopeConfig
@@ -47,14 +49,26 @@ def twin(config: RunConfig) -> Twin:
 
     Streams and their relative widths, kinds of blocks, norms, modulation, biases, the ratio of
     query to key/value heads, conditions, positions and their axes stay. Fewer and narrower heads,
-    fewer blocks, fewer channels: none of them is what a layout gets wrong. Nor are moments of 8
+    fewer blocks, fewer channels: none of them is what a layout gets wrong. Tasks stay, and all of
+    them are mixed in its packs. Nor are moments of 8
     bits, which there are none of in float64 and in so small a model: their AdamW has whole ones.
     """
     small = _small_model(config.model)
     optim = _exact_optimizer(config.optim)
+    tasks = {name: _small_task(task) for name, task in config.tasks.items()}
     shrunk = differences(flatten_model(config.model), flatten_model(small))
     shrunk += differences({"optim.name": config.optim.name}, {"optim.name": optim.name})
-    return Twin(replace(config, model=small, optim=optim), tuple(shrunk))
+    shrunk += differences(_blocks(config.tasks), _blocks(tasks))
+    return Twin(replace(config, model=small, optim=optim, tasks=tasks), tuple(shrunk))
+
+
+def _small_task(task: TaskConfig) -> TaskConfig:
+    """Blocks of one frame, since the twin's samples have few."""
+    return replace(task, block_s=SECONDS_PER_FRAME) if task.block_s else task
+
+
+def _blocks(tasks: Mapping[str, TaskConfig]) -> dict[str, float]:
+    return {f"tasks.{name}.block_s": task.block_s for name, task in tasks.items()}
 
 
 def _exact_optimizer(optim: OptimConfig) -> OptimConfig:

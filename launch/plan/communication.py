@@ -19,7 +19,7 @@ from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.ring import RING
 from kinodit.trainer.parallel.shard import REPLICATE, SHARD
-from kinodit.trainer.parallel.tensor import MODULATION, STORED, TOKENS, WHOLE
+from kinodit.trainer.parallel.tensor import MODULATION, SCORES, STORED, TOKENS, WHOLE
 from kinodit.trainer.parallel.volume import Formats, Weights, Work, least
 
 AXES = {
@@ -29,6 +29,7 @@ AXES = {
     WHOLE: "tp",
     ULYSSES: "cp (heads)",
     RING: "cp (ring)",
+    SCORES: "tp and cp",
     EXPERTS: "ep",
     COUNTS: "ep",
     SHARD: "dp_shard",
@@ -78,6 +79,7 @@ def traffic(
         "tp": parallel.tp,
         "cp (heads)": parallel.tp * parallel.ulysses,
         "cp (ring)": parallel.tp * parallel.cp,
+        "tp and cp": parallel.tp * parallel.cp,
         "ep": parallel.tp * parallel.ep,
         "dp_shard": parallel.tp * num_ranks,
         "dp_replicate": parallel.tp * num_ranks * parallel.dp_replicate,

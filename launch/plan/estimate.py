@@ -268,6 +268,7 @@ class Estimator:
         exposed = {
             "tp": seconds.get("tp", 0.0),
             "cp (heads)": seconds.get("cp (heads)", 0.0),
+            "tp and cp": seconds.get("tp and cp", 0.0),
             "cp (ring)": max(0.0, seconds.get("cp (ring)", 0.0) - compute["attention"]),
             "ep": seconds.get("ep", 0.0),
             "dp": max(0.0, hideable - computing),

@@ -105,7 +105,7 @@ class MoE(nn.Module):
         beside = None if self.shared is None else partial(self.shared, x)
         made, shared = around.apply(self.experts, spread, counts, beside)
         made = permute(made, inverse, order)
-        out = by_token(made * rows.gates.unsqueeze(-1), rows.each, len(x)).to(made.dtype)
+        out = weighed_sum(made, rows, len(x)).to(made.dtype)
         if shared is not None:
             out = out + shared
         return self._observed(out, choice, around)
@@ -165,6 +165,15 @@ class Rows:
         (place,) = choice.kept.flatten().nonzero(as_tuple=True)
         expert, gates, token = (x.index_select(0, place) for x in (expert, gates, token))
         return cls(expert, gates, token, choice.kept.sum(-1))
+
+
+def weighed_sum(x: Tensor, rows: Rows, num_tokens: int) -> Tensor:
+    """`x` [R, d] -> [M, d]: the sum of each token's rows, times what they count."""
+    if isinstance(rows.each, int):
+        # In this shape the gradient of the sum is a view, not a copy for each row.
+        shape = (num_tokens, rows.each, -1)
+        return (x.reshape(shape) * rows.gates.reshape(shape)).sum(1)
+    return by_token(x * rows.gates.unsqueeze(-1), rows.each, num_tokens)
 
 
 def by_token(x: Tensor, each: int | Tensor, num_tokens: int) -> Tensor:

@@ -7,9 +7,6 @@ size trains three quarters of it on fewer clips and asks for less.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.commands import kinodit
 from tests.support.evidence import write_evidence
 from tests.support.ranks import ROOT
 
@@ -32,12 +30,6 @@ class Trained:
     validation: list[dict[str, Any]]
     train_s: float
     size: str
-
-
-def kinodit(*arguments: str, ranks: int = 1) -> None:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    subprocess.run([sys.executable, *launcher, "-m", "kinodit", *arguments], check=True, env=env)
 
 
 @pytest.fixture(scope="module")

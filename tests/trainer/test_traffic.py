@@ -15,6 +15,7 @@ from kinodit.trainer.parallel.apply import PrecisionConfig, model_blocks
 from kinodit.trainer.parallel.expert import EXPERTS
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.sequence import Place, pieces_of
+from kinodit.trainer.parallel.tensor import SCORES
 from kinodit.trainer.parallel.traffic import Traffic, note, others_share
 from kinodit.trainer.parallel.volume import Formats, Volume, Work, least, weights_of
 from tests.support.counted import Counted, counted_step
@@ -177,6 +178,26 @@ def test_rows_travel_to_experts_elsewhere_alone(
     rows = 32 // parallel.cp // 2
     # Two blocks, two passes, there and back.
     assert expected[EXPERTS].num_bytes == 2 * 2 * 2 * (runs + 1) * rows * MODEL.width * 4
+
+
+COMPETING = ExpertsConfig(
+    4, 2, 1.0, router=RouterConfig(choice="expert", renormalise=False, balance="none")
+)
+BY_SCORE = replace(MODEL, experts={"video": COMPETING, "all": COMPETING})
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", ["tp2", "ulysses2", "ring2 x tp2"])
+def test_scores_of_tokens_that_compete_travel_once(name: str, groups: dict[int, Ranks]) -> None:
+    world_size, parallel, remat = LAYOUTS[name]
+    ours = groups[world_size].run(counted_step, BY_SCORE, parallel, [EVEN], remat)
+    assert all(is_complete(counted) for counted in ours)
+    expected = least_of(BY_SCORE, EVEN, name)
+    assert means(ours) == expected
+    # Two joint blocks in which 24 tokens compete, two single ones with 32: 4 scores and a sample each.
+    runs = 2 if remat == "full" else 1
+    numbers = 2 * (24 + 32) * 5 * (world_size - 1) / world_size
+    assert expected[SCORES] == Volume(numbers * 4 * runs, 4 * runs)
 
 
 def islands(batch: TokenBatch) -> TokenBatch:

@@ -32,7 +32,7 @@ from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.ring import RING
 from kinodit.trainer.parallel.shard import REPLICATE, SHARD
 from kinodit.trainer.parallel.table import assign_splits, table_of
-from kinodit.trainer.parallel.tensor import MODULATION, STORED, TOKENS, WHOLE
+from kinodit.trainer.parallel.tensor import MODULATION, SCORES, STORED, TOKENS, WHOLE
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ def least(work: Work, parallel: ParallelConfig, formats: Formats) -> dict[str, V
     if parallel.ep > 1:
         found[EXPERTS] = exchanged_rows(work, parallel, formats.compute)
         found[COUNTS] = told_counts(work, parallel.ep)
+    are_dropless = all(pool.router.is_dropless for pool in work.model.experts.values())
+    if parallel.tp * parallel.cp > 1 and not are_dropless:
+        wide = max(formats.compute, torch.float32.itemsize)
+        found[SCORES] = compared_scores(work, parallel, wide)
     if parallel.dp_shard * parallel.cp > 1:
         found[SHARD] = sharded_weights(work, parallel, formats)
     if parallel.dp_replicate > 1:
@@ -239,6 +243,21 @@ def told_counts(work: Work, ep: int) -> Volume:
             num_bytes = pool.num_experts * torch.int64.itemsize * (ep - 1) / ep
             total += Volume(num_bytes, 1) * runs
     return total * work.passes
+
+
+def compared_scores(work: Work, parallel: ParallelConfig, wide: int) -> Volume:
+    """Scores of all tokens of a pack, where those of a sample compete, and each one's sample.
+
+    `wide`: bytes of a score. No gradient goes back.
+    """
+    total = Volume()
+    for index, runs in enumerate(work.runs):
+        for pool, tokens, _ in _pools(work, index):
+            if not pool.router.is_dropless:
+                total += Volume(tokens * (pool.num_experts + 1), 1) * runs
+    count = parallel.tp * parallel.cp
+    share = (count - 1) / count * wide
+    return Volume(total.num_bytes * share, total.messages) * work.passes
 
 
 def _pools(work: Work, index: int) -> Iterator[tuple[ExpertsConfig, int, int]]:

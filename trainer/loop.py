@@ -203,7 +203,7 @@ class Loop:
             return window, state
         self._account(window, state.step)
         self._log(window, state)
-        return Window(self.step.modalities), state
+        return window.next(), state
 
     def _log(self, window: Window, state: TrainState) -> None:
         """Report the row of `window`, whose last step is done. Collective."""
@@ -224,8 +224,9 @@ class Loop:
 
     def _account(self, window: Window, step: int) -> None:
         """Write down what the time of `window` was spent on."""
+        spent = window.spent()
         if self.ledger is not None:
-            self.ledger.add(step, *window.spent())
+            self.ledger.add(step, *spent)
 
     def _report(self, row: Row) -> None:
         if self.sinks is not None:

@@ -102,6 +102,7 @@ class Window:
     num_samples: int = 0
     flops: float = 0.0
     started_s: float = field(default_factory=time.perf_counter)
+    ended_s: float = math.nan
 
     def add(self, result: StepResult, num_tokens: int, num_samples: int, flops: float) -> None:
         """Add one step of this rank: its tokens, samples and model FLOPs."""
@@ -121,8 +122,13 @@ class Window:
         self.flops += flops
 
     def spent(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the window began, and those of each activity."""
-        return time.perf_counter() - self.started_s, dict(self.clock.seconds)
+        """Seconds since the window began, and those of each activity. The window ends now."""
+        self.ended_s = time.perf_counter()
+        return self.ended_s - self.started_s, dict(self.clock.seconds)
+
+    def next(self) -> Window:
+        """An empty one that begins where this one ended: what is logged in between is its."""
+        return Window(self.modalities, started_s=self.ended_s)
 
     def row(
         self,

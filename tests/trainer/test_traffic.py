@@ -194,7 +194,8 @@ def test_scores_of_tokens_that_compete_travel_once(name: str, groups: dict[int, 
     assert all(is_complete(counted) for counted in ours)
     expected = least_of(BY_SCORE, EVEN, name)
     assert means(ours) == expected
-    # Two joint blocks in which 24 tokens compete, two single ones with 32: 4 scores and a sample each.
+    # Two joint blocks in which 24 tokens compete, two single ones with 32: 4 scores each, and whose
+    # sample a token is.
     runs = 2 if remat == "full" else 1
     numbers = 2 * (24 + 32) * 5 * (world_size - 1) / world_size
     assert expected[SCORES] == Volume(numbers * 4 * runs, 4 * runs)

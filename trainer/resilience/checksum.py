@@ -19,19 +19,24 @@ from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.parallel.shard import local_part
 from kinodit.trainer.resilience.errors import CorruptedError
 
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-_LANES = 8
-"""Sums per part: of every eighth element, so that a swap of neighbours is seen as well."""
+_WORD_BYTES = 8
+_LANES = 4
+"""Sums per part: of every fourth word, so that a swap of neighbours is seen as well."""
 
 
 def bit_sums(tensor: Tensor) -> Tensor:
-    """[_LANES] int64: sums of the bits of this rank's part, taken as integers; they may wrap."""
-    flat = local_part(tensor).reshape(-1).view(_INTEGERS[tensor.element_size()])
-    whole = flat.numel() // _LANES * _LANES
-    sums = flat[:whole].view(-1, _LANES).sum(0, dtype=torch.int64)
-    rest = flat[whole:].to(torch.int64)
-    sums[: rest.numel()] += rest
-    return sums
+    """[_LANES] int64: sums of this rank's part, read as words of 8 bytes, zeros after its end.
+
+    Sums may wrap.
+    """
+    held = local_part(tensor).reshape(-1).view(torch.uint8)
+    row = _WORD_BYTES * _LANES
+    whole = held.numel() // row * row
+    # Words are read where a word can begin; the sums are of the bytes alone, wherever they lie.
+    first = held[:whole] if held.storage_offset() % _WORD_BYTES == 0 else held[:whole].clone()
+    last = held.new_zeros(row)
+    last[: held.numel() - whole] = held[whole:]
+    return first.view(torch.int64).view(-1, _LANES).sum(0) + last.view(torch.int64)
 
 
 def part_of(tensor: Tensor) -> tuple[int, ...]:

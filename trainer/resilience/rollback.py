@@ -7,6 +7,7 @@ from the same checkpoint takes the same way.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -92,11 +93,14 @@ def check_finite(tensors: Mapping[str, Tensor], state: TrainState, mesh: Mesh) -
         RollBack: some rank holds a value that is not.
     """
     parts = [local_part(tensor) for tensor in tensors.values()]
-    held = [part for part in parts if part.numel() and part.is_floating_point()]
-    largest = torch._foreach_norm(held, float("inf")) if held else []
+    ends: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for part in parts:
+        if part.numel() and part.is_floating_point():
+            # Both ends are nan where any value is.
+            ends[part.device, part.dtype] += torch.aminmax(part)
     # One number for the host: each would be a wait for the device.
-    bad = sum((~torch.isfinite(value)).to(mesh.device, torch.int64) for value in largest)
-    if mesh.any(bool(bad)):
+    good = [torch.isfinite(torch.stack(found)).all().to(mesh.device) for found in ends.values()]
+    if mesh.any(bool(good) and not bool(torch.stack(good).all())):
         raise RollBack(
             state.step - 1, state.data_step, "parameters or averages are not finite; not saved"
         )

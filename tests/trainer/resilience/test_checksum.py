@@ -38,6 +38,13 @@ def test_equal_bits_have_equal_sums_and_places_count(size: int, place: int) -> N
         assert not torch.equal(bit_sums(swapped), bit_sums(values))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_a_part_lies_in_memory_does_not_count(dtype: torch.dtype) -> None:
+    held = torch.randn(60, dtype=torch.float64).to(dtype)
+    for start in range(9):
+        assert torch.equal(bit_sums(held[start:50]), bit_sums(held[start:50].clone()))
+
+
 def test_nan_is_compared_by_its_bits() -> None:
     values = torch.full((3,), float("nan"))
     assert torch.equal(bit_sums(values), bit_sums(values.clone()))

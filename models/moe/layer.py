@@ -171,8 +171,8 @@ def weighed_sum(x: Tensor, rows: Rows, num_tokens: int) -> Tensor:
     """`x` [R, d] -> [M, d]: the sum of each token's rows, times what they count."""
     if isinstance(rows.each, int):
         # In this shape the gradient of the sum is a view, not a copy for each row.
-        shape = (num_tokens, rows.each, -1)
-        return (x.reshape(shape) * rows.gates.reshape(shape)).sum(1)
+        gates = rows.gates.reshape(num_tokens, rows.each, 1)
+        return (x.reshape(num_tokens, rows.each, x.shape[-1]) * gates).sum(1)
     return by_token(x * rows.gates.unsqueeze(-1), rows.each, num_tokens)
 
 

@@ -141,6 +141,21 @@ class DataConfig(DecodeConfig):
     packs_per_step:   packs these are put into, over all ranks. Fixed by the recipe, never by the
                       number of ranks; a rank without a pack of its own runs an empty one
     token_budget:     most tokens of one pack, text included; left out, what the worst step needs
+    packing:          "count": exactly `packs_per_step` packs; "budget": rounds of `packs_per_step`
+                      packs, as many as the budgets ask for, balanced by cost; "class": the same,
+                      but a round has samples of one size only
+    cost_budget:      most cost of a pack: tokens, and attention in the same unit; left out, packs
+                      are bounded by their tokens only
+    window_steps:     steps whose samples are put into rounds together, and then dealt out to the
+                      steps: the more, the more alike are the packs of a round
+    sizes:            "recipe": every sample has the recipe's height, width and length; "own": each
+                      keeps its aspect ratio, within height x width pixels, and its length, within
+                      num_frames
+    lengths:          with sizes=own, the frames that clips may have; left out, all that the codec
+                      takes. Few lengths and a coarse side_multiple make few classes
+    side_multiple:    with sizes=own, sides are cut to multiples of so many pixels, and of a token's
+    too_long:         with sizes=own, what a clip of more than num_frames does: "window" trains on
+                      a window of it, "error" ends the run before it starts
     num_threads:      samples that each rank reads and decodes at once
     workers:          where they are decoded: in threads, or each in a process of its own, which is
                       killed at `decode_limit_s`, and replaced when a medium makes it crash; in
@@ -158,6 +173,13 @@ class DataConfig(DecodeConfig):
     samples_per_step: int = 8
     packs_per_step: int = 1
     token_budget: int | None = None
+    packing: Literal["count", "budget", "class"] = "count"
+    cost_budget: int | None = None
+    window_steps: int = 1
+    sizes: Literal["recipe", "own"] = "recipe"
+    lengths: tuple[int, ...] = ()
+    side_multiple: int = 1
+    too_long: Literal["window", "error"] = "window"
     num_threads: int = 2
     workers: Literal["threads", "processes"] = "threads"
     prefetch_steps: int = 2
@@ -167,8 +189,23 @@ class DataConfig(DecodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("samples_per_step", "packs_per_step", "num_threads", "prefetch_steps"):
+        for name in (
+            "samples_per_step", "packs_per_step", "num_threads", "prefetch_steps", "window_steps",
+            "side_multiple",
+        ):  # fmt: skip
             _require_positive(name, getattr(self, name))
+        if self.window_steps > 1 and self.packing == "count":
+            raise ConfigError(
+                f"data.window_steps={self.window_steps} is for data.packing=budget or class; with "
+                "count every step is filled by itself: leave it out"
+            )
+        if self.cost_budget is not None:
+            _require_positive("cost_budget", self.cost_budget)
+            if self.packing == "count":
+                raise ConfigError(
+                    "data.cost_budget is for data.packing=budget or class: with count, the packs "
+                    "are as many as data.packs_per_step says, whatever they cost"
+                )
         if self.cache_mib < 0:
             raise ConfigError(f"data.cache_mib is {self.cache_mib}; 0 turns the cache off")
         if self.token_budget is not None:

@@ -8,11 +8,15 @@ datasets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kinodit.data.fill import Packs, balanced, by_class, cost_of, split_rounds, within_budget
 from kinodit.data.order import permute
+from kinodit.data.shapes import Shape
 from kinodit.data.spec import PlanError, PlanSpec
 from kinodit.models.tokens import SampleKey
 
@@ -25,12 +29,14 @@ class SampleRef:
     dataset: name of its dataset
     index:   its number in the dataset
     epoch:   how often the dataset was gone through before
+    shape:   frames, rows and columns that it is decoded to; None: those of the recipe
     """
 
     slot: int
     dataset: str
     index: int
     epoch: int
+    shape: Shape | None = None
 
     @property
     def sample_id(self) -> str:
@@ -44,34 +50,81 @@ class SampleRef:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The samples of one step over all ranks, in packs; `tokens` are the packs' costs at most."""
+    """The samples of one step over all ranks, in packs.
+
+    tokens: of the packs, at most
+    costs:  of the packs: tokens, and attention in the same unit (`kinodit.data.fill.cost_of`)
+    """
 
     step: int
     packs: tuple[tuple[SampleRef, ...], ...]
     tokens: tuple[int, ...]
+    costs: tuple[int, ...]
 
 
 def plan(spec: PlanSpec, step: int) -> GlobalBatch:
     """The global batch of `step` (0-based): a pure function.
 
-    Samples are put into the packs longest first, each into the emptiest one (Graham, "Bounds on
-    multiprocessing timing anomalies", SIAM J. Appl. Math. 17, 1969); ties go by slot and by pack.
+    What `PlanSpec.packing` says decides how samples are put into packs (`kinodit.data.fill`).
     """
     if step < 0:
         raise PlanError(f"step {step} does not exist: steps count from 0")
-    refs, costs = _samples(spec, step)
-    order = sorted(range(len(refs)), key=lambda slot: (-costs[slot], slot))
-    loads = [0] * spec.packs_per_step
-    packs: list[list[int]] = [[] for _ in loads]
-    for slot in order:
-        pack = min(range(len(loads)), key=lambda p: (loads[p], len(packs[p]), p))
-        loads[pack] += costs[slot]
-        packs[pack].append(slot)
-    return GlobalBatch(
-        step=step,
-        packs=tuple(tuple(refs[slot] for slot in sorted(pack)) for pack in packs),
-        tokens=tuple(loads),
-    )
+    if spec.packing != "count":
+        return _window(spec, step // spec.window_steps)[step % spec.window_steps]
+    drawn = _draw(spec, step * spec.samples_per_step, spec.samples_per_step)
+    return drawn.batch(step, balanced(drawn.tokens.tolist(), spec.packs_per_step))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Samples by slot, and what each takes up."""
+
+    refs: list[SampleRef]
+    tokens: NDArray[np.int64]
+    costs: NDArray[np.int64]
+
+    def batch(self, step: int, packs: Packs) -> GlobalBatch:
+        return GlobalBatch(
+            step=step,
+            packs=tuple(tuple(self.refs[slot] for slot in sorted(pack)) for pack in packs),
+            tokens=tuple(int(self.tokens[pack].sum()) for pack in packs),
+            costs=tuple(int(self.costs[pack].sum()) for pack in packs),
+        )
+
+
+@lru_cache(maxsize=2)
+def _window(spec: PlanSpec, window: int) -> tuple[GlobalBatch, ...]:
+    """The steps of a window of `spec.window_steps`, whose samples are put into rounds together.
+
+    The costliest round first, each into the cheapest step: steps cost about the same, and each
+    sample comes as often as without the window.
+    """
+    steps, samples = spec.window_steps, spec.samples_per_step
+    first = window * steps
+    drawn = _draw(spec, first * samples, steps * samples)
+    if spec.packing == "class":
+        classes = [(ref.shape, int(n)) for ref, n in zip(drawn.refs, drawn.tokens, strict=True)]
+        rounds = by_class(classes, drawn.tokens, drawn.costs, spec.budget)
+    else:
+        packs = within_budget(drawn.tokens, drawn.costs, spec.budget)
+        size = spec.packs_per_step
+        rounds = [packs[start : start + size] for start in range(0, len(packs), size)]
+    rounds = split_rounds(rounds, steps)
+    costs = [sum(int(drawn.costs[pack].sum()) for pack in packs) for packs in rounds]
+    dealt = balanced(costs, steps)
+    batches = []
+    for number, own in enumerate(dealt):
+        packs = [pack for index in sorted(own) for pack in rounds[index]]
+        batch = drawn.batch(first + number, packs)
+        batches.append(_renumbered(batch))
+    return tuple(batches)
+
+
+def _renumbered(batch: GlobalBatch) -> GlobalBatch:
+    """The batch with slots from 0, in the order in which the samples were drawn."""
+    place = {s: n for n, s in enumerate(sorted(r.slot for pack in batch.packs for r in pack))}
+    packs = tuple(tuple(replace(ref, slot=place[ref.slot]) for ref in pack) for pack in batch.packs)
+    return replace(batch, packs=packs)
 
 
 def assign(batch: GlobalBatch, dp_index: int, dp_size: int) -> tuple[tuple[SampleRef, ...], ...]:
@@ -86,23 +139,27 @@ def assign(batch: GlobalBatch, dp_index: int, dp_size: int) -> tuple[tuple[Sampl
     return own + ((),) * (count - len(own))
 
 
-def _samples(spec: PlanSpec, step: int) -> tuple[list[SampleRef], list[int]]:
-    """The samples of a step by slot, and their costs."""
-    chosen, places = spec.mixture.slots(step * spec.samples_per_step, spec.samples_per_step)
+def _draw(spec: PlanSpec, first: int, count: int) -> _Drawn:
+    """The samples of the slots `first` to `first + count` of the run, numbered from 0."""
+    chosen, places = spec.mixture.slots(first, count)
     by_epoch: dict[tuple[int, int], list[int]] = {}
     for slot, (dataset, place) in enumerate(zip(chosen.tolist(), places, strict=True)):
         epoch = place // spec.datasets[dataset].num_eligible
         by_epoch.setdefault((dataset, epoch), []).append(slot)
-    refs: list[SampleRef | None] = [None] * len(places)
-    costs = [0] * len(places)
+    refs: list[SampleRef | None] = [None] * count
+    lengths = np.zeros(count, dtype=np.int64)
     for (number, epoch), slots in by_epoch.items():
         dataset = spec.datasets[number]
         size = dataset.num_eligible
         within = np.array([places[slot] - epoch * size for slot in slots], dtype=np.uint64)
         drawn = permute(within, size, spec.seed, "order", dataset.name, epoch).astype(np.int64)
         indices = drawn if dataset.eligible is None else dataset.eligible[drawn]
-        tokens = np.broadcast_to(np.asarray(dataset.tokens), (size,))[drawn]
-        for slot, index, cost in zip(slots, indices.tolist(), tokens.tolist(), strict=True):
-            refs[slot] = SampleRef(slot, dataset.name, index, epoch)
-            costs[slot] = cost
-    return [ref for ref in refs if ref is not None], costs
+        lengths[slots] = np.broadcast_to(np.asarray(dataset.tokens), (size,))[drawn]
+        shapes: list[Shape | None] = [None] * len(slots)
+        if dataset.shape_of is not None:
+            shapes = [dataset.shapes[row] for row in dataset.shape_of[drawn].tolist()]
+        for slot, index, shape in zip(slots, indices.tolist(), shapes, strict=True):
+            refs[slot] = SampleRef(slot, dataset.name, index, epoch, shape)
+    return _Drawn(
+        [ref for ref in refs if ref is not None], lengths, cost_of(lengths, spec.parity_tokens)
+    )

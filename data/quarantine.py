@@ -110,16 +110,24 @@ def substitute(
         positions = source.integers(0, part.num_eligible, _DRAWS)
         for index in _indices(part, positions[_costs(part, positions) == cost]).tolist():
             if index not in failed and dataset.row(index).modality == modality:
-                return replace(ref, index=index)
+                return instead(spec, ref, index)
     everything = np.arange(part.num_eligible)
     for index in _cheaper(part, everything, cost):
         if index not in failed and dataset.row(index).modality == modality:
-            return replace(ref, index=index)
+            return instead(spec, ref, index)
     raise QuarantineError(
         f"nothing can replace sample {ref.sample_id}: no other sample of dataset {ref.dataset!r} "
         f"is of its modality, costs at most {cost} tokens and has not failed, too "
         f"({len(failed)} did); `kinodit data validate --decode` lists what is damaged"
     )
+
+
+def instead(spec: PlanSpec, ref: SampleRef, index: int) -> SampleRef:
+    """`ref` with another sample of its dataset, in that one's size."""
+    part = next(item for item in spec.datasets if item.name == ref.dataset)
+    if part.shape_of is None:
+        return replace(ref, index=index)
+    return replace(ref, index=index, shape=part.shapes[part.shape_of[_position(part, index)]])
 
 
 def _cheaper(part: DatasetSpec, positions: NDArray[np.int64], cost: int) -> list[int]:
@@ -140,8 +148,11 @@ def _costs(part: DatasetSpec, positions: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 def _cost_of(part: DatasetSpec, index: int) -> int:
-    position = index if part.eligible is None else int(np.searchsorted(part.eligible, index))
-    return int(_costs(part, np.array([position]))[0])
+    return int(_costs(part, np.array([_position(part, index)]))[0])
+
+
+def _position(part: DatasetSpec, index: int) -> int:
+    return index if part.eligible is None else int(np.searchsorted(part.eligible, index))
 
 
 class Quotas:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from threading import Lock, local
 
 from kinodit.data.cache import BoundedCache
 from kinodit.data.captions import choose_caption
-from kinodit.data.config import DataConfig
+from kinodit.data.config import DataConfig, DecodeConfig
 from kinodit.data.container import DecodeError
 from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
 from kinodit.data.manifest import Dataset
 from kinodit.data.picture import CENTRE, Crop
 from kinodit.data.plan import SampleRef
-from kinodit.data.quarantine import Fault, QuarantineError, Replacement, substitute
+from kinodit.data.quarantine import Fault, QuarantineError, Replacement, instead, substitute
 from kinodit.data.reader import SampleError, ShardError, ShardReader
 from kinodit.data.record import Record, RecordMeta
+from kinodit.data.shapes import Shape
 from kinodit.data.spec import PlanSpec
 from kinodit.data.worker import DecodeWorker
 from kinodit.models.errors import UserError
@@ -56,6 +58,10 @@ class SampleSource:
         self._spec = spec
         self._datasets = datasets
         self._config = config
+        # Only what decoding depends on: hashable, and cheap to change for a sample.
+        self._decoding = DecodeConfig(
+            **{part.name: getattr(config, part.name) for part in fields(DecodeConfig)}
+        )
         self._settled = settled
         self._readers = {name: ShardReader(dataset) for name, dataset in datasets.items()}
         self._cache = BoundedCache[str, _CachedSample](
@@ -85,7 +91,7 @@ class SampleSource:
                     f"{ref.sample_id} there"
                 )
             faults = list(settled.faults)
-            now = replace(ref, index=settled.used)
+            now = instead(self._spec, ref, settled.used)
         while True:
             try:
                 sample = self._sample(step, now)
@@ -137,16 +143,15 @@ class SampleSource:
 
     def _sample(self, step: int, ref: SampleRef) -> DecodedSample:
         seed, key = self._spec.seed, ref.key(step)
+        config = self._decoding if ref.shape is None else _sized(self._decoding, ref.shape)
         window_u, crop_u = uniform(sample_generator(seed, key, "window")), CENTRE
         if self._config.crop == "random":
             crop = sample_generator(seed, key, "crop")
             crop_u = uniform(crop), uniform(crop)
         found = self._cache.get(ref.sample_id)
-        if found is None or found.media.view != pick_view(
-            found.meta, self._config, window_u, crop_u
-        ):
+        if found is None or found.media.view != pick_view(found.meta, config, window_u, crop_u):
             record = self._readers[ref.dataset].read(ref.index)
-            found = _CachedSample(record.meta, self._decode(record, window_u, crop_u))
+            found = _CachedSample(record.meta, self._decode(record, config, window_u, crop_u))
             self._cache.put(ref.sample_id, found)
         return DecodedSample(
             key=key,
@@ -160,15 +165,26 @@ class SampleSource:
             meta=found.meta,
         )
 
-    def _decode(self, record: Record, window_u: float, crop_u: Crop) -> DecodedMedia:
+    def _decode(
+        self, record: Record, config: DecodeConfig, window_u: float, crop_u: Crop
+    ) -> DecodedMedia:
         if self._config.workers == "threads":
-            return decode(record, self._config, window_u, crop_u)
+            return decode(record, config, window_u, crop_u)
         if not hasattr(self._own, "worker"):
             self._own.worker = DecodeWorker()
             with self._lock:
                 self._workers.append(self._own.worker)
         worker: DecodeWorker = self._own.worker
-        return worker.decode(record, self._config, window_u, crop_u)
+        return worker.decode(record, config, window_u, crop_u)
+
+
+@lru_cache(maxsize=4096)
+def _sized(config: DecodeConfig, shape: Shape) -> DecodeConfig:
+    """The settings for a sample that keeps its own size; a sound has none of its own."""
+    num_frames, height, width = shape
+    if not num_frames:
+        return config
+    return replace(config, num_frames=num_frames, height=height, width=width)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kinodit.data.config import DataConfig, DecodeConfig, RangeConfig, WhereConfig
 from kinodit.data.index import FLAG_AUDIO
 from kinodit.data.manifest import Dataset
+from kinodit.data.own_sizes import own_sizes
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import MODALITIES, RecordMeta
 from kinodit.data.spec import CostModel, DatasetSpec, PlanError, PlanSpec
@@ -56,6 +57,9 @@ def plan_spec(
         seed=seed,
         token_budget=config.token_budget,
         cost=cost,
+        packing=config.packing,
+        cost_budget=config.cost_budget,
+        window_steps=config.window_steps,
     )
 
 
@@ -63,7 +67,9 @@ def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostMod
     where = config.datasets[name].where
     left = np.ones(len(dataset), dtype=np.bool_)
     selection: list[tuple[str, int]] = []
-    for text, mask in (*_usable(dataset, config), *_by_row(dataset, where)):
+    sized = own_sizes(name, dataset, config, cost) if config.sizes == "own" else None
+    usable = _usable(dataset, config, None if sized is None else sized.fits)
+    for text, mask in (*usable, *_by_row(dataset, where)):
         left &= mask
         selection.append((text, int(left.sum())))
     # Reading records is slow, so only those are read that may still pass.
@@ -72,7 +78,9 @@ def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostMod
         selection.append((text, int(left.sum())))
     eligible = np.flatnonzero(left)
     _require_a_codec_for_stills(name, dataset, eligible, cost)
-    tokens = _tokens(dataset, config, cost)[eligible]
+    if sized is not None:
+        sized.require_length(eligible)
+    tokens = (_tokens(dataset, config, cost) if sized is None else sized.tokens)[eligible]
     alike = len(tokens) > 0 and tokens.min() == tokens.max()
     return DatasetSpec(
         name=name,
@@ -82,6 +90,8 @@ def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostMod
         eligible=None if len(eligible) == len(dataset) else eligible,
         tokens=int(tokens[0]) if alike else tokens,
         selection=tuple(selection),
+        shapes=() if sized is None else sized.shapes,
+        shape_of=None if sized is None else sized.shape_of[eligible],
     )
 
 
@@ -111,16 +121,28 @@ def _tokens(dataset: Dataset, config: DataConfig, cost: CostModel) -> NDArray[np
     return tokens + has_audio * sound
 
 
-def _usable(dataset: Dataset, config: DecodeConfig) -> list[tuple[str, Mask]]:
+def _usable(dataset: Dataset, config: DecodeConfig, fits: Mask | None) -> list[tuple[str, Mask]]:
     """What the recipe needs of a sample, whatever its filters, with the mask [len] of each.
 
-    A zero in the index means "not known": such samples pass, and are checked when decoded.
+    A zero in the index means "not known": such samples pass, and are checked when decoded. `fits`:
+    which samples have a size of their own; None: they take the recipe's.
     """
     conditions: list[tuple[str, Mask]] = []
     modality = dataset.column("modality")
     if not config.use_audio:
         text = "has a picture (data.use_audio is false)"
         conditions.append((text, modality != MODALITIES.index("audio")))
+    pixels = dataset.column("height").astype(np.int64) * dataset.column("width")
+    small = (pixels <= config.max_pixels) & (
+        dataset.column("duration_ms") <= config.max_duration_s * 1000
+    )
+    within = f"at most {config.max_pixels} pixels and {config.max_duration_s:g} s", small
+    if fits is not None:
+        return [
+            *conditions,
+            (f"has a length that the codec takes at {config.fps:g} fps", fits),
+            within,
+        ]
     frames, fps_milli = dataset.column("num_frames"), dataset.column("fps_milli")
     # Few pairs of length and rate occur, so each is worked out once, exactly.
     pairs = np.stack([frames, fps_milli], axis=1).astype(np.int64)
@@ -135,12 +157,7 @@ def _usable(dataset: Dataset, config: DecodeConfig) -> list[tuple[str, Mask]]:
     is_video = modality == MODALITIES.index("video")
     text = f"a video has {config.num_frames} frames at {config.fps:g} fps"
     conditions.append((text, ~is_video | fits[inverse.reshape(-1)]))
-    pixels = dataset.column("height").astype(np.int64) * dataset.column("width")
-    small = (pixels <= config.max_pixels) & (
-        dataset.column("duration_ms") <= config.max_duration_s * 1000
-    )
-    text = f"at most {config.max_pixels} pixels and {config.max_duration_s:g} s"
-    return [*conditions, (text, small)]
+    return [*conditions, within]
 
 
 def _by_row(dataset: Dataset, where: WhereConfig) -> list[tuple[str, Mask]]:

@@ -6,15 +6,21 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.fill import Budget, cost_of
 from kinodit.data.order import Mixture, mixture, shares_of
+from kinodit.data.shapes import Grid, Shape
 from kinodit.models.errors import UserError
 
 ORDER_VERSION = 1
 """Part of the fingerprint: to be raised when the same spec would give another order."""
+
+
+Packing = Literal["count", "budget", "class"]
 
 
 class PlanError(UserError):
@@ -30,6 +36,8 @@ class CostModel:
     audio_tokens: of the sound of a sample; 0 if the recipe ignores it
     text_tokens:  of a caption, all text streams together, at their longest
     tokenizer:    fingerprint of the text encoders, which decide what a token is
+    grid:         sizes that a clip may have, where each keeps its own
+    parity_tokens: length at which attention takes as many FLOPs as all else; 0 leaves it out
     """
 
     video_tokens: int
@@ -37,6 +45,8 @@ class CostModel:
     audio_tokens: int = 0
     text_tokens: int = 0
     tokenizer: str = ""
+    grid: Grid | None = None
+    parity_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +60,8 @@ class DatasetSpec:
     eligible:     [n] int64, ascending, the samples that take part; None means all
     tokens:       [n] int64, what each eligible sample costs at most; or one number for all
     selection:    (condition, samples that were left after it) in the order of evaluation
+    shapes:       the sizes that samples are decoded to; empty: all to the recipe's
+    shape_of:     [n] int64, the row of `shapes` of each eligible sample
     """
 
     name: str
@@ -59,6 +71,8 @@ class DatasetSpec:
     eligible: NDArray[np.int64] | None = None
     tokens: NDArray[np.int64] | int = 1
     selection: tuple[tuple[str, int], ...] = ()
+    shapes: tuple[Shape, ...] = ()
+    shape_of: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if self.num_eligible == 0:
@@ -67,7 +81,7 @@ class DatasetSpec:
                 f"data.datasets.{self.name}: no sample of {self.num_samples} can be used"
                 + (f" ({conditions}): loosen its filter" if conditions else ": it is empty")
             )
-        for array in (self.eligible, self.tokens):
+        for array in (self.eligible, self.tokens, self.shape_of):
             if isinstance(array, np.ndarray):
                 array.flags.writeable = False
 
@@ -83,8 +97,7 @@ class DatasetSpec:
 
     def describe(self) -> dict[str, object]:
         """What the order depends on, arrays as digests. Filters count by what they leave."""
-        names = [item.name for item in fields(self) if item.name != "selection"]
-        return {name: _digest(getattr(self, name)) for name in names}
+        return {name: _digest(value) for name, value in _stated(self).items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +110,10 @@ class PlanSpec:
     seed:             of the run; the same draws are keyed with it
     token_budget:     most tokens of a pack; None allows what the worst step needs
     cost:             what the datasets' `tokens` were computed from
+    packing:          "count": as many packs as said; "budget": rounds of that many, as many as the
+                      budgets ask for; "class": the same, with samples of one size in each round
+    cost_budget:      most cost of a pack (`kinodit.data.fill.cost_of`); None bounds its tokens only
+    window_steps:     steps whose samples are put into rounds together, with budgets or classes
 
     Raises PlanError if some step could have a pack above the budget, and if there are more packs
     than samples.
@@ -108,6 +125,9 @@ class PlanSpec:
     seed: int
     token_budget: int | None = None
     cost: CostModel | None = None
+    packing: Packing = "count"
+    cost_budget: int | None = None
+    window_steps: int = 1
 
     def __post_init__(self) -> None:
         if not self.datasets:
@@ -115,19 +135,32 @@ class PlanSpec:
         names = [dataset.name for dataset in self.datasets]
         if len(set(names)) < len(names):
             raise PlanError(f"two datasets have the same name: {', '.join(names)}")
-        if not 1 <= self.packs_per_step <= self.samples_per_step:
+        if self.packing != "count":
+            self._check_budgets()
+        elif not 1 <= self.packs_per_step <= self.samples_per_step:
             raise PlanError(
                 f"data.packs_per_step is {self.packs_per_step} with data.samples_per_step "
                 f"{self.samples_per_step}: every pack needs a sample, so make it 1 to "
                 f"{self.samples_per_step}"
             )
-        if self.token_budget is not None and self.worst_pack_tokens > self.token_budget:
+        elif self.token_budget is not None and self.worst_pack_tokens > self.token_budget:
             raise PlanError(self._over_budget(self.token_budget))
 
     @property
     def max_tokens(self) -> int:
         """The largest cost of one sample."""
         return max(dataset.max_tokens for dataset in self.datasets)
+
+    @property
+    def parity_tokens(self) -> int:
+        """Length at which attention costs as much as all else; 0: samples cost their tokens."""
+        return self.cost.parity_tokens if self.cost else 0
+
+    @property
+    def budget(self) -> Budget:
+        """What packs are bounded by, with `packing` other than "count"."""
+        assert self.token_budget is not None
+        return Budget(self.packs_per_step, self.token_budget, self.cost_budget)
 
     @property
     def worst_pack_tokens(self) -> int:
@@ -169,9 +202,12 @@ class PlanSpec:
             "packs_per_step": self.packs_per_step,
             "seed": self.seed,
             "token_budget": self.token_budget,
-            "cost": vars(self.cost) if self.cost else None,
+            "cost": _stated(self.cost) if self.cost else None,
+            **{name: value for name, value in _stated(self).items() if name in _LATER},
         }
-        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(document, sort_keys=True, default=vars).encode()
+        ).hexdigest()
 
     def epochs(self, step: int) -> dict[str, float]:
         """How many times each dataset has been gone through when `step` begins."""
@@ -182,6 +218,27 @@ class PlanSpec:
             dataset.name: (rounds * share + int(part)) / dataset.num_eligible
             for dataset, share, part in zip(self.datasets, self.mixture.shares, begun, strict=True)
         }
+
+    def _check_budgets(self) -> None:
+        """Every sample must fit into a pack of its own: then every step can be filled."""
+        if self.token_budget is None:
+            raise PlanError(
+                f"data.packing={self.packing} needs data.token_budget: the tokens that one pack "
+                f"may have (the longest sample has {self.max_tokens})"
+            )
+        limits = (("token_budget", self.token_budget, 0), ("cost_budget", self.cost_budget, 1))
+        for dataset in self.datasets:
+            tokens = np.atleast_1d(np.asarray(dataset.tokens))
+            for name, limit, by_cost in limits:
+                sizes = cost_of(tokens, self.parity_tokens) if by_cost else tokens
+                if limit is None or int(sizes.max()) <= limit:
+                    continue
+                above = int((sizes > limit).sum()) if len(sizes) > 1 else dataset.num_eligible
+                raise PlanError(
+                    f"data.{name} is {limit}, but {above} of the {dataset.num_eligible} samples "
+                    f"of data.datasets.{dataset.name} are larger, up to {int(sizes.max())}: raise "
+                    "it, lower data.num_frames, height or width, or leave them out by a filter"
+                )
 
     def _over_budget(self, budget: int) -> str:
         sizes = ", ".join(f"{d.name} up to {d.max_tokens}" for d in self.datasets)
@@ -203,3 +260,24 @@ def _digest(value: object) -> object:
         little_endian = np.ascontiguousarray(value, dtype="<i8")
         return hashlib.sha256(little_endian.tobytes()).hexdigest()
     return value
+
+
+_LATER = (
+    "packing", "cost_budget", "window_steps", "grid", "parity_tokens", "shapes", "shape_of"
+)  # fmt: skip
+"""Fields that came later: left out of descriptions at their defaults, so that fingerprints of
+specs that do not use them are what they were."""
+
+
+def _stated(item: Any) -> dict[str, Any]:
+    """The fields of a dataclass that the order depends on."""
+    found = {part.name: (getattr(item, part.name), part.default) for part in fields(item)}
+    return {
+        name: value
+        for name, (value, default) in found.items()
+        if name != "selection" and not (name in _LATER and _is_default(value, default))
+    }
+
+
+def _is_default(value: object, default: object) -> bool:
+    return not isinstance(value, np.ndarray) and value == default

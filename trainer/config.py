@@ -102,6 +102,11 @@ class RunConfig:
                 )
         check_tasks(self.tasks, {name: s.output for name, s in self.model.streams.items()})
         self._check_routers()
+        if self.engine.micro_batches and self.data.packing != "count":
+            raise ConfigError(
+                f"engine.micro_batches={self.engine.micro_batches} merges packs, which "
+                f"data.packing={self.data.packing} has filled up to the budget: set it to 0"
+            )
 
     def _check_routers(self) -> None:
         """Tokens that compete for experts tell each other what a task may not let them see."""

@@ -35,6 +35,9 @@ def build_evaluator(
         datasets=config.eval.datasets or config.data.datasets,
         samples_per_step=config.eval.num_samples,
         packs_per_step=-(-config.eval.num_samples // per_pack),
+        packing="count",
+        cost_budget=None,
+        window_steps=1,
         token_budget=None,
         prefetch_steps=1,
     )

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinodit.data.plan import GlobalBatch, assign, plan
+from kinodit.data.shapes import Grid
 from kinodit.data.spec import CostModel, DatasetSpec, PlanError, PlanSpec
 
 
@@ -229,3 +230,88 @@ def test_the_fingerprint_is_the_same_in_every_process_and_release() -> None:
     # A changed value makes every saved run refuse to resume: change it only on purpose.
     assert spec().fingerprint[:16] == "d123713a3467d3fd"
     assert indices(plan(spec(), 3)) == [3, 14, 5, 9, 13, 12, 17, 26]
+
+
+SIZES = np.array([7, 19, 90, 33, 5, 60, 12, 41, 28, 3, 77], dtype=np.int64)
+
+
+def budgeted(packing: str = "budget", **changes: Any) -> PlanSpec:
+    chosen = dataset(count=len(SIZES), tokens=SIZES)
+    fields: dict[str, Any] = {
+        "packing": packing, "token_budget": 100, "cost": CostModel(90, None, parity_tokens=40),
+        "cost_budget": 300, "window_steps": 3,
+    }  # fmt: skip
+    return spec(chosen, samples=8, packs=3, **{**fields, **changes})
+
+
+@pytest.mark.parametrize("packing", ["budget", "class"])
+def test_rounds_keep_epochs_exact_and_budgets(packing: str) -> None:
+    one = budgeted(packing)
+    batches = [plan(one, step) for step in range(33)]
+    assert batches == [plan(one, step) for step in reversed(range(33))][::-1]
+    refs = [ref for batch in batches for pack in batch.packs for ref in pack]
+    assert Counter((ref.epoch, ref.index) for ref in refs) == Counter(
+        (epoch, index) for epoch in range(24) for index in range(11)
+    )
+    for batch in batches:
+        slots = sorted(ref.slot for pack in batch.packs for ref in pack)
+        assert slots == list(range(len(slots))) and slots
+        assert len(batch.packs) % 3 == 0
+        assert max(batch.tokens) <= 100 and max(batch.costs) <= 300
+        for pack, tokens, cost in zip(batch.packs, batch.tokens, batch.costs, strict=True):
+            own = [int(SIZES[ref.index]) for ref in pack]
+            assert tokens == sum(own) and cost == sum(n + n * n // 40 for n in own)
+
+
+def test_a_window_holds_the_samples_of_its_steps() -> None:
+    one, other = budgeted(window_steps=4), budgeted(window_steps=1)
+    drawn = [
+        Counter(
+            ref.index for step in range(first, first + 4) for p in plan(s, step).packs for ref in p
+        )
+        for s in (one, other)
+        for first in (0, 4)
+    ]
+    assert drawn[:2] == drawn[2:]
+
+
+def test_a_round_of_classes_has_one_size() -> None:
+    one = spec(
+        dataset("a", 40, tokens=10), dataset("b", 40, tokens=25),
+        samples=16, packs=2, packing="class", token_budget=50, window_steps=2,
+    )  # fmt: skip
+    for step in range(6):
+        packs = plan(one, step).packs
+        for first in range(0, len(packs), 2):
+            names = {ref.dataset for pack in packs[first : first + 2] for ref in pack}
+            assert len(names) == 1
+
+
+def test_samples_above_a_budget_are_counted_before_the_run() -> None:
+    with pytest.raises(PlanError, match=r"token_budget is 50, but 3 of the 11 .* up to 90"):
+        budgeted(token_budget=50)
+    with pytest.raises(PlanError, match=r"cost_budget is 200, but 2 of the 11 .* up to 292"):
+        budgeted(cost_budget=200)
+    with pytest.raises(PlanError, match=r"needs data\.token_budget"):
+        budgeted(token_budget=None)
+
+
+def test_the_fingerprint_changes_with_how_packs_are_filled() -> None:
+    one = budgeted()
+    table = ((1, 8, 8), (2, 8, 8))
+    shape_of = np.zeros(11, dtype=np.int64)
+    sized = replace(one.datasets[0], shapes=table, shape_of=shape_of)
+    other = replace(one.datasets[0], shapes=table, shape_of=shape_of + 1)
+    changed = [
+        replace(one, packing="class"),
+        replace(one, cost_budget=301),
+        replace(one, window_steps=2),
+        replace(one, cost=CostModel(90, None, parity_tokens=41)),
+        replace(
+            one, cost=replace(one.cost or CostModel(1, 1), grid=Grid(((1, 1),), (8, 8), (8, 8)))
+        ),
+        replace(one, datasets=(sized,)),
+        replace(one, datasets=(other,)),
+    ]
+    prints = {spec_.fingerprint for spec_ in (one, *changed)}
+    assert len(prints) == len(changed) + 1

@@ -72,6 +72,11 @@ def test_overrides_beat_the_recipe(tmp_path: Path) -> None:
         ("modalities: {video: {patch: [0, 1, 1]}}", [], "patch"),
         ("ema: {main: {}}", ["sample.ema=mian"], "sample.ema=mian: there is no such average; ema"),
         ("eval: {ema: main}", [], "eval.ema=main: there is no such average; ema has []"),
+        (
+            "data: {packing: budget}",
+            ["engine.micro_batches=2"],
+            "engine.micro_batches=2 merges packs, which data.packing=budget has filled",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:

@@ -7,7 +7,7 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := deepspeed,demo,dev,encoders,media,megatron,moe,tensorboard,torchao,wandb
+EXTRAS := deepspeed,demo,dev,encoders,media,megatron,moe,remote,tensorboard,torchao,wandb
 # The environment is current if it was made from these very requirements.
 STAMP := $(VENV)/.made-from-$(shell cat pyproject.toml constraints/ci.txt | sha256sum | cut -c 1-16)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints/ci.txt

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from kinodit.models.errors import ConfigError
@@ -47,7 +50,7 @@ class WhereConfig:
 class DatasetConfig:
     """One dataset of the mixture.
 
-    path:   folder with `manifest.json`
+    path:   folder with `manifest.json`, or its URL: http(s)://, s3:// and others of fsspec
     weight: its share of the samples, relative to the other datasets
     where:  which of its samples take part
     """
@@ -131,6 +134,42 @@ class QuarantineConfig:
 
 
 @dataclass(frozen=True)
+class StorageConfig:
+    """How remote shards are read.
+
+    attempts:        how often a read is tried that fails for a reason that may pass
+    attempt_limit_s: how long one attempt may take, seconds
+    wait_s:          pause after the first failure, seconds; each further one is twice as long
+    max_wait_s:      longest pause, seconds
+    cache_dir:       a folder on the node's own disk, shared by its ranks; left out, one in TMPDIR.
+                     Manifests and indexes are kept there, too
+    cache_gib:       most that blocks of shards may take there, GiB; 0 reads every sample by itself
+    block_mib:       bytes that are fetched and kept together, MiB
+    """
+
+    attempts: int = 8
+    attempt_limit_s: float = 60.0
+    wait_s: float = 0.5
+    max_wait_s: float = 30.0
+    cache_dir: str = ""
+    cache_gib: float = 0.0
+    block_mib: float = 8.0
+
+    def __post_init__(self) -> None:
+        for name in ("attempts", "attempt_limit_s", "wait_s", "max_wait_s", "block_mib"):
+            _require_positive(f"storage.{name}", getattr(self, name))
+        if not 0 <= self.cache_gib < float("inf"):
+            raise ConfigError(f"data.storage.cache_gib is {self.cache_gib}; 0 turns it off")
+
+    @property
+    def folder(self) -> Path:
+        """Where manifests and blocks are kept."""
+        if self.cache_dir:
+            return Path(self.cache_dir)
+        return Path(tempfile.gettempdir()) / f"kinodit-{os.getuid()}"
+
+
+@dataclass(frozen=True)
 class DataConfig(DecodeConfig):
     """The data stream: the mixture, the size of a step, and the loader.
 
@@ -167,6 +206,7 @@ class DataConfig(DecodeConfig):
                       cost in its place, by a rule that every rank and every restart follows alike,
                       and writes it to RUN/quarantine.jsonl; "fail" ends the run with its name
     quarantine:       how many bad samples are too many
+    storage:          how shards are read that lie elsewhere
     """
 
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
@@ -186,6 +226,7 @@ class DataConfig(DecodeConfig):
     cache_mib: int = 0
     on_error: Literal["fail", "substitute"] = "substitute"
     quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -161,14 +161,18 @@ def build_index(tar_path: Path | str) -> NDArray[np.void]:
     rows: list[Row] = []
     try:
         for span in spans(view, whole=True):
-            meta = _known_meta(read_span(view, span))
+            meta = known_meta(read_span(view, span))
             rows.append(index_row(meta, span.start, view[span.start : span.end]))
     except (TarError, RecordError, MediumError) as error:
         raise ManifestError(f"{path}: {error}") from error
     return np.array(rows, dtype=INDEX_DTYPE)
 
 
-def _known_meta(record: Record) -> RecordMeta:
+def known_meta(record: Record) -> RecordMeta:
+    """The record's metadata; of the medium itself where they do not say its size and length.
+
+    Raises MediumError.
+    """
     if record.meta.is_probed or record.medium is None:
         return record.meta
     try:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.config import StorageConfig
 from kinodit.data.index import INDEX_DTYPE, ManifestError, Row, build_index
 
 __all__ = [
@@ -132,12 +133,19 @@ def _parse_manifest(path: Path, document: Any) -> Manifest:
 class Dataset:
     """A dataset opened for random access. Indexes are memory-mapped, shards are not opened.
 
+    url:     where the shards lie if they are not in `directory`; "" if they are
+    storage: how they are read there
+
     Raises ManifestError at once for a missing or cut-off shard, an index that is not the one the
     manifest names, and a dataset without samples.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(
+        self, directory: Path | str, url: str = "", storage: StorageConfig | None = None
+    ) -> None:
         self.directory = Path(directory)
+        self.url = url
+        self.storage = storage or StorageConfig()
         self.manifest = Manifest.load(self.directory)
         self._indexes: list[NDArray[np.void]] = []
         self._ends: list[int] = []
@@ -169,10 +177,18 @@ class Dataset:
 
     def locate(self, index: int) -> tuple[Path, int, int]:
         """(shard file, first byte, number of bytes) of sample `index`."""
+        shard, offset, size = self.span(index)
+        return self.directory / shard.file, offset, size
+
+    def span(self, index: int) -> tuple[ShardEntry, int, int]:
+        """(shard, first byte, number of bytes) of sample `index`."""
         shard, within = self._place(index)
         row = self._indexes[shard][within]
-        path = self.directory / self.manifest.shards[shard].file
-        return path, int(row["offset"]), int(row["size"])
+        return self.manifest.shards[shard], int(row["offset"]), int(row["size"])
+
+    def place_of(self, shard: ShardEntry) -> str:
+        """Path or URL of a shard."""
+        return f"{self.url}/{shard.file}" if self.url else str(self.directory / shard.file)
 
     def column(self, name: str) -> NDArray[Any]:
         """One field of `INDEX_DTYPE` for all samples, in order. A copy, [len]."""
@@ -186,7 +202,9 @@ class Dataset:
 
     def _open_index(self, shard: ShardEntry) -> NDArray[np.void]:
         tar, path = self.directory / shard.file, self.directory / shard.index_file
-        expected = {tar: shard.num_bytes, path: shard.num_samples * INDEX_DTYPE.itemsize}
+        expected = {path: shard.num_samples * INDEX_DTYPE.itemsize}
+        if not self.url:
+            expected[tar] = shard.num_bytes
         for file, num_bytes in expected.items():
             if not file.is_file():
                 raise ManifestError(f"{file} is missing, but {MANIFEST_FILE} lists it")

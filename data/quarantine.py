@@ -167,7 +167,7 @@ class Quotas:
         self._config = config
         self._samples_per_step = samples_per_step
         self._sizes = {
-            str(dataset.directory / shard.file): shard.num_samples
+            dataset.place_of(shard): shard.num_samples
             for dataset in datasets.values()
             for shard in dataset.manifest.shards
         }

@@ -12,8 +12,10 @@ from pathlib import Path
 from threading import Lock
 
 from kinodit.data.index import read_span, spans
-from kinodit.data.manifest import Dataset
+from kinodit.data.manifest import Dataset, ShardEntry
 from kinodit.data.record import KEY_PATTERN, Record, RecordError
+from kinodit.data.remote import RemoteShards, Traffic
+from kinodit.data.storage import StorageError
 from kinodit.data.tar import TarError
 from kinodit.models.errors import UserError
 
@@ -43,6 +45,9 @@ class ShardReader:
     def __init__(self, dataset: Dataset, max_open: int = 32) -> None:
         self.dataset = dataset
         self._files = _FileCache(max_open)
+        self._remote = None
+        if dataset.url:
+            self._remote = RemoteShards(dataset.url, dataset.storage)
 
     def read(self, index: int) -> Record:
         """The record of sample `index`. Nothing in it is decoded or unpickled.
@@ -52,17 +57,16 @@ class ShardReader:
                 were indexed, or they are not exactly one sample of the record contract.
             ShardError: the shard is missing or its storage does not answer.
         """
-        path, offset, size = self.dataset.locate(index)
-        where = f"{path}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
-        try:
-            with self._files.open(path) as descriptor:
-                span = _read_exactly(descriptor, offset, size, where)
-        except OSError as error:
-            raise ShardError(
-                f"{where} cannot be read: {error.strerror or error}. Put the shard back, or "
-                "correct the dataset's path"
-            ) from error
-        checksum, expected = zlib.crc32(span), self.dataset.row(index).crc32
+        shard, offset, size = self.dataset.span(index)
+        place = self.dataset.place_of(shard)
+        where = f"{place}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
+        expected = self.dataset.row(index).crc32
+        span = self._read(shard, offset, size, where)
+        checksum = zlib.crc32(span)
+        if checksum != expected and self._remote is not None:
+            # Damaged on its way, or where it was kept: what the storage says now decides.
+            span = self._remote.read_again(shard, offset, size)
+            checksum = zlib.crc32(span)
         if checksum != expected:
             raise SampleError(
                 f"{where} was changed after it was indexed: its {size} bytes have CRC-32 "
@@ -80,9 +84,30 @@ class ShardReader:
                 f"{where} breaks the record contract: {error}", readable_key(span)
             ) from error
 
+    @property
+    def traffic(self) -> Traffic:
+        """What was fetched from elsewhere; nothing where the shards are here."""
+        return self._remote.traffic if self._remote is not None else Traffic()
+
     def close(self) -> None:
         """Closes all files that no other thread is reading."""
         self._files.close()
+        if self._remote is not None:
+            self._remote.close()
+
+    def _read(self, shard: ShardEntry, offset: int, size: int, where: str) -> bytes:
+        try:
+            if self._remote is not None:
+                return self._remote.read(shard, offset, size)
+            with self._files.open(self.dataset.directory / shard.file) as descriptor:
+                return _read_exactly(descriptor, offset, size, where)
+        except StorageError as error:
+            raise ShardError(f"{where} cannot be read: {error}") from error
+        except OSError as error:
+            raise ShardError(
+                f"{where} cannot be read: {error.strerror or error}. Put the shard back, or "
+                "correct the dataset's path"
+            ) from error
 
 
 def readable_key(span: bytes) -> str:

@@ -50,6 +50,9 @@ TENSOR_MEMBER_PATTERN = re.compile(r"[a-z0-9_]{1,32}\.safetensors")
 MAX_MEMBERS = 16
 MAX_MEMBER_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 20
+MAX_JSON_DEPTH = 32
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.?)*"?|[\[\]{}]', re.DOTALL)
+"""Strings, in which brackets mean nothing, and brackets."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _parse_json(key: str, payload: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> NoReturn:
         raise RecordError(f"sample {key!r}: its JSON holds {constant}, which is not a number")
 
+    if _is_deep(payload):
+        raise RecordError(f"sample {key!r}: its JSON is nested more than {MAX_JSON_DEPTH} deep")
     try:
         document = json.loads(payload, parse_constant=refuse)
     except RecordError:
@@ -156,6 +161,21 @@ def _parse_json(key: str, payload: bytes) -> dict[str, Any]:
             f"sample {key!r}: its JSON is a {type(document).__name__}; it must be an object"
         )
     return cast(dict[str, Any], document)
+
+
+def _is_deep(payload: bytes) -> bool:
+    """Whether objects and lists are nested above `MAX_JSON_DEPTH`, told without parsing."""
+    if payload.count(b"{") + payload.count(b"[") <= MAX_JSON_DEPTH:
+        return False
+    depth = 0
+    for mark in _BRACKETS.findall(payload):
+        if mark in b"{[":
+            depth += 1
+            if depth > MAX_JSON_DEPTH:
+                return True
+        elif mark in b"}]":
+            depth -= 1
+    return False
 
 
 def _foreign_meta(

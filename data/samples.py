@@ -132,11 +132,13 @@ class SampleSource:
             raise LoadError(f"{error}; {none_left}") from none_left
 
     def _fault(self, ref: SampleRef, error: SampleError | DecodeError) -> Fault:
-        shard, offset, _ = self._datasets[ref.dataset].locate(ref.index)
-        return Fault(ref.index, str(shard), offset, error.key, str(error))
+        dataset = self._datasets[ref.dataset]
+        shard, offset, _ = dataset.span(ref.index)
+        return Fault(ref.index, dataset.place_of(shard), offset, error.key, str(error))
 
     def _load_error(self, error: UserError, step: int, ref: SampleRef) -> LoadError:
-        shard, _, _ = self._datasets[ref.dataset].locate(ref.index)
+        dataset = self._datasets[ref.dataset]
+        shard = dataset.place_of(dataset.span(ref.index)[0])
         return LoadError(
             f"{error} (step {step}, slot {ref.slot}, sample {ref.sample_id} in {shard})"
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from kinodit.data.manifest import Dataset
 from kinodit.data.own_sizes import own_sizes
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import MODALITIES, RecordMeta
+from kinodit.data.remote import open_dataset
 from kinodit.data.spec import CostModel, DatasetSpec, PlanError, PlanSpec
 from kinodit.data.window import FPS_SCALE, num_window_starts
 
@@ -31,13 +31,16 @@ def open_datasets(config: DataConfig) -> dict[str, Dataset]:
     Raises:
         PlanError: the recipe names none.
         ManifestError: a folder is not a dataset, or its files are not what its manifest says.
+        StorageError: a remote one cannot be read.
     """
     if not config.datasets:
         raise PlanError(
             "data.datasets is empty: name at least one dataset, for example "
             "data.datasets.clips.path=PATH"
         )
-    return {name: Dataset(Path(entry.path)) for name, entry in config.datasets.items()}
+    return {
+        name: open_dataset(entry.path, config.storage) for name, entry in config.datasets.items()
+    }
 
 
 def plan_spec(

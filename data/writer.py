@@ -13,13 +13,14 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kinodit.data.index import INDEX_DTYPE, Row, build_index, index_row
 from kinodit.data.manifest import Manifest, ShardEntry
@@ -187,11 +188,16 @@ def sample_bytes(sample: Mapping[str, str | bytes]) -> bytes:
     return stream.getvalue()
 
 
-def index_shards(directory: Path | str, name: str) -> Manifest:
+def index_shards(
+    directory: Path | str,
+    name: str,
+    build: Callable[[Path], NDArray[np.void]] = build_index,
+) -> Manifest:
     """Gives the shards (`*.tar`, in the order of their names) of a folder indexes and a manifest.
 
     For shards made by other tools, and to repair a dataset of which a shard was replaced. Indexes
-    and manifest that are there are replaced, each file whole; shards are only read.
+    and manifest that are there are replaced, each file whole; shards are only read. `build` makes
+    the index of one shard.
 
     Raises ManifestError for a shard that breaks the contract, WriterError if nothing can be done.
     """
@@ -201,7 +207,7 @@ def index_shards(directory: Path | str, name: str) -> Manifest:
         raise WriterError(f"{folder} has no shards (files NAME.tar) to index")
     entries = []
     for tar in shards:
-        index = build_index(tar).tobytes()
+        index = build(tar).tobytes()
         with _disk(folder), tar.open("rb") as file:
             entry = ShardEntry(
                 file=tar.name,

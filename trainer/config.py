@@ -153,6 +153,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.decode_limit_s",
     "data.on_error",
     "data.quarantine.",
+    "data.storage.",
     "run.stop_after_steps",
 )
 """Keys that leave the loss curve as it is, so that a run may go on with other values."""

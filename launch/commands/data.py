@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 HELP = "Make, index, check, describe and preview datasets (shards with an index and a manifest)."
 PROBLEMS_FOUND = 1
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     action.add_argument("directory", type=Path, metavar="DIR")
     action.add_argument("--name", default="", help="name of the dataset (default: the folder's)")
+    action.add_argument(
+        "--skip-bad", action="store_true", help="leave out what is damaged, and say what it was"
+    )
     action.set_defaults(act=_index)
     action = actions.add_parser("validate", help="check every byte of a dataset; 1 if it is bad")
     action.add_argument("directory", type=Path, metavar="DIR")
@@ -166,10 +170,27 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from kinodit.data.index import build_index
+    from kinodit.data.salvage import Damage, salvage
     from kinodit.data.writer import index_shards
 
-    manifest = index_shards(args.directory, args.name or args.directory.resolve().name)
-    print(f"{args.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shard(s)")
+    damages: list[tuple[str, Damage]] = []
+
+    def salvaged(path: Path) -> Any:
+        index, found = salvage(path)
+        damages.extend((path.name, damage) for damage in found)
+        return index
+
+    build = salvaged if args.skip_bad else build_index
+    manifest = index_shards(args.directory, args.name or args.directory.resolve().name, build)
+    for shard, damage in damages:
+        who = f"sample {damage.key!r}" if damage.key else "a sample"
+        print(f"left out: {shard}: {who} at byte {damage.offset}: {damage.reason}", file=sys.stderr)
+    left_out = f", {len(damages)} left out" if damages else ""
+    print(
+        f"{args.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shard(s)"
+        f"{left_out}"
+    )
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kinodit.data.record import (
+    MAX_JSON_DEPTH,
     MAX_TEXT_BYTES,
     Caption,
     Record,
@@ -162,3 +164,21 @@ def test_numbers_that_are_not_finite_cannot_be_written() -> None:
     meta = RecordMeta(id="x", modality="image", scores={"motion": float("nan")})
     with pytest.raises(RecordError, match="not finite"):
         encode_record(Record("k", meta, {"png": b"p"}))
+
+
+def test_json_is_nested_so_deep_and_no_deeper() -> None:
+    def nested(depth: int) -> dict[str, bytes]:
+        text = b'{"a": ' * (depth - 1) + b"[]" + b"}" * (depth - 1)
+        return {"png": b"x", "json": text}
+
+    assert parse_record("k", nested(MAX_JSON_DEPTH)).key == "k"
+    with pytest.raises(RecordError, match=f"nested more than {MAX_JSON_DEPTH} deep"):
+        parse_record("k", nested(MAX_JSON_DEPTH + 1))
+    # Brackets in strings are no nesting; a quote that never ends takes no time.
+    text = json.dumps({"caption": '[{"' * 500}).encode()
+    assert parse_record("k", {"png": b"x", "json": text}).meta.captions[0].text == '[{"' * 500
+    start = time.process_time()
+    for text in (b"[" * 40 + b'"' + b'\\"' * 500_000, b"[" * 1_000_000, b"{" * 40 + b"\\" * 10**6):
+        with pytest.raises(RecordError):
+            parse_record("k", {"png": b"x", "json": text[: 1 << 20]})
+    assert time.process_time() - start < 2

@@ -1,0 +1,65 @@
+"""Training from shards that lie elsewhere, over a network that misbehaves: the same curve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from kinodit.launch.cli import main
+from tests.support.recipes import tiny_recipe, write_dataset
+from tests.support.servers import FileServer, nginx, s3
+
+SCRIPT = ["", "503", "stall", "", "cut", "500", "", "garbage", "reset", ""]
+IMPATIENT = (
+    "data.storage.attempt_limit_s=1", "data.storage.wait_s=0.01", "data.prefetch_steps=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("remote")
+    write_dataset(made)
+    return made
+
+
+def losses(root: Path, name: str, place: str, *overrides: str) -> list[float]:
+    recipe = tiny_recipe(root, root / "data")
+    wanted = [f"run.name={name}", f"data.datasets.clips.path={place}", *overrides]
+    assert main(["train", str(recipe), *wanted]) == 0
+    lines = (root / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert not (root / "runs" / name / "quarantine.jsonl").exists()
+    assert all(row["data_wait_s"] >= 0 for row in rows if row["kind"] == "train")
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+@contextmanager
+def place(kind: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    data = root / "data"
+    with ExitStack() as stack:
+        if kind == "http":
+            server = FileServer(data, lambda number: SCRIPT[number % len(SCRIPT)])
+            stack.callback(server.close)
+            yield server.url
+        elif kind == "s3":
+            script = ["", "503", "stall", "", "cut", ""]
+            yield stack.enter_context(s3(data, monkeypatch, lambda n: script[n] if n < 6 else ""))
+        else:
+            yield stack.enter_context(nginx(data, tmp_path))
+
+
+@pytest.mark.parametrize("cache_gib", [0, 1])
+@pytest.mark.parametrize("kind", ["http", "nginx", "s3"])
+def test_the_curve_is_that_of_local_shards(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, cache_gib: int
+) -> None:
+    local = losses(root, f"local-{kind}-{cache_gib}", str(root / "data"))
+    assert len(local) == 6
+    cache = f"data.storage.cache_dir={tmp_path / 'cache'}"
+    with place(kind, root, tmp_path, monkeypatch) as url:
+        options = (*IMPATIENT, cache, f"data.storage.cache_gib={cache_gib}")
+        assert losses(root, f"{kind}-{cache_gib}", url, *options) == local

@@ -199,6 +199,8 @@ class _Groups:
             return True
         if self.config.one_way and not self.config.block_s:
             return query == 1
+        reach = self.config.context or self.num_blocks
         if query <= self.num_blocks:
-            return key <= query
-        return key == query or key < query - self.num_blocks
+            return query - reach <= key <= query
+        block = query - self.num_blocks
+        return key == query or block - reach <= key < block

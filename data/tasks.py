@@ -108,6 +108,7 @@ class TaskConfig:
     block_s: seconds of a block, above 0: blocks are generated one after the other, each with a
              level of its own, and see the blocks before them clean (ACDiT, arXiv 2412.07720,
              section 3.2: the skip-causal mask). Twice the tokens, less one block
+    context: how many blocks before it a block sees; 0: all
     one_way: clean tokens do not see noised ones
     hidden:  stream -> streams that its tokens do not see
     """
@@ -116,6 +117,7 @@ class TaskConfig:
     streams: dict[str, StreamTask] = field(default_factory=dict)
     levels: Levels = "sample"
     block_s: float = 0.0
+    context: int = 0
     one_way: bool = False
     hidden: dict[str, list[str]] = field(default_factory=dict)
 
@@ -124,6 +126,10 @@ class TaskConfig:
             raise ConfigError(f"weight: {self.weight} must be a positive number")
         if not 0 <= self.block_s < float("inf"):
             raise ConfigError(f"block_s: {self.block_s} must be 0 or a number of seconds")
+        if self.context < 0 or (self.context and not self.block_s):
+            raise ConfigError(
+                f"context: {self.context} is a number of blocks, and needs block_s; 0 is all blocks"
+            )
         given = [name for name, stream in self.streams.items() if stream.given != "none"]
         if self.block_s and given:
             raise ConfigError(

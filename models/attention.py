@@ -173,6 +173,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
     return out_BHLD.transpose(1, 2).reshape(q.shape)
 
 
+def attend_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every query [m, H, D] to all keys and values [n, K, D], which may be fewer or more: as q."""
+    return _sdpa(q, k, v, 1)
+
+
 def varlen_cuda(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
     """One varlen flash call for all segments; shapes as `attend`.
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder to write to (default: RUN/samples/manual)")
     parser.add_argument("--seed", type=int, help="of the initial noise")
     parser.add_argument("--steps", type=int, help="steps of the time grid")
-    parser.add_argument("--method", choices=("euler", "heun"), help="integrator")
+    parser.add_argument("--method", choices=("euler", "heun", "dpmpp_2m"), help="integrator")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
     parser.add_argument("--rescale", type=float, help="share of guidance rescaling, 0 to 1")
     parser.add_argument(

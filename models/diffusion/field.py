@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from kinodit.models.diffusion.draws import noised_rows
@@ -17,8 +18,9 @@ Network = Callable[[TokenBatch], Mapping[str, Tensor]]
 def velocity_field(network: Network, objective: Objective, batch: TokenBatch) -> VelocityFn:
     """The velocity of the batch's noised tokens; zero for clean ones, which so stay as they are.
 
-    The field takes latents [N, C] of the modalities that are sampled and puts them in the place of
-    the batch's; all other facts (captions, positions, clean rows of levels) are the batch's own.
+    The field takes latents [N, C] of the modalities that are sampled and puts those of noised
+    tokens in the place of the batch's; all other facts (captions, positions, clean rows of levels)
+    are the batch's own. A modality that the batch lacks has velocity 0.
     """
     rows_K = noised_rows(batch)
     noised_N1 = {
@@ -27,11 +29,18 @@ def velocity_field(network: Network, objective: Objective, batch: TokenBatch) ->
     }
 
     def velocity(x: Mapping[str, Tensor], t: float) -> Mapping[str, Tensor]:
-        seen = NoisedBatch(batch=at_level(batch.with_latents(x), t, rows_K), clean={}, noise={})
-        predictions = network(seen.batch)
-        return {
-            name: objective.velocity(predictions[name], seen, name).where(noised_N1[name], 0.0)
-            for name in x
+        own = {name: part for name, part in x.items() if batch.modalities[name].num_tokens}
+        latents = {
+            name: part.where(noised_N1[name], batch.modalities[name].latents.to(part.dtype))
+            for name, part in own.items()
         }
+        noised = at_level(batch.with_latents(latents), t, rows_K)
+        seen = NoisedBatch(batch=noised, clean={}, noise={})
+        predictions = network(seen.batch)
+        found = {
+            name: objective.velocity(predictions[name], seen, name).where(noised_N1[name], 0.0)
+            for name in own
+        }
+        return {name: found.get(name, torch.zeros_like(part)) for name, part in x.items()}
 
     return velocity

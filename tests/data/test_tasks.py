@@ -268,6 +268,7 @@ def test_absent_text_is_the_empty_caption_with_its_vectors() -> None:
         (lambda: StreamTask(loss_weight=-1.0), "negative"),
         (lambda: TaskConfig(weight=0.0), "positive"),
         (lambda: TaskConfig(block_s=-1.0), "seconds"),
+        (lambda: TaskConfig(context=2), "needs block_s"),
         (lambda: video_blocks(), "blocks before them"),
         (lambda: TaskConfig(hidden={"video": ["video"]}), "must see itself"),
         (

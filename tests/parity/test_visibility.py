@@ -44,7 +44,9 @@ def may_see(task: TaskConfig, batch: TokenBatch) -> Tensor:
             if task.block_s and other_noised:
                 sees[i, j] = noised and block == other_block
             elif task.block_s:
-                sees[i, j] = other_block < block or (other_block == block and not noised)
+                is_near = other_block < 0 or other_block >= block - (task.context or 99)
+                is_past = other_block < block or (other_block == block and not noised)
+                sees[i, j] = is_near and is_past
             else:
                 sees[i, j] = not task.one_way or noised or not other_noised
     assert streams == ["text", "video", "audio"]

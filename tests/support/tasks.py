@@ -41,6 +41,7 @@ TASKS: dict[str, TaskConfig] = {
     "sound by itself": TaskConfig(hidden={"audio": ["text", "video"]}),
     "blocks": TaskConfig(block_s=0.25),
     "blocks of video": TaskConfig(streams={"audio": CLEAN}, block_s=0.5),
+    "blocks, the last seen": TaskConfig(block_s=0.25, context=1),
     "blocks, levels of streams": TaskConfig(levels="stream", block_s=0.25),
     "blocks, sound by itself": TaskConfig(hidden={"audio": ["text", "video"]}, block_s=0.25),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kinodit.models.diffusion.guidance import GuidanceConfig, guided
+from kinodit.models.diffusion.guidance import GuidanceConfig, guided, guiding
 from kinodit.models.diffusion.samplers import VelocityFn, sample, time_grid
 from kinodit.models.errors import ConfigError
 from kinodit.models.random import generator, normal
@@ -117,3 +117,46 @@ def test_guidance_of_float64_and_of_no_tokens() -> None:
 def test_settings_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="guidance"):
         GuidanceConfig(**wrong)  # type: ignore[arg-type]
+
+
+def counted(value: Tensor, calls: list[str], name: str) -> VelocityFn:
+    def velocity(x: Mapping[str, Tensor], t: float) -> Mapping[str, Tensor]:
+        calls.append(name)
+        return {stream: value * (1 + index) for index, stream in enumerate(x)}
+
+    return velocity
+
+
+def test_streams_have_scales_of_their_own_and_conditions_add_up() -> None:
+    config = GuidanceConfig(
+        scale=3.0, scales={"audio": 1.0}, conditions={"audio": 2.0, "video": 1.5}
+    )
+    assert guiding(config, ["video", "audio"]) == ["text", "audio", "video"]
+    c, without_text, without_audio = (torch.full((2, 4), v) for v in (1.0, 0.5, 0.25))
+    passes = {"text": without_text, "audio": without_audio, "video": without_audio}
+    calls: list[str] = []
+    fields = {name: counted(value, calls, name) for name, value in passes.items()}
+    x = {"video": torch.zeros(2, 4), "audio": torch.zeros(2, 4)}
+    out = guided(counted(c, calls, "all"), fields, config)(x, 0.5)
+    assert calls == ["all", "text", "audio", "video"]
+    # Video: 1 + (3 - 1)(1 - 0.5) + (2 - 1)(1 - 0.25); audio, twice the values: text is not guided.
+    assert torch.equal(out["video"], torch.full((2, 4), 2.75))
+    assert torch.equal(out["audio"], torch.full((2, 4), 2.0 * (1 + 0.5 * 0.75)))
+
+
+def test_a_scale_of_one_runs_no_pass() -> None:
+    ones = GuidanceConfig(scale=1.0, conditions={"audio": 1.0, "video": 1.0})
+    assert guiding(ones, ["video", "audio"]) == []
+    plain = Constant(C)
+    assert guided(plain, {}, ones) is plain
+    # What a stream is to itself needs no pass, and text none where every generated stream has 1.
+    assert guiding(GuidanceConfig(scale=1.0, conditions={"video": 2.0}), ["video"]) == []
+    assert guiding(GuidanceConfig(scale=4.0, scales={"video": 1.0}), ["video"]) == []
+    assert guiding(GuidanceConfig(scale=4.0), ["video"]) == ["text"]
+
+
+def test_one_condition_as_a_mapping_is_the_same_to_the_bit() -> None:
+    config = GuidanceConfig(scale=3.7)
+    one = guided(Constant(C), Constant(U), config)(X, 0.5)
+    same = guided(Constant(C), {"text": Constant(U)}, config)(X, 0.5)
+    assert torch.equal(one["video"], same["video"])

@@ -31,7 +31,7 @@ def test_the_grid_runs_from_noise_to_data_and_crowds_towards_noise() -> None:
     assert shifted[0] == 1 and shifted[-1] == 0 and bool((shifted[1:-1] > plain[1:-1]).all())
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler", "heun", "dpmpp_2m"])
 def test_a_straight_path_is_exact_in_one_step(method: Method) -> None:
     x = start(3, 5)
     data = torch.full((3, 5), 0.25, dtype=torch.float64)
@@ -119,3 +119,40 @@ def test_no_step_and_unknown_methods_are_refused() -> None:
         SamplerConfig(shift=0.0)
     with pytest.raises(ValueError, match="unknown sampler 'rk4'"):
         sample(lambda x, t: x, start(1, 1), time_grid(1), "rk4")  # type: ignore[arg-type]
+
+
+def test_the_multistep_method_is_of_second_order_with_one_evaluation_a_step() -> None:
+    x = start(4, 4)
+    calls: list[float] = []
+
+    def velocity(part: Tensor, t: float) -> Tensor:
+        calls.append(t)
+        return gaussian_velocity(part, t, 2.0)
+
+    def spread(t: float) -> float:
+        return math.sqrt((1 - t) ** 2 * 4 + t**2)
+
+    errors: dict[str, list[float]] = {"euler": [], "dpmpp_2m": []}
+    for method, found in errors.items():
+        for steps in (40, 80):
+            calls.clear()
+            times = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64)
+            out = sample(field(velocity), x, times, method)["video"]  # type: ignore[arg-type]
+            assert calls == times[:-1].tolist()
+            found.append(float((out - x["video"] * spread(0.1) / spread(0.9)).abs().max()))
+    orders = {method: math.log2(coarse / fine) for method, (coarse, fine) in errors.items()}
+    assert orders == pytest.approx({"euler": 1.0, "dpmpp_2m": 2.0}, abs=0.2)
+    assert errors["dpmpp_2m"][1] < errors["euler"][1] / 10
+
+
+def test_the_multistep_method_is_euler_where_no_step_before_counts() -> None:
+    x = start(4, 4)
+    function = field(lambda part, t: torch.sin(3 * part) + t)
+    for steps in (1, 2):
+        euler, multistep = (
+            sample(function, x, time_grid(steps, 3.0), method)["video"]
+            for method in ("euler", "dpmpp_2m")
+        )
+        assert torch.equal(euler, multistep)
+    still = sample(field(lambda part, t: 0 * part), x, time_grid(9), "dpmpp_2m")["video"]
+    assert torch.equal(still, x["video"])

@@ -69,6 +69,7 @@ class DecodeConfig:
     fps:              frames per second of a video; source frames are picked, or held if too few
     window:           where in a longer clip the frames begin: a keyed draw, or its first frame
     crop:             where the crop lies: in the middle, or a keyed draw
+    use_video:        decode pictures; off, only samples with sound take part, for it alone
     use_audio:        decode the sound of videos and audio-only samples; off, it is never opened
     audio_rate:       Hz
     audio_channels:   1 or 2
@@ -84,6 +85,7 @@ class DecodeConfig:
     fps: float = 8.0
     window: Literal["random", "first"] = "random"
     crop: Literal["centre", "random"] = "centre"
+    use_video: bool = True
     use_audio: bool = False
     audio_rate: int = 16_000
     audio_channels: int = 1
@@ -96,6 +98,8 @@ class DecodeConfig:
         counts = ("height", "width", "num_frames", "fps")
         for name in (*counts, "max_pixels", "max_duration_s", "max_frames", "decode_limit_s"):
             _require_positive(name, getattr(self, name))
+        if not (self.use_video or self.use_audio):
+            raise ConfigError("data.use_video and data.use_audio are both false: nothing is left")
         if not 1000 <= self.audio_rate <= 192_000:
             raise ConfigError(f"data.audio_rate is {self.audio_rate} Hz; it must be 1000 to 192000")
         if self.audio_channels not in (1, 2):

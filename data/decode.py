@@ -19,7 +19,7 @@ from kinodit.data.picture import CENTRE, Canvas, Crop
 from kinodit.data.plan import SampleRef
 from kinodit.data.record import Record, RecordMeta
 from kinodit.data.sound import decode_audio, num_audio_samples
-from kinodit.data.window import FPS_SCALE, pick_window, source_rate
+from kinodit.data.window import FPS_SCALE, exact_rate, pick_window, source_rate
 from kinodit.models.tokens import SampleKey
 
 __all__ = ["DecodeError", "DecodedMedia", "DecodedSample", "View", "decode", "pick_view"]
@@ -103,9 +103,9 @@ def decode(
             uses; the message has the sample's key, the member and the reason.
     """
     crop = CENTRE if config.crop == "centre" else crop_u
-    if record.meta.modality == "image":
+    if record.meta.modality == "image" and config.use_video:
         return _decode_image(record, config, crop)
-    if record.meta.modality == "audio":
+    if record.meta.modality == "audio" or not config.use_video:
         return _decode_sound(record, config, window_u)
     return _decode_video(record, config, window_u, crop)
 
@@ -115,7 +115,7 @@ def pick_view(meta: RecordMeta, config: DecodeConfig, window_u: float, crop_u: C
     crop = CENTRE if config.crop == "centre" else crop_u
     if meta.modality == "image":
         return View(0, crop)
-    if meta.modality == "audio":
+    if meta.modality == "audio" or not config.use_video:
         known = meta.duration_s > 0
         return View(_sound_start(meta.duration_s, config, window_u), CENTRE) if known else None
     if not meta.num_frames or not meta.fps:
@@ -145,7 +145,7 @@ def _decode_sound(record: Record, config: DecodeConfig, window_u: float) -> Deco
     with open_medium(record, config) as container:
         duration_s = record.meta.duration_s or (container.duration or 0) / 1_000_000
         first = _sound_start(duration_s, config, window_u)
-        audio = decode_audio(container, first / config.audio_rate, config)
+        audio = decode_audio(container, Fraction(first, config.audio_rate), config)
     return DecodedMedia(None, audio, config.fps, first / config.audio_rate, View(first, CENTRE))
 
 
@@ -178,13 +178,13 @@ def _decode_video(
             # The file's own index led past the window.
             seek_to(container, stream, Fraction(0))
             _fill(canvas, container, wanted, per_frame, from_start=True)
-        origin_s = float((stream.start_time or 0) * stream.time_base)
-    start_s = wanted[0] * FPS_SCALE / rate
+        origin_s = (stream.start_time or 0) * stream.time_base
+    start_s = wanted[0] / exact_rate(rate)
     audio = None
     if config.use_audio and record.meta.has_audio:
         with open_medium(record, config) as container:
             audio = decode_audio(container, origin_s + start_s, config)
-    return DecodedMedia(canvas.pixels, audio, config.fps, start_s, View(wanted[0], crop))
+    return DecodedMedia(canvas.pixels, audio, config.fps, float(start_s), View(wanted[0], crop))
 
 
 def _video_stream(container: Any) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,10 @@ Sound = npt.NDArray[np.float32]
 
 CRF = 10
 """x264's constant quality; 0 is lossless. At 10 a round trip stays within the loss of 4:2:0."""
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+"""Hz; sound of another rate is resampled to the next one."""
+AAC_BLOCK = 1024
+"""Samples of a block of AAC."""
 KEYFRAME_INTERVAL = 8
 """Frames between keyframes: short, so that scrubbing in a page is immediate."""
 BT709 = 1
@@ -52,13 +56,13 @@ def write_mp4(
         MissingExtraError: PyAV is not installed.
         OSError: the file cannot be written.
     """
-    av = _av("writing mp4")
+    av = require_av("writing mp4")
     frames = _pixels(video, 4)
     odd = (0, frames.shape[1] % 2), (0, frames.shape[2] % 2)
     frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with (
-        _published(path) as temporary,
+        published(path) as temporary,
         av.open(str(temporary), "w", format="mp4", options=options) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
@@ -74,7 +78,8 @@ def write_mp4(
         context.color_primaries = context.color_trc = context.colorspace = BT709
         sound_stream = None
         if audio is not None:
-            sound_stream = container.add_stream("aac", rate=audio[1])
+            rate = min((r for r in AAC_RATES if r >= audio[1]), default=AAC_RATES[-1])
+            sound_stream = container.add_stream("aac", rate=rate)
             sound_stream.layout = "mono" if audio[0].shape[0] == 1 else "stereo"
             sound_stream.options = {"flags": "+bitexact"}
         for pixels in frames:
@@ -82,8 +87,11 @@ def write_mp4(
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
         container.mux(stream.encode())
         if audio is not None and sound_stream is not None:
-            for frame in _sound_frames(av, *audio):
-                container.mux(sound_stream.encode(frame))
+            sound = np.asarray(audio[0], dtype=np.float32)
+            resampler = av.AudioResampler("fltp", sound_stream.layout, rate, AAC_BLOCK)
+            for frame in (*sound_frames(av, sound, audio[1], "fltp", AAC_BLOCK), None):
+                for piece in resampler.resample(frame):
+                    container.mux(sound_stream.encode(piece))
             container.mux(sound_stream.encode())
 
 
@@ -93,7 +101,7 @@ def read_mp4(path: Path) -> tuple[Pixels, float]:
     Raises:
         MissingExtraError: PyAV is not installed.
     """
-    av = _av("reading mp4")
+    av = require_av("reading mp4")
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
@@ -108,7 +116,7 @@ def write_png(path: Path, image: Pixels | Tensor) -> None:
         OSError: the file cannot be written.
     """
     picture = _picture(_pixels(image, 3))
-    with _published(path) as temporary:
+    with published(path) as temporary:
         picture.save(temporary, "PNG")
 
 
@@ -133,11 +141,13 @@ def contact_sheet(
     captions: Sequence[str],
     num_frames: int = 8,
     frame_height: int = 96,
+    below: Sequence[Pixels | None] = (),
 ) -> Pixels:
     """One row per clip: its caption over a strip of up to `num_frames` frames evenly in time.
 
     videos: uint8 [T, H, W, 3] each, of any sizes. Frames are scaled to `frame_height` rows, in
     whole multiples where they are smaller, so that pixels stay square and crisp.
+    below:  a picture, uint8 [h, w, 3], under each strip, as wide as it: a spectrogram
 
     Returns:
         uint8 [H, W, 3], for `write_png`.
@@ -151,7 +161,10 @@ def contact_sheet(
 
     gap, margin, font_size = 4, 16, 15
     font = ImageFont.load_default(font_size)
-    strips = [_strip(_pixels(video, 4), num_frames, frame_height, gap) for video in videos]
+    strips = [
+        _with_below(_strip(_pixels(video, 4), num_frames, frame_height, gap), picture, gap)
+        for video, picture in itertools.zip_longest(videos, below)
+    ]
     width = max(360, *(strip.width for strip in strips)) + 2 * margin
     columns = int((width - 2 * margin) / font.getlength("n"))
     texts = ["\n".join(textwrap.wrap(caption, columns)) or " " for caption in captions]
@@ -185,15 +198,30 @@ def _strip(video: Pixels, num_frames: int, frame_height: int, gap: int) -> Image
     return strip
 
 
-def _sound_frames(av: Any, sound: Sound | Tensor, rate: int) -> list[Any]:
-    """`sound` in blocks of AAC's 1024 samples."""
-    samples = np.ascontiguousarray(np.asarray(sound, dtype=np.float32))
+def _with_below(strip: Image, picture: Pixels | None, gap: int) -> Image:
+    from PIL import Image
+
+    if picture is None:
+        return strip
+    both = Image.new("RGB", (strip.width, strip.height + gap + len(picture)), (250, 250, 248))
+    both.paste(strip, (0, 0))
+    size = (strip.width, len(picture))
+    both.paste(_picture(picture).resize(size, Image.Resampling.NEAREST), (0, strip.height + gap))
+    return both
+
+
+def sound_frames(
+    av: Any, samples: npt.NDArray[Any], rate: int, sample_format: Literal["fltp", "s16"], size: int
+) -> list[Any]:
+    """`samples` [1 or 2, N] as PyAV's frames of `size` samples; "s16" is interleaved."""
     assert samples.ndim == 2 and samples.shape[0] in (1, 2), samples.shape
+    layout = "mono" if samples.shape[0] == 1 else "stereo"
     frames = []
-    for start in range(0, samples.shape[1], 1024):
-        block = np.ascontiguousarray(samples[:, start : start + 1024])
-        layout = "mono" if samples.shape[0] == 1 else "stereo"
-        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
+    for start in range(0, samples.shape[1], size):
+        block = np.ascontiguousarray(samples[:, start : start + size])
+        if sample_format == "s16":
+            block = np.ascontiguousarray(block.T).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(block, format=sample_format, layout=layout)
         frame.sample_rate = rate
         frame.pts = start
         frame.time_base = Fraction(1, rate)
@@ -209,7 +237,7 @@ def _pixels(values: Pixels | Tensor, num_dims: int) -> Pixels:
 
 
 @contextmanager
-def _published(path: Path) -> Iterator[Path]:
+def published(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path` if all goes well: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -234,7 +262,8 @@ def _require_pillow() -> None:
         raise MissingExtraError("Pillow", "media", "writing pictures") from error
 
 
-def _av(purpose: str) -> Any:
+def require_av(purpose: str) -> Any:
+    """PyAV's module. Raises MissingExtraError, naming `purpose`, if it is not installed."""
     try:
         import av
     except ImportError as error:

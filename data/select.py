@@ -135,6 +135,10 @@ def _usable(dataset: Dataset, config: DecodeConfig, fits: Mask | None) -> list[t
     if not config.use_audio:
         text = "has a picture (data.use_audio is false)"
         conditions.append((text, modality != MODALITIES.index("audio")))
+    if not config.use_video:
+        has_audio = (dataset.column("flags") & FLAG_AUDIO).astype(np.bool_)
+        text = "has sound (data.use_video is false)"
+        conditions.append((text, has_audio | (modality == MODALITIES.index("audio"))))
     pixels = dataset.column("height").astype(np.int64) * dataset.column("width")
     small = (pixels <= config.max_pixels) & (
         dataset.column("duration_ms") <= config.max_duration_s * 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import chain
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, seek_to, within_limit
+from kinodit.data.window import recipe_rate
 
 PREROLL_S = 0.5
 """How far before the window decoding begins after a seek: codecs need a few packets to settle
@@ -20,14 +22,21 @@ PREROLL_S = 0.5
 
 
 def num_audio_samples(config: DecodeConfig) -> int:
-    """Sound samples per channel that belong to the frames of one clip."""
-    return round(config.window_s * config.audio_rate)
+    """Sound samples per channel that belong to the frames of one clip: their time, rounded."""
+    return sample_at(config.num_frames / recipe_rate(config), config.audio_rate)
 
 
-def decode_audio(container: Any, start_s: float, config: DecodeConfig) -> Tensor:
-    """[channels, samples] float32: `window_s` seconds of the container's sound from `start_s`.
+def sample_at(time_s: Fraction, rate_hz: int) -> int:
+    """The sample that is nearest to a time; of two, the later one."""
+    return floor(time_s * rate_hz + Fraction(1, 2))
 
-    Where the source has no sound (it starts later or ends sooner), there is silence.
+
+def decode_audio(container: Any, start_s: Fraction, config: DecodeConfig) -> Tensor:
+    """[channels, samples] float32: the container's sound during a clip that begins at `start_s`.
+
+    It begins with the sample nearest to that time, in whole numbers at any rates, so that sound and
+    frames are never further apart than half a sample, however late in a source. Where the source
+    has no sound (it starts later or ends sooner), there is silence.
     """
     import av
 
@@ -36,15 +45,15 @@ def decode_audio(container: Any, start_s: float, config: DecodeConfig) -> Tensor
     stream = container.streams.audio[0]
     stream.codec_context.thread_count = 1
     rate, total = config.audio_rate, num_audio_samples(config)
-    first = round(start_s * rate)
+    first = sample_at(start_s, rate)
     out: NDArray[np.float32] = np.zeros((config.audio_channels, total), dtype=np.float32)
     if start_s > 2 * PREROLL_S:
-        seek_to(container, stream, Fraction(start_s - PREROLL_S) / stream.time_base)
+        seek_to(container, stream, (start_s - Fraction(PREROLL_S)) / stream.time_base)
     layout = "mono" if config.audio_channels == 1 else "stereo"
     resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
     for source in chain(within_limit(container.decode(stream), config), [None]):
         for frame in resampler.resample(source):
-            start = round(float(frame.pts * frame.time_base) * rate) - first
+            start = sample_at(frame.pts * frame.time_base, rate) - first
             _place(out, frame.to_ndarray(), start)
             if start >= total:
                 return torch.from_numpy(out)

@@ -16,6 +16,20 @@ def source_rate(fps: float) -> int:
     return round(fps * FPS_SCALE)
 
 
+def exact_rate(fps_milli: int) -> Fraction:
+    """Frames per second that thousandths stand for: 23976 is 24000/1001, as NTSC's rates are."""
+    whole = (fps_milli * 1001 + 500_000) // 1_000_000
+    ntsc = Fraction(whole * 1000, 1001)
+    return ntsc if round(ntsc * FPS_SCALE) == fps_milli else Fraction(fps_milli, FPS_SCALE)
+
+
+def recipe_rate(config: DecodeConfig) -> Fraction:
+    """Frames per second of a recipe's clips, exactly: fps 29.97 means 30000/1001."""
+    fps_milli = source_rate(config.fps)
+    rate = exact_rate(fps_milli)
+    return rate if rate != Fraction(fps_milli, FPS_SCALE) else Fraction(str(config.fps))
+
+
 def frame_offsets(fps_milli: int, config: DecodeConfig) -> tuple[int, ...]:
     """Source frames to take, counted from the window's first: the one on screen at j / fps.
 

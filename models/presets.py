@@ -1,7 +1,7 @@
 """Named sizes of the model: a table.
 
-The first rows are for text-to-video runs of one's own; a run replaces the channels of their streams
-and conditions by those of its encoders. The others have the shapes of released models, for
+The first rows are for runs of one's own; a run replaces the channels of their streams and
+conditions by those of its encoders. The others have the shapes of released models, for
 importing their weights and for estimates.
 """
 
@@ -31,6 +31,27 @@ PRESETS: dict[str, MMDiTConfig] = {
         streams={
             "text": StreamConfig(in_channels=384, output=False, position="none"),
             "video": StreamConfig(in_channels=384),
+        },
+        conditions={"text_pooled": ConditionConfig(dim=384)},
+        width=192,
+        num_heads=3,
+        num_double_blocks=4,
+    ),
+    "tiny_av": MMDiTConfig(
+        streams={
+            "text": StreamConfig(in_channels=384, output=False, position="none"),
+            "video": StreamConfig(in_channels=384),
+            "audio": StreamConfig(in_channels=64),
+        },
+        conditions={"text_pooled": ConditionConfig(dim=384)},
+        width=192,
+        num_heads=3,
+        num_double_blocks=4,
+    ),
+    "tiny_audio": MMDiTConfig(
+        streams={
+            "text": StreamConfig(in_channels=384, output=False, position="none"),
+            "audio": StreamConfig(in_channels=64),
         },
         conditions={"text_pooled": ConditionConfig(dim=384)},
         width=192,

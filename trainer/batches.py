@@ -7,25 +7,31 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kinodit.data.encode import EncodedSample, SampleEncoder
+from kinodit.data.encode import AUDIO, POOLED, TEXT, VIDEO, EncodedSample, Encoders, SampleEncoder
 from kinodit.data.loader import StepData
 from kinodit.data.packing import PackSpec, StreamSpec, concatenate, pack
 from kinodit.data.tasks import TaskMix
-from kinodit.models.encoders.base import TextEncoder, VideoCodec
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import ConditionConfig, MMDiTConfig
 from kinodit.models.tokens import TokenBatch
 
-TEXT, VIDEO, POOLED = "text", "video", "text_pooled"
+__all__ = ["AUDIO", "POOLED", "TEXT", "VIDEO", "BatchSource", "fit_model", "pack_spec"]
 
 
-def pack_spec(text: TextEncoder, codec: VideoCodec, patch: tuple[int, int, int]) -> PackSpec:
-    """What packs of a text-to-video run look like: a text and a video stream."""
-    streams = (
-        StreamSpec(TEXT, text.token_dim),
-        StreamSpec(VIDEO, codec.latent_channels, patch),
-    )
-    return PackSpec(streams, {POOLED: text.pooled_dim})
+def pack_spec(streams: Sequence[str], encoders: Encoders, patch: tuple[int, int, int]) -> PackSpec:
+    """What packs of a run look like: the streams that its encoders fill, in the model's order.
+
+    `patch` is that of pictures; a stream that no encoder fills is left out.
+    """
+    known = {TEXT: StreamSpec(TEXT, encoders.text.token_dim)}
+    if encoders.video is not None:
+        known[VIDEO] = StreamSpec(VIDEO, encoders.video.latent_channels, patch)
+    if encoders.audio is not None:
+        sound = encoders.audio.latent_channels, (encoders.audio_patch, 1, 1)
+        known[AUDIO] = StreamSpec(AUDIO, *sound)
+    ordered = [name for name in streams if name in known]
+    ordered += [name for name in known if name not in streams]
+    return PackSpec(tuple(known[name] for name in ordered), {POOLED: encoders.text.pooled_dim})
 
 
 def fit_model(config: MMDiTConfig, spec: PackSpec) -> MMDiTConfig:

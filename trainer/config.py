@@ -22,8 +22,8 @@ from kinodit.data.config import DataConfig
 from kinodit.data.tasks import TaskConfig, check_tasks
 from kinodit.models.diffusion.objective import OBJECTIVES, ObjectiveConfig, RectifiedFlowConfig
 from kinodit.models.diffusion.timesteps import SHIFTS, TIMESTEPS
-from kinodit.models.encoders.base import TextEncoderConfig, VideoCodecConfig
-from kinodit.models.encoders.registry import TEXT_ENCODERS, VIDEO_CODECS
+from kinodit.models.encoders.base import AudioCodecConfig, TextEncoderConfig, VideoCodecConfig
+from kinodit.models.encoders.registry import AUDIO_CODECS, TEXT_ENCODERS, VIDEO_CODECS
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiTConfig
 from kinodit.models.presets import PRESETS
@@ -56,6 +56,18 @@ class VideoModality:
 
 
 @dataclass(frozen=True)
+class AudioModality:
+    """codec: sound <-> latents; patch: latent frames in one token."""
+
+    codec: AudioCodecConfig = field(default_factory=AUDIO_CODECS["mel"])
+    patch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.patch < 1:
+            raise ConfigError(f"modalities.audio.patch={self.patch}: must be at least 1")
+
+
+@dataclass(frozen=True)
 class TextModality:
     """encoder: captions -> features."""
 
@@ -64,9 +76,10 @@ class TextModality:
 
 @dataclass(frozen=True)
 class ModalitiesConfig:
-    """How each modality becomes tokens."""
+    """How each modality becomes tokens. Which of them there are, model.streams says."""
 
     video: VideoModality = field(default_factory=VideoModality)
+    audio: AudioModality = field(default_factory=AudioModality)
     text: TextModality = field(default_factory=TextModality)
 
 
@@ -127,6 +140,7 @@ CHOICES: dict[str, Mapping[str, type]] = {
     "objective.shift": SHIFTS,
     "optim": OPTIMIZERS,
     "modalities.video.codec": VIDEO_CODECS,
+    "modalities.audio.codec": AUDIO_CODECS,
     "modalities.text.encoder": TEXT_ENCODERS,
     "engine": ENGINES,
 }
@@ -190,6 +204,11 @@ def _build(raw: DictConfig) -> RunConfig:
             raise ConfigError(f"model.preset={preset!r}: there is {', '.join(sorted(PRESETS))}")
         _replace(schema, "model", PRESETS[preset])
         del raw.model["preset"]
+    else:
+        # Without a preset, streams and conditions are those that are named: a resolved recipe's.
+        for part in ("streams", "conditions"):
+            if OmegaConf.select(raw, f"model.{part}") is not None:
+                _replace(schema, f"model.{part}", {})
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(schema, raw)))
 
 
@@ -198,7 +217,8 @@ def _replace(schema: DictConfig, key: str, value: Any) -> None:
     parent_key, _, last = key.rpartition(".")
     parent = OmegaConf.select(schema, parent_key) if parent_key else schema
     with flag_override(parent, "readonly", False):
-        OmegaConf.update(parent, last, OmegaConf.structured(value), merge=False)
+        value = value if value == {} else OmegaConf.structured(value)
+        OmegaConf.update(parent, last, value, merge=False)
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

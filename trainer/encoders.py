@@ -1,4 +1,4 @@
-"""The video codec of a run with its statistics, and what its data plan has to know of encoders."""
+"""The encoders of a run with their statistics, and what its data plan has to know of them."""
 
 from __future__ import annotations
 
@@ -6,46 +6,97 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from kinodit.data.encode import Encoders
 from kinodit.data.loader import Loader
 from kinodit.data.manifest import Dataset
 from kinodit.data.select import plan_spec
 from kinodit.data.shapes import grid_of
+from kinodit.data.sound import num_audio_samples
 from kinodit.data.spec import CostModel
-from kinodit.models.encoders.base import EncoderError, TextEncoder, VideoCodec
-from kinodit.models.encoders.wavelet import WaveletCodec, fit_standardisation
+from kinodit.models.encoders.base import (
+    EncoderError,
+    SoundFormat,
+    VideoCodec,
+    VideoCodecConfig,
+    build_audio_codec,
+    build_text_encoder,
+)
+from kinodit.models.encoders.wavelet import WaveletCodec, WaveletConfig, fit_standardisation
+from kinodit.models.errors import ConfigError
 from kinodit.models.flops import forward_flops
 from kinodit.models.mmdit import MMDiTConfig
-from kinodit.trainer.batches import VIDEO
+from kinodit.trainer.batches import AUDIO, VIDEO
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.setup import CODEC_FILE, build_codec
 
+CODEC_FILE = "codec.json"
+"""Measured statistics of the video codec, in the run folder: sampling needs what training used."""
 NUM_CODEC_SAMPLES = 64
 
 
-def fitted_codec(
-    config: RunConfig,
-    run_dir: Path,
-    datasets: dict[str, Dataset],
-    text: TextEncoder,
-    mesh: Mesh,
-) -> VideoCodec:
-    """The codec; statistics that it lacks are measured by rank 0 and kept in the run's folder."""
-    codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
+def build_encoders(config: RunConfig, run_dir: Path, device: torch.device) -> Encoders:
+    """The encoders of the model's streams, with the statistics that the run in `run_dir` has.
+
+    Raises:
+        ConfigError: the model's streams are not those that the data brings.
+        EncoderError: an encoder cannot be built, or takes another kind of sound.
+    """
+    streams, data = config.model.streams, config.data
+    for stream, key, used in (
+        (VIDEO, "use_video", data.use_video),
+        (AUDIO, "use_audio", data.use_audio),
+    ):
+        if used != (stream in streams):
+            change = (
+                f"name {stream!r} among them, or set data.{key}=false"
+                if used
+                else f"set data.{key}=true, or leave {stream!r} out of them"
+            )
+            raise ConfigError(
+                f"data.{key} is {str(used).lower()}, but model.streams are {', '.join(streams)}: "
+                + change
+            )
+    modalities, sound = config.modalities, SoundFormat(data.audio_rate, data.audio_channels)
+    return Encoders(
+        text=build_text_encoder(modalities.text.encoder, device),
+        video=_video_codec(modalities.video.codec, run_dir, device) if VIDEO in streams else None,
+        audio=(
+            build_audio_codec(modalities.audio.codec, device, sound) if AUDIO in streams else None
+        ),
+        audio_patch=modalities.audio.patch,
+    )
+
+
+def _video_codec(config: VideoCodecConfig, run_dir: Path, device: torch.device) -> VideoCodec:
+    """The codec of a run; a wavelet without statistics of its own takes those the run measured."""
+    measured = run_dir / CODEC_FILE
+    if isinstance(config, WaveletConfig) and config.standardisation is None and measured.is_file():
+        config = dataclasses.replace(config, standardisation=str(measured))
+    return config.build(device)
+
+
+def fitted_encoders(
+    config: RunConfig, run_dir: Path, datasets: dict[str, Dataset], mesh: Mesh
+) -> Encoders:
+    """The encoders; statistics that a codec lacks are measured by rank 0 and kept with the run."""
+    encoders = build_encoders(config, run_dir, mesh.device)
+    codec = encoders.video
     if isinstance(codec, WaveletCodec) and codec.standardisation is None:
         unfitted = codec
 
         def measure() -> None:
-            videos = _first_videos(config, datasets, cost_model(config, unfitted, text))
+            videos = _first_videos(config, datasets, cost_model(config, encoders))
             fitted = fit_standardisation(unfitted, videos)
             assert fitted.standardisation is not None
             fitted.standardisation.save(run_dir / CODEC_FILE)
 
         mesh.from_main(measure)
-        codec = build_codec(config.modalities.video.codec, run_dir, mesh.device)
-    return codec
+        measured = _video_codec(config.modalities.video.codec, run_dir, mesh.device)
+        encoders = dataclasses.replace(encoders, video=measured)
+    return encoders
 
 
 def _first_videos(
@@ -71,10 +122,21 @@ def _first_videos(
     return [sample.video for sample in pack if sample.video is not None]
 
 
-def cost_model(config: RunConfig, codec: VideoCodec, text: TextEncoder) -> CostModel:
+def cost_model(config: RunConfig, encoders: Encoders) -> CostModel:
     """Tokens of a sample at most: what the plan balances and budgets."""
-    tokenizer = f"{text.fingerprint} {codec.fingerprint}"
-    return cost_of_latents(config, codec.latent_shape, codec.stride, text.max_tokens, tokenizer)
+    parts = [encoder.fingerprint for encoder in encoders.all]
+    text_tokens, tokenizer = encoders.text.max_tokens, " ".join(parts)
+    if encoders.video is None:
+        parity = parity_tokens(config.model) if config.data.packing != "count" else 0
+        cost = CostModel(0, 0, text_tokens=text_tokens, tokenizer=tokenizer, parity_tokens=parity)
+    else:
+        video = encoders.video
+        cost = cost_of_latents(config, video.latent_shape, video.stride, text_tokens, tokenizer)
+    if encoders.audio is None:
+        return cost
+    growth = max((task.most_tokens for task in config.tasks.values()), default=1)
+    num_frames = encoders.num_audio_frames(num_audio_samples(config.data))
+    return dataclasses.replace(cost, audio_tokens=growth * (num_frames // encoders.audio_patch))
 
 
 def cost_of_latents(
@@ -125,10 +187,15 @@ def cost_of_latents(
 
 
 def parity_tokens(model: MMDiTConfig) -> int:
-    """Length of a sample at which joint attention takes as many FLOPs as all else for its clip."""
+    """Length of a sample at which joint attention takes as many FLOPs as all else for its clip.
+
+    Without a stream of video, for the tokens of the first stream that is generated.
+    """
+    outputs = [name for name, stream in model.streams.items() if stream.output]
+    stream = VIDEO if VIDEO in outputs else outputs[0]
     none = dict.fromkeys(model.streams, 0)
     many = 1 << 20
     at_rest = forward_flops(model, none, 0, 1, 1)
-    rest = forward_flops(model, {**none, VIDEO: many}, 0, 1, 1) - at_rest
+    rest = forward_flops(model, {**none, stream: many}, 0, 1, 1) - at_rest
     attention = forward_flops(model, none, many, 1, 1) - at_rest
     return max(1, round(rest / attention))

@@ -1,4 +1,4 @@
-"""Sampled clips as files: one folder per step, playable, with a contact sheet."""
+"""Sampled clips and sounds as files: one folder per step, playable, with a contact sheet."""
 
 from __future__ import annotations
 
@@ -12,46 +12,84 @@ from pathlib import Path
 
 import torch
 
-from kinodit.data.media import contact_sheet, write_mp4, write_png
+from kinodit.data.media import Pixels, contact_sheet, write_mp4, write_png
+from kinodit.data.sound_file import spectrogram, write_sound
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.generate import Clip, SampleConfig, using_ema
 from kinodit.trainer.setup import Parts, clip_shape, sampling_shift
 
 Entry = dict[str, object]
+SPECTROGRAM_COLUMNS = 240
+PICTURE_ROWS = 96
+"""Of the spectrogram of a sound without pictures."""
+SHEET_ROWS = 40
+"""Of the spectrogram under the frames of a clip."""
 _log = logging.getLogger("kinodit")
 
 
 def save_gallery(folder: Path, clips: Sequence[Clip], config: SampleConfig) -> list[Entry]:
-    """Write clips (mp4; PNG for one frame), index.json and sheet.png; the index's entries."""
+    """Write clips, index.json and sheet.png; the index's entries.
+
+    A clip is an mp4 with its sound, and a file of the sound alone (whole: mp4 has lossy sound); of
+    one frame it is a PNG, without pictures the file of its sound and a PNG of its spectrogram.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    entries: list[Entry] = []
-    for clip in clips:
-        num_frames, height, width, _ = clip.video.shape
-        name = f"{clip.index:03d}.{'mp4' if num_frames > 1 else 'png'}"
-        if num_frames > 1:
-            write_mp4(folder / name, clip.video, clip.fps)
-        else:
-            write_png(folder / name, clip.video[0])
-        entries.append(
-            {
-                "prompt": clip.prompt,
-                "file": name,
-                "seed": clip.seed,
-                "steps": config.sampler.steps,
-                "guidance": config.guidance.scale,
-                "fps": clip.fps,
-                "num_frames": num_frames,
-                "height": height,
-                "width": width,
-            }
-        )
+    entries = [_save_clip(folder, clip, config) for clip in clips]
     if clips:
-        captions = [clip.prompt for clip in clips]
-        write_png(
-            folder / "sheet.png", torch.tensor(contact_sheet([c.video for c in clips], captions))
+        below = [None if clip.video is None else _spectrogram(clip, SHEET_ROWS) for clip in clips]
+        sheet = contact_sheet(
+            [_spectrogram_video(c) if c.video is None else c.video for c in clips],
+            [clip.prompt for clip in clips],
+            below=below,
         )
+        write_png(folder / "sheet.png", torch.tensor(sheet))
     (folder / "index.json").write_text(json.dumps(entries, indent=1))
     return entries
+
+
+def _save_clip(folder: Path, clip: Clip, config: SampleConfig) -> Entry:
+    name = f"{clip.index:03d}"
+    entry: Entry = {
+        "prompt": clip.prompt,
+        "file": "",
+        "seed": clip.seed,
+        "steps": config.sampler.steps,
+        "guidance": config.guidance.scale,
+    }
+    if clip.sound is not None:
+        entry |= {"sound": f"{name}.{config.sound_format}", "rate_hz": clip.rate_hz}
+        write_sound(folder / f"{name}.{config.sound_format}", clip.sound, clip.rate_hz)
+    if clip.video is None:
+        assert clip.sound is not None, "a clip has pictures, or sound"
+        picture = _spectrogram_video(clip)[0]
+        write_png(folder / f"{name}.png", picture)
+        return entry | {"file": entry["sound"], "picture": f"{name}.png"}
+    num_frames, height, width, _ = clip.video.shape
+    entry["file"] = f"{name}.{'mp4' if num_frames > 1 else 'png'}"
+    if num_frames > 1:
+        sound = None if clip.sound is None else (clip.sound, clip.rate_hz)
+        write_mp4(folder / f"{name}.mp4", clip.video, clip.fps, sound)
+    else:
+        write_png(folder / f"{name}.png", clip.video[0])
+    return entry | {
+        "fps": clip.fps,
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+    }
+
+
+def _spectrogram(clip: Clip, height: int) -> Pixels | None:
+    if clip.sound is None:
+        return None
+    return spectrogram(clip.sound, clip.rate_hz, SPECTROGRAM_COLUMNS, height)
+
+
+def _spectrogram_video(clip: Clip) -> Pixels:
+    """The sound as a picture, of the size of a strip: uint8 [1, H, W, 3]."""
+    picture = _spectrogram(clip, PICTURE_ROWS)
+    assert picture is not None
+    return picture[None]
 
 
 @dataclass

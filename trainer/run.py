@@ -17,7 +17,6 @@ from kinodit.data.manifest import Dataset
 from kinodit.data.quarantine import Replacement
 from kinodit.data.select import open_datasets, plan_spec
 from kinodit.data.spec import PlanSpec
-from kinodit.models.encoders.base import TextEncoder, VideoCodec, build_text_encoder
 from kinodit.models.errors import ConfigError
 from kinodit.trainer import checkpoint, faults
 from kinodit.trainer.batches import BatchSource
@@ -28,7 +27,7 @@ from kinodit.trainer.config import (
     config_to_dict,
 )
 from kinodit.trainer.drift import acceptance, facts
-from kinodit.trainer.encoders import cost_model, fitted_codec
+from kinodit.trainer.encoders import cost_model, fitted_encoders
 from kinodit.trainer.engine.build import build_mesh
 from kinodit.trainer.engine.refusals import check_wish
 from kinodit.trainer.entry import count_start, farewell, is_over, lock_folder, open_run
@@ -57,6 +56,7 @@ from kinodit.trainer.setup import (
     build_parts,
     engine_wish,
     master_dtype,
+    outputs,
     task_mix,
 )
 from kinodit.trainer.sinks import Sinks, require_extras
@@ -104,7 +104,7 @@ def _train(
     armed: str,
 ) -> TrainState:
     """See `train`; the run's folder is this job's."""
-    run_dir, device = config.run.folder, mesh.device
+    run_dir = config.run.folder
     resumed_from, leftovers = mesh.from_main(lambda: open_run(run_dir, config))
     marker = requeue_marker(run_dir, topology.job.id)
     if mesh.from_main(lambda: is_over(run_dir, config, marker)):
@@ -119,12 +119,10 @@ def _train(
     signals.limit(topology.job.ends_at_s, config.resilience.save_margin_s)
     warning = mesh.from_main(lambda: certificate_warning(config, topology.world_size))
     datasets = open_datasets(config.data)
-    text = build_text_encoder(config.modalities.text.encoder, device)
-    codec = fitted_codec(config, run_dir, datasets, text, mesh)
-    spec = plan_spec(config.data, datasets, cost_model(config, codec, text), config.run.seed)
+    encoders = fitted_encoders(config, run_dir, datasets, mesh)
+    spec = plan_spec(config.data, datasets, cost_model(config, encoders), config.run.seed)
     encoder = SampleEncoder(
-        text,
-        codec,
+        encoders,
         config.run.seed,
         config.objective.condition_dropout,
         latent_cache_mib=config.data.cache_mib,
@@ -132,9 +130,7 @@ def _train(
     placement = placement_warning(config.parallel, topology.ranks_per_node)
     armed_faults = armed and f"faults are armed: {armed}"
     warnings = tuple(filter(None, (*leftovers, warning, placement, armed_faults)))
-    setting = Setting(
-        config, topology, mesh, datasets, text, codec, spec, encoder, signals, marker, stream
-    )
+    setting = Setting(config, topology, mesh, datasets, spec, encoder, signals, marker, stream)
     began_s = process_start_s()
     while True:
         try:
@@ -153,8 +149,6 @@ class Setting:
     topology: Topology
     mesh: Mesh
     datasets: dict[str, Dataset]
-    text: TextEncoder
-    codec: VideoCodec
     spec: PlanSpec
     encoder: SampleEncoder
     signals: Signals
@@ -175,7 +169,7 @@ def _attempt(
     config, topology, mesh, spec = setting.config, setting.topology, setting.mesh, setting.spec
     run_dir, stream = config.run.folder, setting.stream
     upcycle = config.upcycle if resumed_from is None else None
-    parts = build_parts(config, mesh, setting.encoder, setting.codec, upcycle)
+    parts = build_parts(config, mesh, setting.encoder, upcycle)
     origin, notes = facts(config, topology.world_size), list(warnings)
     state = TrainState(0, 0, 0, spec.fingerprint)
     if resumed_from is not None:
@@ -213,9 +207,7 @@ def _attempt(
             stack.callback(progress.close)
         saver = checkpoint.Saver(run_dir, config.checkpoint, mesh, origin, config.run.deadline_s)
         stack.callback(saver.close)
-        evaluate = build_evaluator(
-            config, parts, setting.encoder, setting.codec, setting.text, mesh
-        )
+        evaluate = build_evaluator(config, parts, setting.encoder.encoders, mesh)
 
         def tell(replaced: Replacement) -> None:
             assert sinks is not None and progress is not None
@@ -326,13 +318,12 @@ def _restore(
 
 
 def _step(config: RunConfig, parts: Parts) -> Step:
-    modalities = [name for name, stream in parts.model_config.streams.items() if stream.output]
     return Step(
         engine=parts.engine,
         objective=parts.objective,
         emas=list(parts.emas.values()),
         mesh=parts.mesh,
-        modalities=modalities,
+        modalities=outputs(parts.model_config),
         loss_weights=config.objective.loss_weights,
         seed=config.run.seed,
         max_grad_norm=config.optim.max_grad_norm,

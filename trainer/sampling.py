@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from kinodit.data.encode import SampleEncoder
-from kinodit.models.encoders.base import build_text_encoder
 from kinodit.trainer import checkpoint
 from kinodit.trainer.config import CONFIG_FILE, RunConfig, load_config
+from kinodit.trainer.encoders import build_encoders
 from kinodit.trainer.engine.config import NativeConfig
 from kinodit.trainer.gallery import Entry, Gallery
 from kinodit.trainer.generate import SampleConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
-from kinodit.trainer.setup import build_codec, build_parts, master_dtype
+from kinodit.trainer.setup import build_parts, master_dtype
 from kinodit.trainer.state import CheckpointError
 from kinodit.trainer.topology import Topology
 
@@ -66,9 +66,8 @@ def sample_run(
     # How training was laid out does not matter here: parameters are resharded over these ranks.
     config = dataclasses.replace(config, parallel=ParallelConfig(), engine=NativeConfig())
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
-    text = build_text_encoder(config.modalities.text.encoder, device)
-    codec = build_codec(config.modalities.video.codec, run_dir, device)
-    parts = build_parts(config, mesh, SampleEncoder(text, codec, config.run.seed, 0.0), codec)
+    encoders = build_encoders(config, run_dir, device)
+    parts = build_parts(config, mesh, SampleEncoder(encoders, config.run.seed, 0.0))
     tensors = checkpoint.collect(parts.engine, parts.emas)
     checkpoint.load(path, tensors, mesh)
     checkpoint.put_back(parts.engine, parts.emas, tensors)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import math
+from dataclasses import dataclass
 
 import torch
 
 from kinodit.data.encode import SampleEncoder
-from kinodit.data.packing import PackSpec
+from kinodit.data.packing import PackSpec, patch_grid
+from kinodit.data.sound import num_audio_samples
 from kinodit.data.tasks import TaskMix
 from kinodit.models.diffusion.objective import Objective, TokenShape, build_objective
-from kinodit.models.encoders.base import VideoCodec, VideoCodecConfig
-from kinodit.models.encoders.wavelet import WaveletConfig
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.trainer.batches import fit_model, pack_spec
 from kinodit.trainer.config import RunConfig
@@ -24,15 +23,11 @@ from kinodit.trainer.generate import ClipShape, Generator
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.upcycle import UpcycleConfig, starting_values
 
-CODEC_FILE = "codec.json"
-"""Measured statistics of the codec, in the run folder: sampling needs what training used."""
-
 
 @dataclass
 class Parts:
     """Everything of a run that does not depend on its position."""
 
-    codec: VideoCodec
     encoder: SampleEncoder
     pack_spec: PackSpec
     model_config: MMDiTConfig
@@ -54,26 +49,17 @@ class Parts:
         )
 
 
-def build_codec(config: VideoCodecConfig, run_dir: Path, device: torch.device) -> VideoCodec:
-    """The codec of a run; a wavelet without statistics of its own takes those the run measured."""
-    measured = run_dir / CODEC_FILE
-    if isinstance(config, WaveletConfig) and config.standardisation is None and measured.is_file():
-        config = replace(config, standardisation=str(measured))
-    return config.build(device)
-
-
 def build_parts(
     config: RunConfig,
     mesh: Mesh,
     encoder: SampleEncoder,
-    codec: VideoCodec,
     upcycle: UpcycleConfig | None = None,
 ) -> Parts:
     """Model, objective, engine and averages for the given encoders. Collective.
 
     `upcycle`: what weights start from; None where a checkpoint is going to be loaded.
     """
-    spec = pack_spec(encoder.text_encoder, codec, config.modalities.video.patch)
+    spec = pack_spec(list(config.model.streams), encoder.encoders, config.modalities.video.patch)
     model_config = fit_model(config.model, spec)
     shapes = {
         name: TokenShape(stream.in_channels, model_config.stream_width(name))
@@ -87,7 +73,7 @@ def build_parts(
     values = starting_values(upcycle or UpcycleConfig(), model_config, config.run.seed, mesh)
     engine = build_engine(model, values, mesh, wish)
     emas = {name: Ema(ema, engine) for name, ema in config.ema.items()}
-    return Parts(codec, encoder, spec, model_config, objective, engine, emas, mesh)
+    return Parts(encoder, spec, model_config, objective, engine, emas, mesh)
 
 
 def engine_wish(config: RunConfig, world_size: int, device: torch.device) -> Wish:
@@ -105,17 +91,21 @@ def engine_wish(config: RunConfig, world_size: int, device: torch.device) -> Wis
 
 
 def clip_shape(config: RunConfig) -> ClipShape:
-    """The clips that the recipe trains on."""
+    """The clips that the recipe trains on; a picture has no sound."""
     data = config.data
-    return ClipShape(data.num_frames, data.height, data.width, data.fps)
+    has_sound = data.use_audio and (data.num_frames > 1 or not data.use_video)
+    num_samples = num_audio_samples(data) if has_sound else 0
+    return ClipShape(data.num_frames, data.height, data.width, data.fps, num_samples)
 
 
 def sampling_shift(config: RunConfig, parts: Parts) -> float:
     """The time grid's shift: that of training, for a clip of the recipe's shape."""
-    shape = clip_shape(config)
-    grid = parts.codec.latent_shape(shape.num_frames, shape.height, shape.width)
-    patch = config.modalities.video.patch
-    num_tokens = grid[0] * grid[1] * grid[2] // (patch[0] * patch[1] * patch[2])
+    grids = parts.generator(torch.float32).grids(clip_shape(config))
+    num_tokens = sum(
+        math.prod(patch_grid((stream.channels, *grids[stream.name]), stream.patch))
+        for stream in parts.pack_spec.streams
+        if stream.patch is not None and stream.name in grids
+    )
     shift = getattr(config.objective, "shift", None)
     return 1.0 if shift is None else float(shift.factor(num_tokens))
 
@@ -125,6 +115,11 @@ def task_mix(config: RunConfig, encoder: SampleEncoder, seed: int) -> TaskMix | 
     if not config.tasks:
         return None
     return TaskMix(config.tasks, seed, lambda: encoder.text(""))
+
+
+def outputs(model: MMDiTConfig) -> list[str]:
+    """The streams that are generated, in the model's order."""
+    return [name for name, stream in model.streams.items() if stream.output]
 
 
 def master_dtype(config: RunConfig) -> torch.dtype:

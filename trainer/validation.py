@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from kinodit.data.encode import SampleEncoder
+from kinodit.data.encode import Encoders, SampleEncoder
 from kinodit.data.select import open_datasets, plan_spec
-from kinodit.models.encoders.base import TextEncoder, VideoCodec
-from kinodit.trainer.batches import VIDEO, BatchSource
+from kinodit.trainer.batches import BatchSource
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.encoders import cost_model
 from kinodit.trainer.evaluate import Evaluator
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.quarantine import Quarantine
-from kinodit.trainer.setup import Parts, master_dtype, task_mix
+from kinodit.trainer.setup import Parts, master_dtype, outputs, task_mix
 
 VALIDATION_SEED_OFFSET = 1
 
@@ -21,9 +20,7 @@ VALIDATION_SEED_OFFSET = 1
 def build_evaluator(
     config: RunConfig,
     parts: Parts,
-    encoder: SampleEncoder,
-    codec: VideoCodec,
-    text: TextEncoder,
+    encoders: Encoders,
     mesh: Mesh,
 ) -> Evaluator | None:
     """Measures validation loss on a fixed step of its own plan; None if the recipe has none."""
@@ -43,13 +40,13 @@ def build_evaluator(
     )
     datasets = open_datasets(data)
     seed = config.run.seed + VALIDATION_SEED_OFFSET
-    spec = plan_spec(data, datasets, cost_model(config, codec, text), seed)
+    spec = plan_spec(data, datasets, cost_model(config, encoders), seed)
     steps = Quarantine(config.run.folder, mesh, data, datasets, spec)
     try:
         packs = next(steps)
     finally:
         steps.close()
-    whole = SampleEncoder(encoder.text_encoder, codec, seed, 0.0)
+    whole = SampleEncoder(encoders, seed, 0.0)
     tasks = task_mix(config, whole, seed)
     source = BatchSource(whole, parts.pack_spec, 0, master_dtype(config), tasks)
     return Evaluator(
@@ -58,7 +55,7 @@ def build_evaluator(
         emas=parts.emas,
         ema=config.eval.ema,
         mesh=mesh,
-        modalities=[VIDEO],
+        modalities=outputs(parts.model_config),
         levels=config.objective.validation_levels,
         seed=seed,
         batches=source.fixed(packs, shuffle_captions=False),

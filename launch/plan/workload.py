@@ -18,8 +18,16 @@ from typing import Any
 import torch
 
 from kinodit.data.packing import PackSpec, StreamSpec
+from kinodit.data.sound import num_audio_samples
 from kinodit.models.config import MMDiTConfig
-from kinodit.models.encoders.base import EncoderError, VideoCodec, grid_shape
+from kinodit.models.encoders.audio_vae import AudioVaeConfig
+from kinodit.models.encoders.base import (
+    AudioCodec,
+    EncoderError,
+    SoundFormat,
+    VideoCodec,
+    grid_shape,
+)
 from kinodit.models.encoders.byte_text import ByteTextConfig
 from kinodit.models.encoders.folder import read_json, weights_folder
 from kinodit.models.encoders.text import TransformersTextConfig
@@ -27,7 +35,7 @@ from kinodit.models.encoders.video_vae import DiffusersVaeConfig
 from kinodit.models.encoders.wavelet import WaveletConfig
 from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.models.flops import forward_flops
-from kinodit.trainer.batches import POOLED, TEXT, VIDEO, fit_model
+from kinodit.trainer.batches import AUDIO, POOLED, TEXT, VIDEO, fit_model
 from kinodit.trainer.config import RunConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -61,6 +69,10 @@ class Given:
 
 ASSUMED_CODEC = (4, 8, 8, 16)
 """Of a video autoencoder whose folder is not here: that of Wan 2.1 and HunyuanVideo."""
+
+
+ASSUMED_AUDIO_CODEC = (2048, 64)
+"""(samples a latent frame, latent channels) of an audio autoencoder that is not here: Oobleck's."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +128,17 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
         ConfigError: clips, codec, patch or model do not fit each other.
     """
     notes: list[str] = []
-    video_tokens, channels = _video(config, given, notes)
     text_tokens, width, pooled = _text(config, given, notes)
-    patch = config.modalities.video.patch
-    spec = PackSpec((StreamSpec(TEXT, width), StreamSpec(VIDEO, channels, patch)), {POOLED: pooled})
+    tokens, streams = {TEXT: text_tokens}, {TEXT: StreamSpec(TEXT, width)}
+    if VIDEO in config.model.streams:
+        tokens[VIDEO], channels = _video(config, given, notes)
+        streams[VIDEO] = StreamSpec(VIDEO, channels, config.modalities.video.patch)
+    if AUDIO in config.model.streams:
+        tokens[AUDIO], channels = _audio(config, notes)
+        streams[AUDIO] = StreamSpec(AUDIO, channels, (config.modalities.audio.patch, 1, 1))
+    order = [name for name in config.model.streams if name in streams]
+    order += [name for name in streams if name not in order]
+    spec = PackSpec(tuple(streams[name] for name in order), {POOLED: pooled})
     if given.encoder_gib is None:
         encoder_bytes = _encoder_bytes(config, notes)
     else:
@@ -143,7 +162,7 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
         )
     return Workload(
         model=fit_model(config.model, spec),
-        tokens={TEXT: text_tokens, VIDEO: growth * video_tokens},
+        tokens={name: tokens[name] * (1 if name == TEXT else growth) for name in order},
         segments=given.segments or -(-samples // packs),
         packs=packs,
         encoder_bytes=encoder_bytes,
@@ -174,6 +193,29 @@ def _video(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int]
             "the patch"
         )
     return given.video_tokens or math.prod(grid) // math.prod(patch), channels
+
+
+def _audio(config: RunConfig, notes: list[str]) -> tuple[int, int]:
+    """(tokens of a clip's sound, latent channels)."""
+    patch = config.modalities.audio.patch
+    codec = _audio_codec_here(config)
+    hop, channels = (codec.hop, codec.latent_channels) if codec else ASSUMED_AUDIO_CODEC
+    if codec is None:
+        notes.append(
+            f"the audio codec is not on this machine: taken as {hop} samples a latent frame, "
+            f"{channels} channels"
+        )
+    return -(-num_audio_samples(config.data) // (hop * patch)), channels
+
+
+def _audio_codec_here(config: RunConfig) -> AudioCodec | None:
+    codec, data = config.modalities.audio.codec, config.data
+    if isinstance(codec, AudioVaeConfig) and not _is_here(codec.path, None):
+        return None
+    try:
+        return codec.build(torch.device("cpu"), SoundFormat(data.audio_rate, data.audio_channels))
+    except MissingExtraError:
+        return None
 
 
 def _codec_here(config: RunConfig) -> VideoCodec | None:
@@ -227,13 +269,16 @@ def _is_here(path: str | None, package: str | None) -> bool:
 
 
 def _encoder_bytes(config: RunConfig, notes: list[str]) -> int:
-    """Weights of both encoders in the formats that they are loaded in."""
-    text, codec = config.modalities.text.encoder, config.modalities.video.codec
+    """Weights of the encoders in the formats that they are loaded in."""
+    modalities, streams = config.modalities, config.model.streams
+    named: list[tuple[str, object]] = [("text encoder", modalities.text.encoder)]
+    named += [("video codec", modalities.video.codec)] if VIDEO in streams else []
+    named += [("audio codec", modalities.audio.codec)] if AUDIO in streams else []
     total, missing = 0, []
     parts: Iterable[tuple[str, str | None, str | None, str]] = [
         (name, part.path, getattr(part, "package", None), part.dtype)
-        for name, part in (("text encoder", text), ("video codec", codec))
-        if isinstance(part, TransformersTextConfig | DiffusersVaeConfig)
+        for name, part in named
+        if isinstance(part, TransformersTextConfig | DiffusersVaeConfig | AudioVaeConfig)
     ]
     for name, path, package, dtype in parts:
         if _is_here(path, package):

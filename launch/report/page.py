@@ -33,6 +33,8 @@ from kinodit.trainer.progress import duration
 MEDIA_TYPES = {
     ".mp4": "video/mp4",
     ".webm": "video/webm",
+    ".wav": "audio/wav",
+    ".flac": "audio/flac",
     ".png": "image/png",
     ".jpg": "image/jpeg",
     ".gif": "image/gif",
@@ -253,14 +255,24 @@ def _spread(sizes: Sequence[int], limit: float) -> list[int]:
 
 
 def _embed(file: SampleFile) -> dict[str, Any]:
-    media_type = MEDIA_TYPES.get(file.path.suffix.lower(), "application/octet-stream")
-    content = base64.b64encode(file.path.read_bytes()).decode()
+    media_type, src = _data_uri(file.path)
     details = ("prompt", "seed", "steps", "guidance", "fps", "num_frames", "height", "width")
-    return {
+    embedded = {
         **{key: file.entry[key] for key in details if key in file.entry},
         "kind": media_type.split("/")[0],
-        "src": f"data:{media_type};base64,{content}",
+        "has_sound": "sound" in file.entry,
+        "src": src,
     }
+    if file.picture is not None:
+        embedded["picture"] = _data_uri(file.picture)[1]
+    return embedded
+
+
+def _data_uri(path: Path) -> tuple[str, str]:
+    """(media type, the file's content as a URI)."""
+    media_type = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
+    content = base64.b64encode(path.read_bytes()).decode()
+    return media_type, f"data:{media_type};base64,{content}"
 
 
 def _rows_text(rows: Sequence[Row]) -> str:

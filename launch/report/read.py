@@ -32,10 +32,14 @@ MAX_MOTION_CLIPS = 24
 
 @dataclass(frozen=True)
 class SampleFile:
-    """One sampled clip or picture: its entry of index.json and where its file lies."""
+    """One sampled clip, picture or sound: its entry of index.json and where its file lies.
+
+    picture: what stands for a file that is only heard
+    """
 
     entry: Row
     path: Path
+    picture: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,12 @@ def _samples(folder: Path, notes: list[str]) -> list[tuple[int, list[SampleFile]
     return found
 
 
+def _beside(index_path: Path, name: object) -> Path | None:
+    """The file of that plain name beside the index, if there is one."""
+    path = index_path.parent / Path(str(name)).name
+    return path if name is not None and path.is_file() else None
+
+
 def _files(index_path: Path, notes: list[str]) -> list[SampleFile]:
     """The files that an index names; none if there is no index."""
     if not index_path.is_file():
@@ -226,7 +236,12 @@ def _files(index_path: Path, notes: list[str]) -> list[SampleFile]:
         return []
     # Only plain names: an index must not make the report include other files.
     files = [
-        SampleFile(entry, index_path.parent / Path(str(entry["file"])).name) for entry in entries
+        SampleFile(
+            entry,
+            index_path.parent / Path(str(entry["file"])).name,
+            _beside(index_path, entry.get("picture")),
+        )
+        for entry in entries
     ]
     present = [file for file in files if file.path.is_file()]
     if len(present) < len(files):

@@ -31,7 +31,7 @@ function frame(entry, step) {
   const small = (entry.height || 0) <= SMALL_ROWS ? "pixels" : "";
   const media = entry.kind === "video"
     ? html("video", { class: small, loop: true, playsinline: true, preload: "auto" })
-    : html("img", { src: entry.src, class: small, alt: entry.prompt });
+    : html("img", { src: entry.picture || entry.src, class: small, alt: entry.prompt });
   if (entry.kind === "video") {
     media.muted = true;
     media.addEventListener("loadeddata", () => { media.currentTime = position() * media.duration; });
@@ -52,6 +52,7 @@ function details(entry) {
   const parts = [];
   if (entry.width) parts.push(`${entry.width} × ${entry.height}`);
   if (entry.num_frames > 1) parts.push(`${entry.num_frames} frames${entry.fps ? ` at ${quantity(entry.fps)} fps` : ""}`);
+  if (entry.has_sound) parts.push(entry.kind === "video" ? "with sound: enlarge to hear" : "enlarge to hear");
   if (entry.steps != null) parts.push(`${entry.steps} steps`);
   if (entry.guidance != null) parts.push(`guidance ${quantity(entry.guidance)}`);
   if (entry.seed != null) parts.push(`seed ${entry.seed}`);
@@ -63,8 +64,9 @@ function enlarge(entry, step) {
   const small = (entry.height || 0) <= SMALL_ROWS ? " pixels" : "";
   const media = entry.kind === "video"
     ? html("video", { src: entry.src, class: `big${small}`, style: ratio(entry), controls: true, loop: true, playsinline: true })
-    : html("img", { src: entry.src, class: `big${small}`, style: ratio(entry), alt: entry.prompt });
-  viewer.replaceChildren(media, html("p", {}, entry.prompt), html("small", {}, `step ${step.toLocaleString("en")} · ${details(entry)}`));
+    : html("img", { src: entry.picture || entry.src, class: `big${small}`, style: ratio(entry), alt: entry.prompt });
+  const sound = entry.kind === "audio" ? [html("audio", { src: entry.src, controls: true, autoplay: true })] : [];
+  viewer.replaceChildren(media, ...sound, html("p", {}, entry.prompt), html("small", {}, `step ${step.toLocaleString("en")} · ${details(entry)}`));
   viewer.showModal();
   if (entry.kind === "video") media.play().catch(() => {});
 }

@@ -158,7 +158,8 @@ class MelCodec:
             ).reshape(-1, total)
             for part in (pieces, squares)
         ]
-        return (sums[0] / sums[1].clamp(min=1e-8))[:, margin : margin + num_frames * hop]
+        sound: Tensor = sums[0] / sums[1].clamp(min=1e-8)
+        return sound[:, margin : margin + num_frames * hop]
 
 
 def _bands(config: MelConfig, rate_hz: int) -> Tensor:
@@ -168,8 +169,8 @@ def _bands(config: MelConfig, rate_hz: int) -> Tensor:
         raise EncoderError(
             f"the mel codec's max_hz is {top_hz:g}, above half of data.audio_rate={rate_hz}"
         )
-    low, high = (2595 * math.log10(1 + hz / 700) for hz in (config.min_hz, top_hz))
-    mels = torch.linspace(low, high, config.num_bands + 2, dtype=torch.float64)
+    lowest, highest = (2595 * math.log10(1 + hz / 700) for hz in (config.min_hz, top_hz))
+    mels = torch.linspace(lowest, highest, config.num_bands + 2, dtype=torch.float64)
     edges = 700 * (10 ** (mels / 2595) - 1)
     hz_F = torch.arange(config.window // 2 + 1, dtype=torch.float64) * rate_hz / config.window
     low, peak, high = (edges[i : i + config.num_bands, None] for i in range(3))

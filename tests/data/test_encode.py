@@ -12,10 +12,12 @@ from torch import Tensor
 
 from kinodit.data.cache import BoundedCache
 from kinodit.data.decode import DecodedSample, View
-from kinodit.data.encode import SampleEncoder
+from kinodit.data.encode import Encoders, SampleEncoder
+from kinodit.data.packing import PackSpec, StreamSpec, pack
 from kinodit.data.plan import SampleRef
 from kinodit.data.record import RecordMeta
-from kinodit.models.encoders.base import TextFeatures
+from kinodit.models.encoders.base import SoundFormat, TextFeatures
+from kinodit.models.encoders.mdct import MdctConfig
 from kinodit.models.errors import ConfigError
 
 
@@ -74,7 +76,7 @@ def encoder(
     dropout: float = 0.0, seed: int = 0, **caches: int
 ) -> tuple[SampleEncoder, Words, Halves]:
     words, halves = Words(), Halves()
-    return SampleEncoder(words, halves, seed, dropout, **caches), words, halves
+    return SampleEncoder(Encoders(words, halves), seed, dropout, **caches), words, halves
 
 
 def test_a_sample_becomes_latents_text_and_conditions() -> None:
@@ -136,9 +138,44 @@ def test_a_sample_without_a_picture_has_text_only() -> None:
     assert encoded.latents == {} and encoded.seconds == {} and len(encoded.text["text"]) == 3
 
 
-def test_sound_that_no_encoder_takes_is_an_error() -> None:
+def test_sound_becomes_latents_in_whole_tokens() -> None:
+    words, halves = Words(), Halves()
+    mdct = MdctConfig(hop=10).build(torch.device("cpu"), SoundFormat(100, 1))
+    encoders = Encoders(words, halves, mdct, audio_patch=3)
+    sound = torch.linspace(-0.5, 0.5, 95)[None]
+    encode = SampleEncoder(encoders, 0, 0.0, latent_cache_mib=1)
+    (encoded,) = encode.encode([sample(1, audio=sound)])
+    # 95 samples are 10 latent frames, and these 4 tokens of 3.
+    assert encoded.latents["audio"].shape == (10, 12, 1, 1)
+    back = mdct.decode(encoded.latents["audio"])
+    assert torch.allclose(back[:, :95], sound, atol=1e-6)
+    assert torch.allclose(back[:, 95:], torch.zeros(1, 25), atol=1e-6)
+    assert encoded.seconds == {"video": 0.25, "audio": 0.1}
+    (again,) = encode.encode([sample(1, audio=torch.zeros(1, 95))])
+    assert torch.equal(again.latents["audio"], encoded.latents["audio"]), "from the cache"
+    assert again.latents["video"].shape == encoded.latents["video"].shape
+    (alone,) = encode.encode([sample(2, video=None, audio=sound)])
+    assert list(alone.latents) == ["audio"] and alone.seconds == {"audio": 0.1}
+
+
+def test_tokens_of_sound_and_pictures_share_their_seconds() -> None:
+    """The position of a token says when it begins, whatever it is of."""
+    mdct = MdctConfig(hop=100).build(torch.device("cpu"), SoundFormat(800, 1))
+    encoders = Encoders(Words(), Halves(), mdct, audio_patch=2)
+    (encoded,) = SampleEncoder(encoders, 0, 0.0).encode([sample(1, audio=torch.zeros(1, 400))])
+    streams = StreamSpec("video", 2, (1, 4, 4)), StreamSpec("audio", 100, (2, 1, 1))
+    batch = pack([encoded], PackSpec((StreamSpec("text", 3), *streams), {"text_pooled": 2}))
+    video, audio = batch.modalities["video"], batch.modalities["audio"]
+    assert video.position[:, 0].tolist() == [0.0, 0.25]
+    assert audio.position[:, 0].tolist() == [0.0, 0.25]
+    assert audio.position[:, 1:].abs().max() == 0
+
+
+def test_media_that_no_encoder_takes_are_an_error() -> None:
     with pytest.raises(ConfigError, match=r"clips:1 .*data\.use_audio=false"):
         encoder()[0].encode([sample(1, audio=torch.zeros(1, 10))])
+    with pytest.raises(ConfigError, match=r"clips:1 .*data\.use_video=false"):
+        SampleEncoder(Encoders(Words()), 0, 0.0).encode([sample(1)])
     with pytest.raises(ConfigError, match="must be 0 to 1"):
         encoder(1.5)
 

@@ -14,8 +14,14 @@ from kinodit.models.random import generator
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 220)}
 
 
-def write_clips(folder: Path, num_clips: int = 12) -> None:
-    """Clips of a coloured square that moves left or right, with captions that say so."""
+SOUND_RATE = 8000
+
+
+def write_clips(folder: Path, num_clips: int = 12, *, with_sound: bool = False) -> None:
+    """Clips of a coloured square that moves left or right, with captions that say so.
+
+    `with_sound`: and a tone, high for those that move right.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(num_clips):
         source = generator("clip", number)
@@ -26,7 +32,10 @@ def write_clips(folder: Path, num_clips: int = 12) -> None:
         for frame in range(12):
             column = 2 + 2 * (frame if rightwards else 11 - frame) // 2
             video[frame, row : row + 10, column : column + 10] = COLOURS[name]
-        write_mp4(folder / f"clip{number:02d}.mp4", video, fps=8)
+        time = np.arange(12 * SOUND_RATE // 8, dtype=np.float32) / SOUND_RATE
+        tone = 0.4 * np.sin(2 * np.pi * (800 if rightwards else 300) * time)
+        sound = (tone[None].astype(np.float32), SOUND_RATE) if with_sound else None
+        write_mp4(folder / f"clip{number:02d}.mp4", video, 8, sound)
         caption = f"a {name} square moves {'right' if rightwards else 'left'}"
         (folder / f"clip{number:02d}.txt").write_text(caption)
 

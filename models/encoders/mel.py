@@ -143,7 +143,8 @@ class MelCodec:
         window, hop = self.config.window, self.hop
         margin = (window - hop) // 2
         padded = torch.nn.functional.pad(sound_AN, (margin, window - hop - margin))
-        return torch.fft.rfft(padded.unfold(1, window, hop) * self._window_W)
+        spectrum: Tensor = torch.fft.rfft(padded.unfold(1, window, hop) * self._window_W)
+        return spectrum
 
     def _synthesise(self, spectrum: Tensor) -> Tensor:
         """Complex [A, t, F] to [A, t hop]: the least-squares inverse of `_analyse`."""
@@ -152,13 +153,13 @@ class MelCodec:
         total, margin = num_frames * hop + window - hop, (window - hop) // 2
         pieces = torch.fft.irfft(spectrum, n=window) * self._window_W
         squares = (self._window_W**2).expand(1, num_frames, window)
-        sums = [
+        sums: list[Tensor] = [
             torch.nn.functional.fold(
                 part.transpose(1, 2), (1, total), (1, window), stride=(1, hop)
             ).reshape(-1, total)
             for part in (pieces, squares)
         ]
-        sound: Tensor = sums[0] / sums[1].clamp(min=1e-8)
+        sound = sums[0] / sums[1].clamp(min=1e-8)
         return sound[:, margin : margin + num_frames * hop]
 
 

@@ -28,7 +28,7 @@ def dispatch(rank: int, world_size: int) -> tuple[int, int]:
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     with Traffic() as traffic:
-        made = ExpertExchange(mesh.expert_mesh.get_group("ep"))(experts, x, counts[rank])
+        made, _ = ExpertExchange(mesh.expert_mesh.get_group("ep"))(experts, x, counts[rank])
         made.backward(torch.randn_like(made))  # type: ignore[no-untyped-call]
     by_owner = counts.view(world_size, world_size, -1).sum(-1)
     others = [r for r in range(world_size) if r != rank]

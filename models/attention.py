@@ -76,11 +76,25 @@ def merge_groups(lengths: tuple[int, ...], visible: tuple[tuple[int, ...], ...])
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
+def attend_segment_major(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
+    """`attend` for q [J, H, D], k and v [J, H_kv, D] that already are in segment-major order."""
+    visibility = merge_groups(layout.lengths, layout.visible)
+    kernel = KERNELS.get((q.device.type, visibility.is_block_diagonal), by_group)
+    return kernel(q, k, v, visibility)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+    within: AttentionOp = attend_segment_major,
+) -> Tensor:
     """Softmax attention within segments, as the layout's visibility table allows.
 
     q is [J, H, D], k and v are [J, H_kv, D] with H a multiple of H_kv, all in the joint
     (stream-major) order. Returns [J, H, D] in the same order. A query that sees no key gets 0.
+    `within` does the same for tokens in segment-major order.
     """
     if q.shape[0] == 0:
         # A filler pack: the graph must reach k and v too, or their gradients would be missing.
@@ -88,15 +102,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     if layout.order is not None and layout.inverse is not None:
         there, back = (layout.order, layout.inverse), (layout.inverse, layout.order)
         q, k, v = (permute(x, *there) for x in (q, k, v))
-        return permute(attend_segment_major(q, k, v, layout), *back)
-    return attend_segment_major(q, k, v, layout)
-
-
-def attend_segment_major(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-    """`attend` for q [J, H, D], k and v [J, H_kv, D] that already are in segment-major order."""
-    visibility = merge_groups(layout.lengths, layout.visible)
-    kernel = KERNELS.get((q.device.type, visibility.is_block_diagonal), by_group)
-    return kernel(q, k, v, visibility)
+        return permute(within(q, k, v, layout), *back)
+    return within(q, k, v, layout)
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""TransformerEngine's linears in the megatron engine, against megatron-core's."""
+"""TransformerEngine's linears and attention in the megatron engine, against its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import importlib.util
 import pytest
 import torch
 
+from kinodit.models.attention import attend
 from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.engine.megatron.linears import swap_linears
 from kinodit.trainer.engine.megatron.te import float8_context
+from kinodit.trainer.engine.megatron.te_attention import fused
 from kinodit.trainer.parallel.table import table_of
 from tests.support.synthetic import synthetic_pack, tiny_model_config
 
@@ -41,3 +43,23 @@ def predicted(use_te: bool, float8: str) -> torch.Tensor:
 def test_linears_compute_what_megatron_core_s_do(float8: str, bound: float) -> None:
     expected, found = predicted(False, "none"), predicted(True, float8)
     assert float((found - expected).norm() / expected.norm()) < bound
+
+
+def test_attention_computes_what_the_model_s_own_does() -> None:
+    pack = synthetic_pack(0, [1, 2, 6], torch.bfloat16).to(torch.device("cuda"))
+    count = sum(pack.layout.lengths)
+    found = []
+    for op in (attend, fused(attend)):
+        source = torch.Generator().manual_seed(0)
+        q, k, v = (
+            torch.randn(count, heads, 64, generator=source)
+            .to("cuda", torch.bfloat16)
+            .requires_grad_()
+            for heads in (4, 2, 2)
+        )
+        out = op(q, k, v, pack.layout)
+        out.float().square().sum().backward()
+        found.append([out.detach(), q.grad, k.grad, v.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None and theirs is not None
+        assert float((theirs - ours).norm() / ours.norm()) < 0.02

@@ -71,11 +71,14 @@ class MegatronConfig(EngineConfig):
     sequence_parallel: whether tp ranks have tokens of their own between matrices
     linears:           whose kernels compute products; TransformerEngine's need CUDA, and take
                        precision.float8=tensorwise
+    attention:         whose kernels compute attention within a rank: the model's own, or
+                       TransformerEngine's, which need CUDA; cp ranks exchange heads either way
     """
 
     name: Literal["megatron"] = "megatron"
     sequence_parallel: bool = True
     linears: Literal["core", "transformer_engine"] = "core"
+    attention: Literal["own", "transformer_engine"] = "own"
 
 
 ENGINES: Mapping[str, type[EngineConfig]] = {

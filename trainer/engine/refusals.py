@@ -175,22 +175,41 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
             "engine.compile=true with engine.name=megatron: its linears are kernels of their own "
             "that a compiled graph breaks at; set engine.compile=false, or engine.name=native"
         )
-    if engine.linears == "core":
-        return ""
-    asked = "engine.linears=transformer_engine"
+    for key, other in (("linears", "core"), ("attention", "own")):
+        if getattr(engine, key) == "transformer_engine":
+            reason = _of_transformer_engine(wish, f"engine.{key}", other)
+            if reason:
+                return reason
+    if engine.attention == "transformer_engine" and wish.parallel.ring > 1:
+        return (
+            f"engine.attention=transformer_engine with parallel.ring={wish.parallel.ring}: parts "
+            "of a ring are put together by the log-sum-exp of each, which TransformerEngine keeps to "
+            "itself; set parallel.ring=1 (heads are exchanged), or engine.attention=own"
+        )
+    is_recomputed = wish.remat.mode not in ("none", "offload")
+    if engine.linears == "transformer_engine" and wish.precision.float8 != "none" and is_recomputed:
+        return (
+            f"engine.linears=transformer_engine with precision.float8={wish.precision.float8} and "
+            f"remat.mode={wish.remat.mode}: what is computed again in the backward would not be in "
+            "float8; set remat.mode to none or offload, or precision.float8=none"
+        )
+    return ""
+
+
+def _of_transformer_engine(wish: Wish, key: str, other: str) -> str:
+    asked = f"{key}=transformer_engine"
     if wish.device != "cuda":
-        return f"{asked} needs a CUDA device, found {wish.device}: set engine.linears=core"
+        return f"{asked} needs a CUDA device, found {wish.device}: set {key}={other}"
     if wish.precision.params == "float64":
-        return f"{asked} has no kernels for precision.params=float64: set engine.linears=core"
+        return f"{asked} has no kernels for precision.params=float64: set {key}={other}"
+    if key == "engine.attention" and wish.precision.compute != "bfloat16":
+        return (
+            f"{asked} has kernels for precision.compute=bfloat16, found "
+            f"{wish.precision.compute}: set that, or {key}={other}"
+        )
     if importlib.util.find_spec("transformer_engine") is None:
         return (
             f"{asked} needs TransformerEngine, which is not installed: pip install "
-            "'transformer_engine[pytorch]' in an image with CUDA, or set engine.linears=core"
-        )
-    if wish.precision.float8 != "none" and wish.remat.mode not in ("none", "offload"):
-        return (
-            f"{asked} with precision.float8={wish.precision.float8} and remat.mode="
-            f"{wish.remat.mode}: what is computed again in the backward would not be in float8; "
-            "set remat.mode to none or offload, or precision.float8=none"
+            f"'transformer_engine[pytorch]' in an image with CUDA, or set {key}={other}"
         )
     return ""

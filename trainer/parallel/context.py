@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kinodit.models.attention import attend_segment_major, permute
+from kinodit.models.attention import AttentionOp, attend_segment_major, permute
 from kinodit.models.tokens import AttentionLayout
 from kinodit.trainer.parallel.collectives import all_to_all
 from kinodit.trainer.parallel.ring import ring_attention
@@ -33,13 +33,15 @@ ULYSSES = "ulysses"
 class ContextAttention:
     """An attention op for batches that `cut` dealt out.
 
-    heads: process group that exchanges heads, in the order of the ranks' indices
-    ring:  process group of ranks with the same heads, in the order of their hops
+    heads:  process group that exchanges heads, in the order of the ranks' indices
+    ring:   process group of ranks with the same heads, in the order of their hops
+    within: attention of tokens in segment-major order, where there is no ring
     """
 
     place: Place
     heads: ProcessGroup | None
     ring: ProcessGroup | None
+    within: AttentionOp = attend_segment_major
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
         """q [n, H, D], k and v [n, K, D] of this rank's tokens -> [n, H, D]."""
@@ -58,7 +60,7 @@ class ContextAttention:
         there = cast(Tensor, layout.order), cast(Tensor, layout.inverse)
         q, k, v = (permute(x, *there) for x in (q, k, v))
         if self.ring is None:
-            out = attend_segment_major(q, k, v, layout)
+            out = self.within(q, k, v, layout)
         else:
             out = ring_attention(q, k, v, layout, self.place.hop, self.ring)
         return permute(out, there[1], there[0])

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from kinodit.models.mmdit import MMDiT
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.engine.base import Predictions
 from kinodit.trainer.engine.config import MegatronConfig
 from kinodit.trainer.engine.megatron.te import float8_context
+from kinodit.trainer.engine.megatron.te_attention import fused
 from kinodit.trainer.engine.native import NativeEngine
 from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.optim import build_optimizer
@@ -37,6 +39,9 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> MegatronE
     """
     assert isinstance(wish.engine, MegatronConfig)
     parallelize(model, mesh, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
+    if wish.engine.attention == "transformer_engine":
+        assert isinstance(model, MMDiT)
+        model.attend = fused(model.attend)
     materialize(model, values, mesh.device, cpu_offload=wish.parallel.cpu_offload)
     optimizer = build_optimizer(wish.optim, model)
     return MegatronEngine(model, optimizer, mesh, wish.precision, wish=wish)

@@ -183,8 +183,8 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
     if engine.attention == "transformer_engine" and wish.parallel.ring > 1:
         return (
             f"engine.attention=transformer_engine with parallel.ring={wish.parallel.ring}: parts "
-            "of a ring are put together by the log-sum-exp of each, which TransformerEngine keeps to "
-            "itself; set parallel.ring=1 (heads are exchanged), or engine.attention=own"
+            "of a ring are put together by the log-sum-exp of each, which TransformerEngine keeps "
+            "to itself; set parallel.ring=1 (heads are exchanged), or engine.attention=own"
         )
     is_recomputed = wish.remat.mode not in ("none", "offload")
     if engine.linears == "transformer_engine" and wish.precision.float8 != "none" and is_recomputed:

@@ -1,8 +1,8 @@
 """Attention by TransformerEngine's kernels: CUDA alone, by its documented interface.
 
 They compute attention within the segments that lie on a rank. Where tokens lie on several, heads
-are exchanged as ever (`trainer/parallel/context.py`), so that lengths need not divide: the library's
-own context parallelism asks for segments that are cut into 2 cp equal parts.
+are exchanged as ever (`trainer/parallel/context.py`), so that lengths need not divide: the
+library's own context parallelism asks for segments that are cut into 2 cp equal parts.
 
 Shape legend: J tokens of the joint sequence, H query heads, K key/value heads, D head dim.
 """

@@ -32,6 +32,7 @@ BROKEN_PIPE = 141
 COMMANDS: dict[str, str] = {
     "train": "train or resume a run",
     "sample": "generate clips from a run",
+    "evaluate": "losses, distances to the data and obedience of a run's samples",
     "measure": "measure which way sampled clips of the demo set move",
     "status": "show how a run stands, and what its time was spent on",
     "report": "write a run's HTML report",

@@ -10,6 +10,7 @@ import torch
 
 from kinodit.data.config import DatasetConfig
 from kinodit.models.diffusion.objective import Objective, validation_batches
+from kinodit.models.encoders.features import ExtractorConfig
 from kinodit.models.errors import ConfigError
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.ema import Ema
@@ -31,6 +32,8 @@ class EvalConfig:
     ema:               which average to evaluate with; "" = the parameters as they are
     shuffled_captions: also measure the loss with another sample's caption: a model that listens to
                        its text has a higher one
+    extractors:        name -> pretrained features that `kinodit evaluate` compares samples by,
+                       beside the embedded ones
     """
 
     every_steps: int = 0
@@ -38,6 +41,7 @@ class EvalConfig:
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     ema: str = ""
     shuffled_captions: bool = True
+    extractors: dict[str, ExtractorConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.num_samples < 1:

@@ -16,7 +16,7 @@ from kinodit.trainer.engine.config import NativeConfig
 from kinodit.trainer.gallery import Entry, Gallery
 from kinodit.trainer.generate import SampleConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
-from kinodit.trainer.setup import build_parts, master_dtype
+from kinodit.trainer.setup import Parts, build_parts, master_dtype
 from kinodit.trainer.state import CheckpointError
 from kinodit.trainer.topology import Topology
 
@@ -51,6 +51,24 @@ def find_checkpoint(run_dir: Path, step: int | None) -> Path:
     return found[wanted]
 
 
+def load_parts(
+    run_dir: Path, config: RunConfig, step: int | None, topology: Topology, device: torch.device
+) -> tuple[RunConfig, Parts]:
+    """A run's model with the weights of a checkpoint, resharded over these ranks. Collective.
+
+    How training was laid out does not matter: the recipe is returned without it.
+    """
+    path = find_checkpoint(run_dir, step)
+    config = dataclasses.replace(config, parallel=ParallelConfig(), engine=NativeConfig())
+    mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
+    encoders = build_encoders(config, run_dir, device)
+    parts = build_parts(config, mesh, SampleEncoder(encoders, config.run.seed, 0.0))
+    tensors = checkpoint.collect(parts.engine, parts.emas)
+    checkpoint.load(path, tensors, mesh)
+    checkpoint.put_back(parts.engine, parts.emas, tensors)
+    return config, parts
+
+
 def sample_run(
     run_dir: Path,
     config: RunConfig,
@@ -62,13 +80,5 @@ def sample_run(
     device: torch.device,
 ) -> list[Entry]:
     """Draw `prompts` with a run's checkpoint into `folder`; entries on rank 0. Collective."""
-    path = find_checkpoint(run_dir, step)
-    # How training was laid out does not matter here: parameters are resharded over these ranks.
-    config = dataclasses.replace(config, parallel=ParallelConfig(), engine=NativeConfig())
-    mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
-    encoders = build_encoders(config, run_dir, device)
-    parts = build_parts(config, mesh, SampleEncoder(encoders, config.run.seed, 0.0))
-    tensors = checkpoint.collect(parts.engine, parts.emas)
-    checkpoint.load(path, tensors, mesh)
-    checkpoint.put_back(parts.engine, parts.emas, tensors)
+    config, parts = load_parts(run_dir, config, step, topology, device)
     return Gallery(config, parts, master_dtype(config))(folder, prompts, settings)

@@ -1,0 +1,47 @@
+"""`kinodit evaluate RUN`: what a checkpoint is worth."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kinodit.launch.topology import process_group, read_topology
+
+HELP = (
+    "Measure a checkpoint: validation loss by stream, task and noise level; clips generated for "
+    "the validation set's captions and their distance to it (FID, KID, FVD, FAD, CLIP score); what "
+    "clips of the demo set show and when they sound. Under torchrun the work is shared out; the "
+    "figures are the same."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN, how much of what, and which checkpoint."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="clips (default: eval.num_samples)"
+    )
+    parser.add_argument("--step", type=int, help="checkpoint of this step (default: the last)")
+    parser.add_argument("--losses-only", action="store_true", help="generate nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate; prints a table."""
+    from kinodit.trainer.evaluation.figures import summary
+    from kinodit.trainer.evaluation.run import EvaluationConfig, evaluate_run
+    from kinodit.trainer.sampling import load_run
+
+    wanted = EvaluationConfig(args.samples, args.step, not args.losses_only)
+    config = load_run(args.run_dir)
+    topology = read_topology()
+    with process_group(topology, config.run.deadline_s) as device:
+        figures = evaluate_run(args.run_dir, config, wanted, topology, device)
+    if topology.is_main:
+        rows = summary(figures)
+        width = max(len(label) for label, _ in rows)
+        print(f"step {figures['step']} of {args.run_dir}")
+        for label, value in rows:
+            print(f"{label:<{width}}  {value}")
+    sys.stdout.flush()
+    return 0

@@ -1,0 +1,115 @@
+"""What clips show is read back from pixels and sound of known content; embedded features notice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kinodit.trainer.evaluation.embedded import (
+    picture_features,
+    sound_features,
+    video_features,
+)
+from kinodit.trainer.evaluation.truth import (
+    Seen,
+    Told,
+    compare,
+    motion_onset_s,
+    see,
+    sound_onset_s,
+)
+
+COLOURS = {"a red ball": (220, 40, 40), "a green ball": (40, 200, 60), "a blue ball": (50, 60, 220)}
+RATE = 8000
+
+
+def clip(name: str, direction: str, begins: int = 0) -> NDArray[np.uint8]:
+    """A square of a colour that moves over grey from frame `begins` on, 16 frames of 32 px."""
+    video = np.full((16, 32, 32, 3), 120, np.uint8)
+    for frame in range(16):
+        way = max(0, frame - begins) * 20 // 15
+        x, y = {
+            "right": (way, 12), "left": (22 - way, 12), "down": (12, way), "up": (12, 22 - way),
+        }[direction]  # fmt: skip
+        video[frame, y : y + 8, x : x + 8] = COLOURS[name]
+    return video
+
+
+def click(at_s: float) -> NDArray[np.float32]:
+    sound = np.zeros((1, 2 * RATE), np.float32)
+    sound[0, round(at_s * RATE) :][:400] = 0.4
+    return sound
+
+
+def shown(name: str, direction: str, lag_frames: float = 0.0) -> Seen:
+    # It has moved by a pixel in frame 5: 4 frames of standing still, and one step.
+    sound = click(5 / 8 + lag_frames / 8)
+    return see(clip(name, direction, begins=4), 8.0, sound, RATE)
+
+
+def test_onsets() -> None:
+    assert motion_onset_s(clip("a red ball", "right", begins=6), 8.0) == 7 / 8
+    assert math.isnan(motion_onset_s(np.zeros((4, 8, 8, 3), np.uint8), 8.0))
+    assert sound_onset_s(click(0.75), RATE) == pytest.approx(0.75)
+    assert math.isnan(sound_onset_s(np.zeros((1, 100), np.float32), RATE))
+
+
+@pytest.mark.parametrize("direction", ["left", "right", "up", "down"])
+def test_what_is_shown_is_seen(direction: str) -> None:
+    seen = shown("a green ball", direction, lag_frames=2)
+    assert seen.direction == direction
+    assert np.abs(seen.colour * 255 - COLOURS["a green ball"]).max() < 25
+    assert seen.lag_s / seen.frame_s == pytest.approx(2, abs=0.01)
+    silent = see(clip("a red ball", direction), 8.0, None, 0)
+    assert math.isnan(silent.lag_s)
+
+
+REAL = [
+    (Told(name, direction), shown(name, direction))
+    for name in COLOURS
+    for direction in ("left", "up")
+]
+
+
+def test_clips_that_do_as_told() -> None:
+    told = [what for what, _ in REAL]
+    figures = compare(told, [seen for _, seen in REAL], REAL)
+    assert figures["object"] == figures["direction"] == figures["onset_within_a_frame"] == 1
+    assert figures["object_real"] == figures["direction_real"] == 1
+    assert figures["object_chance"] == pytest.approx(1 / 3)
+    assert figures["colour_error"] < 0.02 < 0.3 < figures["colour_error_other"]
+    assert figures["onset_lag_frames"] == pytest.approx(0, abs=0.01)
+
+
+def test_clips_that_do_not() -> None:
+    others = [shown("a red ball", "right", lag_frames=-3) for _ in REAL]
+    figures = compare([what for what, _ in REAL], others, REAL)
+    assert figures["object"] == pytest.approx(1 / 3) and figures["direction"] == 0
+    assert figures["onset_within_a_frame"] == 0
+    assert figures["onset_lag_frames"] == pytest.approx(3, abs=0.01)
+    assert figures["colour_error"] > 0.2
+
+
+def test_nothing_is_said_of_what_was_not_told() -> None:
+    nothing = [(Told(), replace(seen, lag_s=math.nan)) for _, seen in REAL]
+    assert compare([Told()] * len(REAL), [seen for _, seen in nothing], nothing) == {}
+
+
+def test_embedded_features_notice_colour_motion_and_pitch() -> None:
+    red, blue = (torch.from_numpy(clip(f"a {c} ball", "left")) for c in ("red", "blue"))
+    assert not np.allclose(picture_features(red), picture_features(blue), atol=1e-3)
+    other_way = torch.from_numpy(clip("a red ball", "right"))
+    assert not np.allclose(video_features(red), video_features(other_way), atol=1e-3)
+    assert np.array_equal(video_features(red), video_features(red))
+    time = torch.arange(2 * RATE) / RATE
+    low, high = (torch.sin(2 * torch.pi * hz * time)[None] * 0.3 for hz in (250, 1500))
+    first, second = sound_features(low, RATE), sound_features(high, RATE)
+    # Bands run fastest, then times.
+    middle = [int(part.reshape(8, 12)[4].argmax()) for part in (first, second)]
+    assert middle[0] < middle[1]
+    assert picture_features(torch.zeros(1, 17, 19, 3, dtype=torch.uint8)).shape == (96,)

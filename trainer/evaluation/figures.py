@@ -1,0 +1,141 @@
+"""From what was measured of each clip to figures: distances, scores, and whether clips obey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from kinodit.models.encoders.features import Extractor
+from kinodit.trainer.evaluation import embedded
+from kinodit.trainer.evaluation.distance import Features, frechet, kernel_distance
+from kinodit.trainer.evaluation.losses import GENERATION, LossTable
+from kinodit.trainer.evaluation.truth import Seen, Told, compare, see
+
+EMBEDDED = "embedded"
+"""The name of the features that need no weights."""
+DISTANCES = {
+    "picture": {"fid": frechet, "kid": kernel_distance},
+    "video": {"fvd": frechet},
+    "sound": {"fad": frechet},
+}
+"""What is computed of features of each kind."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """A clip, real or generated: uint8 [T, H, W, 3] at `fps`, float32 [A, N] at `rate_hz`."""
+
+    video: Tensor | None
+    fps: float
+    sound: Tensor | None
+    rate_hz: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is kept of one clip.
+
+    place:    its place among its like
+    features: (kind, extractor) -> [D]
+    scores:   extractor -> agreement of picture and caption
+    """
+
+    place: int
+    features: Mapping[tuple[str, str], Features]
+    scores: Mapping[str, float]
+    told: Told = field(default_factory=Told)
+    seen: Seen | None = None
+
+
+def measure(
+    place: int, media: Media, caption: str, told: Told, extractors: Mapping[str, Extractor]
+) -> Measured:
+    """Features and scores of one clip, by the embedded and the given extractors."""
+    features: dict[tuple[str, str], Features] = {}
+    scores: dict[str, float] = {}
+    video, sound = media.video, media.sound
+    moves = video is not None and len(video) > 1
+    if video is not None:
+        features["picture", EMBEDDED] = embedded.picture_features(video)
+        if moves:
+            features["video", EMBEDDED] = embedded.video_features(video)
+    if sound is not None:
+        features["sound", EMBEDDED] = embedded.sound_features(sound, media.rate_hz)
+    for name, extractor in extractors.items():
+        kind = extractor.config.kind
+        if kind == "sound":
+            if sound is not None:
+                features[kind, name] = extractor.of_sound(sound, media.rate_hz).numpy()
+        elif video is not None and kind == "clip_score":
+            scores[name] = extractor.agreement(video, caption)
+        elif video is not None and (moves or kind == "picture"):
+            features[kind, name] = extractor.of_video(video).numpy()
+    seen = None
+    if video is not None and moves:
+        heard = None if sound is None else sound.numpy()
+        seen = see(video.numpy(), media.fps, heard, media.rate_hz)
+    return Measured(place, features, scores, told, seen)
+
+
+def figures_of(made: Sequence[Measured], real: Sequence[Measured]) -> dict[str, Any]:
+    """Distances, scores and truth of generated clips against real ones.
+
+    Beside each distance stands that of one half of the real clips to the other ("..._of_halves"):
+    how far apart two samples of one law are, at half the size.
+    """
+    figures: dict[str, Any] = {}
+    for kind, extractor in sorted({key for one in real for key in one.features}):
+        ours, theirs = (
+            np.array([m.features[kind, extractor] for m in side if (kind, extractor) in m.features])
+            for side in (made, real)
+        )
+        if len(ours) < 2 or len(theirs) < 2:
+            continue
+        for name, distance in DISTANCES[kind].items():
+            figures.setdefault(name, {})[extractor] = distance(ours, theirs)
+            if len(theirs) >= 4:
+                halves = distance(theirs[::2], theirs[1::2])
+                figures.setdefault(f"{name}_of_halves", {})[extractor] = halves
+    for label, side in (("clip_score", made), ("clip_score_real", real)):
+        for name in sorted({name for one in side for name in one.scores}):
+            scores = [m.scores[name] for m in side if name in m.scores]
+            figures.setdefault(label, {})[name] = float(np.mean(scores))
+    shown = [(m.told, m.seen) for m in made if m.seen is not None]
+    known = [(m.told, m.seen) for m in real if m.seen is not None]
+    if shown and known:
+        truth = compare([t for t, _ in shown], [s for _, s in shown], known)
+        if truth:
+            figures["truth"] = truth
+    return figures
+
+
+def summary(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(figure, value) of everything that was measured, for a table."""
+    losses: LossTable = figures["loss"]
+    rows = []
+    for task, streams in losses.items():
+        for stream, by_level in streams.items():
+            label = f"loss of {stream}" + ("" if task == GENERATION else f", {task}")
+            levels = [f"{value:.3f} at {t}" for t, value in by_level.items() if t != "mean"]
+            rows.append((label, f"{by_level['mean']:.4f}  ({', '.join(levels)})"))
+    for name in ("fid", "kid", "fvd", "fad", "clip_score"):
+        for extractor, value in figures.get(name, {}).items():
+            beside = figures.get(f"{name}_of_halves") or figures.get(f"{name}_real") or {}
+            found = beside.get(extractor, math.nan)
+            shown = f"{value:.4g}  (of the data: {found:.4g})"
+            rows.append((f"{name.upper().replace('_', ' ')} ({extractor})", shown))
+    truth = figures.get("truth", {})
+    for name in ("object", "direction", "onset_within_a_frame", "onset_lag_frames", "colour_error"):
+        if name in truth:
+            told = [
+                f"{label} {truth[f'{name}_{key}']:.3g}"
+                for label, key in (("data", "real"), ("chance", "chance"), ("of others", "other"))
+                if f"{name}_{key}" in truth
+            ]
+            rows.append((name.replace("_", " "), f"{truth[name]:.3g}  ({', '.join(told)})"))
+    return rows

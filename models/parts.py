@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinodit.models.attention import attend, attend_to, permute
 from kinodit.models.mmdit import MMDiT
@@ -153,6 +154,6 @@ class KeyCache:
         return attend_to(q, k, v)
 
 
-def can_remember(model: MMDiT) -> bool:
+def can_remember(model: nn.Module) -> TypeGuard[MMDiT]:
     """Whether nothing but the model itself takes part in its attention."""
-    return model.attend is attend and model.exchange is None
+    return isinstance(model, MMDiT) and model.attend is attend and model.exchange is None

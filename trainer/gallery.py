@@ -6,12 +6,14 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from kinodit.data.given import read_given
 from kinodit.data.media import Pixels, contact_sheet, write_mp4, write_png
 from kinodit.data.sound_file import spectrogram, write_sound
 from kinodit.trainer.config import RunConfig
@@ -104,10 +106,13 @@ class Gallery:
         """The entries of the written folder on rank 0, none elsewhere. Collective."""
         parts = self.parts
         generator = parts.generator(self.dtype)
+        shape, shift = clip_shape(self.config), sampling_shift(self.config, parts)
+        given: Mapping[str, Tensor] = {}
+        if settings.given:
+            (sample,) = parts.encoder.encode([read_given(Path(settings.given), self.config.data)])
+            given = sample.latents
         with using_ema(parts.emas, settings.ema):
-            clips = generator(
-                prompts, clip_shape(self.config), settings, sampling_shift(self.config, parts)
-            )
+            clips = generator(prompts, shape, settings, shift, given)
         gathered = parts.mesh.gather_objects(clips if parts.mesh.counts else [])
         if not parts.mesh.is_main:
             return []

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kinodit.data.encode import AUDIO, VIDEO, EncodedSample, SampleEncoder
-from kinodit.data.packing import PackSpec, filler, pack, patch_grid, unpatchify
-from kinodit.models.diffusion.field import velocity_field
-from kinodit.models.diffusion.guidance import GuidanceConfig, guided
+from kinodit.data.encode import AUDIO, VIDEO, SampleEncoder
+from kinodit.data.packing import PackSpec
+from kinodit.data.tasks import DrawnTask, TaskConfig
+from kinodit.models.diffusion.guidance import GuidanceConfig
 from kinodit.models.diffusion.objective import Objective
-from kinodit.models.diffusion.samplers import SamplerConfig, sample, time_grid
+from kinodit.models.diffusion.samplers import SamplerConfig
+from kinodit.models.diffusion.windows import WindowConfig
 from kinodit.models.errors import ConfigError
 from kinodit.models.moe.cache import cached_experts
-from kinodit.models.random import generator, normal
-from kinodit.models.tokens import SampleKey, TokenBatch
+from kinodit.trainer.drawing import Drawing, Order
 from kinodit.trainer.ema import Ema
-from kinodit.trainer.engine.base import Engine, Forward
+from kinodit.trainer.engine.base import Engine
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class SampleConfig:
     prompts:      one clip each
     ema:          name of the average to sample with, "" = the parameters as they are
     sound_format: of files of sound, which are written beside clips that have it
+    task:         which of the recipe's tasks to draw; "": everything from the prompt
+    given:        a file that has what the task is given: a picture (held for the whole clip), a
+                  clip, or a sound
+    window:       a longer clip is drawn in overlapping windows; its prompt may be several, "|"
+                  between them, that follow each other
     """
 
     every_steps: int = 0
@@ -41,6 +46,9 @@ class SampleConfig:
     sound_format: Literal["wav", "flac"] = "wav"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    task: str = ""
+    given: str = ""
+    window: WindowConfig = field(default_factory=WindowConfig)
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
@@ -98,9 +106,15 @@ class Generator:
     dtype: torch.dtype
     rank: int
     num_ranks: int
+    tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
 
     def __call__(
-        self, prompts: Sequence[str], shape: ClipShape, config: SampleConfig, shift: float
+        self,
+        prompts: Sequence[str],
+        shape: ClipShape,
+        config: SampleConfig,
+        shift: float,
+        given: Mapping[str, Tensor] | None = None,
     ) -> list[Clip]:
         """This rank's clips: prompts rank, rank + num_ranks, ...
 
@@ -109,54 +123,44 @@ class Generator:
         Collective: a rank that has run out of prompts goes on with empty packs, so that all ranks
         make the same number of forward passes. A clip's noise depends on seed, prompt and the
         prompt's place alone, so it is bit-equal on any number of ranks.
+
+        given: stream -> latents [C, t, h, w] that a task takes what it is given from
+
+        Raises:
+            ConfigError: there is no task of the name in `config`.
         """
         clips = []
+        order = Order(
+            None,
+            0,
+            self.grids(shape),
+            self.encoder.encoders.seconds(shape.fps),
+            self._task(config),
+            given or {},
+            config.seed,
+        )
         rounds = -(-len(prompts) // self.num_ranks)
         with self.engine.inference() as forward, cached_experts(self.engine.model):
+            draw = Drawing(
+                forward,
+                self.engine.model,
+                self.objective,
+                self.encoder,
+                self.spec,
+                self.engine.device,
+                self.dtype,
+                config.sampler,
+                config.guidance,
+                config.window,
+                shift,
+            )
             for turn in range(rounds):
                 index = turn * self.num_ranks + self.rank
                 prompt = prompts[index] if index < len(prompts) else None
-                made = self._latents(forward, prompt, index, shape, config, shift)
+                made = draw(replace(order, prompt=prompt, index=index))
                 if prompt is not None:
                     clips.append(self._clip(made, prompt, index, shape, config.seed))
         return clips
-
-    def _latents(
-        self,
-        forward: Forward,
-        prompt: str | None,
-        index: int,
-        shape: ClipShape,
-        config: SampleConfig,
-        shift: float,
-    ) -> dict[str, Tensor]:
-        """Stream -> latents [C, t, h, w] of what was generated; nothing for an empty pack."""
-        if prompt is None:
-            with_text = without_text = filler(self.spec)
-        else:
-            with_text = self._pack(prompt, index, shape)
-            without_text = self._pack("", index, shape)
-        x = {}
-        for stream in self.spec.streams:
-            if stream.patch is not None:
-                x[stream.name] = with_text.modalities[stream.name].latents
-                if prompt is not None:
-                    source = generator(config.seed, "sample", index, prompt, stream.name)
-                    x[stream.name] = normal(source, tuple(x[stream.name].shape))
-        device = self.engine.device
-        conditional = velocity_field(forward, self.objective, with_text.to(device))
-        unconditional = velocity_field(forward, self.objective, without_text.to(device))
-        velocity = guided(conditional, unconditional, config.guidance, with_text.to(device))
-        grid = time_grid(config.sampler.steps, config.sampler.shift or shift)
-        start = {name: noise.to(device, self.dtype) for name, noise in x.items()}
-        tokens = sample(velocity, start, grid, config.sampler.method)
-        latents = {}
-        for stream in self.spec.streams:
-            if stream.patch is not None and len(tokens[stream.name]):
-                cells = self.grids(shape)[stream.name]
-                grid_of = patch_grid((stream.channels, *cells), stream.patch)
-                latents[stream.name] = unpatchify(tokens[stream.name], grid_of, stream.patch)
-        return latents
 
     def _clip(
         self, latents: Mapping[str, Tensor], prompt: str, index: int, shape: ClipShape, seed: int
@@ -175,6 +179,19 @@ class Generator:
             rate_hz = encoders.audio.format.rate_hz
         return Clip(index, prompt, seed, shape.fps, video, sound, rate_hz)
 
+    def _task(self, config: SampleConfig) -> DrawnTask | None:
+        """The task that is asked for, with nothing dropped; what it leaves open is drawn."""
+        if not config.task:
+            return None
+        if config.task not in self.tasks:
+            raise ConfigError(
+                f"sample.task={config.task}: there is no such task; the recipe has "
+                f"{', '.join(self.tasks) or 'none'}"
+            )
+        task = self.tasks[config.task]
+        streams = {name: replace(stream, dropout=0.0) for name, stream in task.streams.items()}
+        return DrawnTask(config.task, replace(task, streams=streams), config.seed)
+
     def grids(self, shape: ClipShape) -> dict[str, tuple[int, int, int]]:
         """Stream -> latent frames, rows and columns; a stream that the clip lacks is left out."""
         encoders, grids = self.encoder.encoders, {}
@@ -183,20 +200,3 @@ class Generator:
         if encoders.audio is not None and shape.num_samples:
             grids[AUDIO] = encoders.num_audio_frames(shape.num_samples), 1, 1
         return grids
-
-    def _pack(self, prompt: str, index: int, shape: ClipShape) -> TokenBatch:
-        """A pack of one segment whose latents are zeros of the right shape."""
-        encoders, grids = self.encoder.encoders, self.grids(shape)
-        text, conditions = self.encoder.text(prompt)
-        encoded = EncodedSample(
-            key=SampleKey(step=0, slot=index, sample="prompt"),
-            latents={
-                stream.name: torch.zeros(stream.channels, *grids[stream.name])
-                for stream in self.spec.streams
-                if stream.name in grids
-            },
-            seconds=encoders.seconds(shape.fps),
-            text=text,
-            conditions=conditions,
-        )
-        return pack([encoded], self.spec)

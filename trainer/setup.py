@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from kinodit.data.encode import SampleEncoder
 from kinodit.data.packing import PackSpec, patch_grid
 from kinodit.data.sound import num_audio_samples
-from kinodit.data.tasks import TaskMix
+from kinodit.data.tasks import TaskConfig, TaskMix
 from kinodit.models.diffusion.objective import Objective, TokenShape, build_objective
 from kinodit.models.mmdit import MMDiT, MMDiTConfig
 from kinodit.trainer.batches import fit_model, pack_spec
@@ -35,6 +36,7 @@ class Parts:
     engine: Engine
     emas: dict[str, Ema]
     mesh: Mesh
+    tasks: Mapping[str, TaskConfig]
 
     def generator(self, dtype: torch.dtype) -> Generator:
         """Draws clips with this run's model, shared out over the ranks."""
@@ -46,6 +48,7 @@ class Parts:
             dtype=dtype,
             rank=self.mesh.dp_index,
             num_ranks=self.mesh.dp_size,
+            tasks=self.tasks,
         )
 
 
@@ -73,7 +76,7 @@ def build_parts(
     values = starting_values(upcycle or UpcycleConfig(), model_config, config.run.seed, mesh)
     engine = build_engine(model, values, mesh, wish)
     emas = {name: Ema(ema, engine) for name, ema in config.ema.items()}
-    return Parts(encoder, spec, model_config, objective, engine, emas, mesh)
+    return Parts(encoder, spec, model_config, objective, engine, emas, mesh, config.tasks)
 
 
 def engine_wish(config: RunConfig, world_size: int, device: torch.device) -> Wish:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="noise levels at which guidance acts",
+    )
+    parser.add_argument(
+        "--guide",
+        action="append",
+        default=[],
+        metavar="STREAM=SCALE",
+        help="guidance scale of what a stream tells the others, given or generated (repeatable)",
+    )
+    parser.add_argument("--task", help="one of the recipe's tasks (default: all from the prompt)")
+    parser.add_argument(
+        "--given", metavar="FILE", help="a picture, clip or sound that has what the task is given"
+    )
+    parser.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        metavar=("LENGTH_S", "OVERLAP_S"),
+        help="draw a longer clip in windows; 'A | B' are prompts that follow each other",
     )
     parser.add_argument("--ema", help="name of the average to use; '' for the plain parameters")
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the last)")
@@ -91,6 +110,8 @@ def shape_of(args: argparse.Namespace, trained: DataConfig) -> DataConfig:
 
 def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfig:
     """The recipe's sampling with what the command line gives instead."""
+    from kinodit.models.diffusion.windows import WindowConfig
+
     sampler, guidance = defaults.sampler, defaults.guidance
     if args.steps is not None:
         sampler = replace(sampler, steps=args.steps)
@@ -102,10 +123,28 @@ def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfi
         guidance = replace(guidance, rescale=args.rescale)
     if args.interval is not None:
         guidance = replace(guidance, interval=tuple(args.interval))
+    if args.guide:
+        guidance = replace(guidance, conditions={**guidance.conditions, **_scales(args.guide)})
+    window = defaults.window if args.window is None else WindowConfig(*args.window)
     return replace(
         defaults,
+        task=defaults.task if args.task is None else args.task,
+        given=defaults.given if args.given is None else args.given,
+        window=window,
         seed=defaults.seed if args.seed is None else args.seed,
         ema=defaults.ema if args.ema is None else args.ema,
         sampler=sampler,
         guidance=guidance,
     )
+
+
+def _scales(given: Sequence[str]) -> dict[str, float]:
+    """STREAM=SCALE of each."""
+    scales = {}
+    for item in given:
+        stream, _, scale = item.partition("=")
+        try:
+            scales[stream] = float(scale)
+        except ValueError as error:
+            raise SampleError(f"--guide {item}: STREAM=SCALE is needed, as video=2.0") from error
+    return scales

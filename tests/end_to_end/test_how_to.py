@@ -1,7 +1,8 @@
-"""docs/first-run.md, to the letter."""
+"""docs/first-run.md and docs/tasks.md, to the letter."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -34,3 +35,29 @@ def test_every_command_works_in_this_order(
         "step-00000002",
         "step-00000004",
     ]
+
+
+def test_tasks_are_trained_and_sampled_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_clips(tmp_path / "clips", 8, with_sound=True)
+    document = (ROOT / "docs" / "tasks.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    commands = re.findall(r"^\$ kinodit (.*)$", document, re.MULTILINE)
+    assert len(commands) == 7
+    lengths = []
+    for command in commands:
+        assert main(shlex.split(command)) == 0, capsys.readouterr().err
+        folder = tmp_path / "runs" / "tasks" / "samples" / "manual"
+        if command.startswith("sample"):
+            (entry,) = json.loads((folder / "index.json").read_text())
+            lengths.append((entry["num_frames"], "sound" in entry))
+    assert lengths == [(5, True), (5, False), (5, True), (9, True), (13, True)]
+    losses = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "tasks" / "metrics.jsonl").read_text().splitlines()
+    ]
+    trained = [row for row in losses if row["kind"] == "train"]
+    assert trained and all(row["loss/video"] > 0 and row["loss/audio"] > 0 for row in trained)

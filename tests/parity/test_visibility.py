@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from kinodit.data.synthetic import task_pack
-from kinodit.data.tasks import TaskConfig
 from kinodit.models.diffusion.objective import RectifiedFlowConfig, build_objective
 from kinodit.models.mmdit import MMDiT
-from kinodit.models.tokens import Role, TokenBatch
-from tests.support.tasks import CONDITIONS, STREAMS, TASKS, av_model
+from kinodit.models.tokens import TokenBatch
+from tests.support.tasks import CONDITIONS, STREAMS, TASKS, av_model, may_see
 
 SLOTS = [1, 3]
 OBJECTIVE = build_objective(RectifiedFlowConfig(prediction="velocity"))
@@ -20,37 +19,6 @@ OBJECTIVE = build_objective(RectifiedFlowConfig(prediction="velocity"))
 def noised_pack(name: str, slots: list[int] = SLOTS) -> TokenBatch:
     batch = task_pack(0, slots, STREAMS, CONDITIONS, torch.float64, {name: TASKS[name]}, 0)
     return OBJECTIVE.corrupt(batch, 0).batch
-
-
-def may_see(task: TaskConfig, batch: TokenBatch) -> Tensor:
-    """[J, J] bool: which keys (columns) a query may see, token by token from what each token is."""
-    streams = list(batch.modalities)
-    facts = []
-    for name, tokens in batch.modalities.items():
-        is_copied = name != "text" and task.stream(name, False).use == "target" and task.block_s
-        for segment, role, second in zip(
-            tokens.segment.tolist(),
-            tokens.role.tolist(),
-            tokens.position[:, 0].tolist(),
-            strict=True,
-        ):
-            block = int(second / task.block_s + 1e-3) if is_copied else -1
-            facts.append((name, segment, role == int(Role.NOISED), block))
-    sees = torch.zeros(len(facts), len(facts), dtype=torch.bool)
-    for i, (name, segment, noised, block) in enumerate(facts):
-        for j, (other, other_segment, other_noised, other_block) in enumerate(facts):
-            if segment != other_segment or other in task.hidden.get(name, []):
-                continue
-            if task.block_s and other_noised:
-                sees[i, j] = noised and block == other_block
-            elif task.block_s:
-                is_near = other_block < 0 or other_block >= block - (task.context or 99)
-                is_past = other_block < block or (other_block == block and not noised)
-                sees[i, j] = is_near and is_past
-            else:
-                sees[i, j] = not task.one_way or noised or not other_noised
-    assert streams == ["text", "video", "audio"]
-    return sees
 
 
 def reach(sees: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kinodit.data.synthetic import SyntheticStream
 from kinodit.data.tasks import StreamTask, TaskConfig
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.tokens import Role, TokenBatch
 
 ABSENT, CLEAN, NOISE = (StreamTask(use=u) for u in ("absent", "clean", "noise"))
 
@@ -75,3 +77,32 @@ def av_model(config: MMDiTConfig = MODEL) -> MMDiT:
         for parameter in model.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=source).double())
     return model
+
+
+def may_see(task: TaskConfig, batch: TokenBatch) -> Tensor:
+    """[J, J] bool: which keys (columns) a query may see, token by token from what each token is."""
+    facts = []
+    for name, tokens in batch.modalities.items():
+        is_copied = name != "text" and task.stream(name, False).use == "target" and task.block_s
+        for segment, role, second in zip(
+            tokens.segment.tolist(),
+            tokens.role.tolist(),
+            tokens.position[:, 0].tolist(),
+            strict=True,
+        ):
+            block = int(second / task.block_s + 1e-3) if is_copied else -1
+            facts.append((name, segment, role == int(Role.NOISED), block))
+    sees = torch.zeros(len(facts), len(facts), dtype=torch.bool)
+    for i, (name, segment, noised, block) in enumerate(facts):
+        for j, (other, other_segment, other_noised, other_block) in enumerate(facts):
+            if segment != other_segment or other in task.hidden.get(name, []):
+                continue
+            if task.block_s and other_noised:
+                sees[i, j] = noised and block == other_block
+            elif task.block_s:
+                is_near = other_block < 0 or other_block >= block - (task.context or 99)
+                is_past = other_block < block or (other_block == block and not noised)
+                sees[i, j] = is_near and is_past
+            else:
+                sees[i, j] = not task.one_way or noised or not other_noised
+    return sees

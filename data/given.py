@@ -1,0 +1,59 @@
+"""A file that a sample is made from: a picture, a clip or a sound, as training would see it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from kinodit.data.config import DecodeConfig
+from kinodit.data.decode import DecodedSample, DecodeError, decode
+from kinodit.data.plan import SampleRef
+from kinodit.data.probe import MediumError, modality_of, probe, with_facts
+from kinodit.data.record import Record, RecordMeta
+from kinodit.data.remux import remux
+from kinodit.data.source import MEMBER_OF_SUFFIX, REMUXED
+from kinodit.models.errors import UserError
+from kinodit.models.tokens import SampleKey
+
+
+class GivenError(UserError):
+    """A file that cannot be read as what a task is given."""
+
+
+def read_given(path: Path, config: DecodeConfig) -> DecodedSample:
+    """The first window of a medium, cropped in the middle; a picture is held for the whole clip.
+
+    Raises:
+        GivenError: it cannot be read, or is shorter than a clip of `config`.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in MEMBER_OF_SUFFIX:
+        raise GivenError(
+            f"{path}: {suffix or 'a file without a suffix'} is not known; known are "
+            f"{', '.join(MEMBER_OF_SUFFIX)}"
+        )
+    try:
+        data = path.read_bytes()
+        data = remux(data, REMUXED[suffix]) if suffix in REMUXED else data
+        extension = MEMBER_OF_SUFFIX[suffix]
+        meta = RecordMeta(id=path.name, modality=modality_of(extension), captions=())
+        meta = with_facts(meta, probe(extension, data))
+        media = decode(Record("given", meta, {extension: data}), replace(config, window="first"))
+    except OSError as error:
+        raise GivenError(f"cannot read {path}: {error.strerror}") from error
+    except (MediumError, DecodeError) as error:
+        raise GivenError(f"{path}: {error}") from error
+    video = media.video
+    if video is not None and len(video) == 1:
+        video = video.expand(config.num_frames, -1, -1, -1)
+    return DecodedSample(
+        key=SampleKey(0, 0, "given"),
+        ref=SampleRef(0, str(path), 0, 0),
+        caption="",
+        video=video,
+        audio=media.audio,
+        fps=media.fps,
+        start_s=media.start_s,
+        view=media.view,
+        meta=meta,
+    )

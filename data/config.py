@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from kinodit.data.expression import parse
 from kinodit.models.errors import ConfigError
 
 
@@ -53,11 +54,34 @@ class DatasetConfig:
     path:   folder with `manifest.json`, or its URL: http(s)://, s3:// and others of fsspec
     weight: its share of the samples, relative to the other datasets
     where:  which of its samples take part
+    filter: the same as an expression, for example "short_side >= 480 and scores.motion > 0.1"
+            (`kinodit.data.expression`); both must hold
+    repeat: instead of a weight: how often each of its samples comes while those of the other
+            datasets come as often as their `repeat` says; all datasets have one, or none
+    max_samples: take part at most so many, drawn once for all runs
+    max_epochs:  it is an error if the run would go through it more often
     """
 
     path: str = ""
     weight: float = 1.0
     where: WhereConfig = field(default_factory=WhereConfig)
+    filter: str = ""
+    repeat: float | None = None
+    max_samples: int | None = None
+    max_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("repeat", "max_samples", "max_epochs"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_positive(f"datasets.*.{name}", value)
+        if self.repeat is not None and self.weight != 1.0:
+            raise ConfigError(
+                f"a dataset has repeat {self.repeat:g} and weight {self.weight:g}: its share "
+                "follows from one of them, so leave out the other"
+            )
+        if self.filter:
+            parse(self.filter)
 
 
 @dataclass(frozen=True)
@@ -191,6 +215,10 @@ class DataConfig(DecodeConfig):
                       are bounded by their tokens only
     window_steps:     steps whose samples are put into rounds together, and then dealt out to the
                       steps: the more, the more alike are the packs of a round
+    shuffle:          "full": every epoch in any order; "block": samples of about `block_shards`
+                      shards are mixed, so that a step reads from few of them; "auto": block for
+                      datasets that are not on a file system, full for the others
+    block_shards:     shards that are mixed with shuffle=block
     sizes:            "recipe": every sample has the recipe's height, width and length; "own": each
                       keeps its aspect ratio, within height x width pixels, and its length, within
                       num_frames
@@ -220,6 +248,8 @@ class DataConfig(DecodeConfig):
     packing: Literal["count", "budget", "class"] = "count"
     cost_budget: int | None = None
     window_steps: int = 1
+    shuffle: Literal["auto", "full", "block"] = "auto"
+    block_shards: int = 16
     sizes: Literal["recipe", "own"] = "recipe"
     lengths: tuple[int, ...] = ()
     side_multiple: int = 1
@@ -236,7 +266,7 @@ class DataConfig(DecodeConfig):
         super().__post_init__()
         for name in (
             "samples_per_step", "packs_per_step", "num_threads", "prefetch_steps", "window_steps",
-            "side_multiple",
+            "side_multiple", "block_shards",
         ):  # fmt: skip
             _require_positive(name, getattr(self, name))
         if self.window_steps > 1 and self.packing == "count":
@@ -255,6 +285,12 @@ class DataConfig(DecodeConfig):
             raise ConfigError(f"data.cache_mib is {self.cache_mib}; 0 turns the cache off")
         if self.token_budget is not None:
             _require_positive("token_budget", self.token_budget)
+        repeats = [dataset.repeat is not None for dataset in self.datasets.values()]
+        if any(repeats) and not all(repeats):
+            raise ConfigError(
+                "some datasets have a repeat and some do not: shares follow from the repeats of "
+                "all datasets, or from the weights of all"
+            )
         for name, dataset in self.datasets.items():
             if not dataset.path:
                 raise ConfigError(f"data.datasets.{name} has no path: give its folder of shards")

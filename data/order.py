@@ -50,6 +50,51 @@ def permute(positions: NDArray[np.uint64], size: int, *key: KeyPart) -> NDArray[
     return values
 
 
+def permute_by_blocks(
+    positions: NDArray[np.uint64], size: int, chunk: int, chunks_per_block: int, *key: KeyPart
+) -> NDArray[np.uint64]:
+    """A keyed permutation of `range(size)` whose neighbours come from few places.
+
+    The range, turned by a random amount, is cut into chunks of `chunk`; the chunks are permuted; of
+    every `chunks_per_block` of them the members are permuted together. What is left of the range
+    beyond whole chunks comes last; which part that is, the turn decides.
+
+    Args:
+        positions: uint64, [n], each below `size`.
+        size: how many things are permuted.
+        chunk: neighbours that stay close: about a shard.
+        chunks_per_block: chunks that are mixed.
+        key: names the permutation.
+
+    Returns:
+        uint64 [n].
+    """
+    whole = size // chunk
+    if whole <= chunks_per_block:
+        return permute(positions, size, *key)
+    turn = int(generator(*key, "turn").integers(0, size))
+    found = np.empty_like(positions)
+    span = chunk * chunks_per_block
+    block_of = np.minimum(positions // np.uint64(span), np.uint64(-(-whole // chunks_per_block)))
+    block_of[positions >= whole * chunk] = np.iinfo(np.uint64).max
+    for block in np.unique(block_of).tolist():
+        mine = block_of == block
+        if block == np.iinfo(np.uint64).max:
+            rest = positions[mine] - np.uint64(whole * chunk)
+            found[mine] = permute(rest, size - whole * chunk, *key, "rest") + np.uint64(
+                whole * chunk
+            )
+            continue
+        first = block * chunks_per_block
+        count = min(chunks_per_block, whole - first)
+        within = permute(
+            positions[mine] - np.uint64(block * span), count * chunk, *key, "block", block
+        )
+        chunks = permute(np.uint64(first) + within // np.uint64(chunk), whole, *key, "chunks")
+        found[mine] = chunks * np.uint64(chunk) + within % np.uint64(chunk)
+    return (found + np.uint64(turn)) % np.uint64(size)
+
+
 @lru_cache(maxsize=256)
 def _round_keys(key: tuple[KeyPart, ...]) -> tuple[np.uint64, ...]:
     draws = generator(*key).integers(0, 2**64, size=NUM_ROUNDS, dtype=np.uint64)

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinodit.data.fill import Packs, balanced, by_class, cost_of, split_rounds, within_budget
-from kinodit.data.order import permute
+from kinodit.data.order import permute, permute_by_blocks
 from kinodit.data.shapes import Shape
-from kinodit.data.spec import PlanError, PlanSpec
+from kinodit.data.spec import DatasetSpec, PlanError, PlanSpec
+from kinodit.models.random import KeyPart
 from kinodit.models.tokens import SampleKey
 
 
@@ -139,6 +140,16 @@ def assign(batch: GlobalBatch, dp_index: int, dp_size: int) -> tuple[tuple[Sampl
     return own + ((),) * (count - len(own))
 
 
+def _shuffled(
+    dataset: DatasetSpec, positions: NDArray[np.uint64], *key: KeyPart
+) -> NDArray[np.int64]:
+    size = dataset.num_eligible
+    if not dataset.chunk:
+        return permute(positions, size, *key).astype(np.int64)
+    found = permute_by_blocks(positions, size, dataset.chunk, dataset.block_chunks, *key)
+    return found.astype(np.int64)
+
+
 def _draw(spec: PlanSpec, first: int, count: int) -> _Drawn:
     """The samples of the slots `first` to `first + count` of the run, numbered from 0."""
     chosen, places = spec.mixture.slots(first, count)
@@ -152,7 +163,7 @@ def _draw(spec: PlanSpec, first: int, count: int) -> _Drawn:
         dataset = spec.datasets[number]
         size = dataset.num_eligible
         within = np.array([places[slot] - epoch * size for slot in slots], dtype=np.uint64)
-        drawn = permute(within, size, spec.seed, "order", dataset.name, epoch).astype(np.int64)
+        drawn = _shuffled(dataset, within, spec.seed, "order", dataset.name, epoch)
         indices = drawn if dataset.eligible is None else dataset.eligible[drawn]
         lengths[slots] = np.broadcast_to(np.asarray(dataset.tokens), (size,))[drawn]
         shapes: list[Shape | None] = [None] * len(slots)

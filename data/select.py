@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinodit.data.config import DataConfig, DecodeConfig, RangeConfig, WhereConfig
+from kinodit.data.filtering import by_expression
 from kinodit.data.index import FLAG_AUDIO
 from kinodit.data.manifest import Dataset
+from kinodit.data.order import permute
 from kinodit.data.own_sizes import own_sizes
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import MODALITIES, RecordMeta
@@ -79,7 +81,18 @@ def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostMod
     for text, mask in _by_meta(dataset, where, np.flatnonzero(left)):
         left &= mask
         selection.append((text, int(left.sum())))
+    entry = config.datasets[name]
+    if entry.filter:
+        text, mask = by_expression(dataset, entry.filter, np.flatnonzero(left))
+        left &= mask
+        selection.append((text, int(left.sum())))
     eligible = np.flatnonzero(left)
+    if entry.max_samples is not None and len(eligible) > entry.max_samples:
+        # Of the dataset alone, so that another seed or mixture trains on the same samples.
+        drawn = np.arange(entry.max_samples, dtype=np.uint64)
+        kept = permute(drawn, len(eligible), "cap", dataset.content_hash)
+        eligible = eligible[np.sort(kept.astype(np.int64))]
+        selection.append((f"at most {entry.max_samples} samples", len(eligible)))
     _require_a_codec_for_stills(name, dataset, eligible, cost)
     if sized is not None:
         sized.require_length(eligible)
@@ -89,13 +102,33 @@ def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostMod
         name=name,
         content_hash=dataset.content_hash,
         num_samples=len(dataset),
-        weight=config.datasets[name].weight,
+        weight=entry.weight if entry.repeat is None else entry.repeat * len(eligible),
         eligible=None if len(eligible) == len(dataset) else eligible,
         tokens=int(tokens[0]) if alike else tokens,
         selection=tuple(selection),
         shapes=() if sized is None else sized.shapes,
         shape_of=None if sized is None else sized.shape_of[eligible],
+        chunk=_chunk(dataset, len(eligible), entry.path, config),
+        block_chunks=config.block_shards if _chunk(dataset, 1, entry.path, config) else 0,
     )
+
+
+def _chunk(dataset: Dataset, num_eligible: int, path: str, config: DataConfig) -> int:
+    """Samples that stay close in an epoch, about a shard; 0 without block shuffle."""
+    if config.shuffle == "full" or (config.shuffle == "auto" and "://" not in path):
+        return 0
+    return max(1, -(-num_eligible // len(dataset.manifest.shards)))
+
+
+def check_epochs(config: DataConfig, spec: PlanSpec, steps: int) -> None:
+    """Raises PlanError if `steps` go through a dataset more often than its `max_epochs`."""
+    for name, epochs in spec.epochs(steps).items():
+        limit = config.datasets[name].max_epochs
+        if limit is not None and epochs > limit:
+            raise PlanError(
+                f"data.datasets.{name} would be gone through {epochs:.2f} times in {steps} steps, "
+                f"and its max_epochs is {limit:g}: lower its weight, or run.steps"
+            )
 
 
 def _require_a_codec_for_stills(

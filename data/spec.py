@@ -62,6 +62,8 @@ class DatasetSpec:
     selection:    (condition, samples that were left after it) in the order of evaluation
     shapes:       the sizes that samples are decoded to; empty: all to the recipe's
     shape_of:     [n] int64, the row of `shapes` of each eligible sample
+    chunk:        samples that stay close to each other in an epoch, about a shard; 0: none do
+    block_chunks: chunks that are mixed with each other
     """
 
     name: str
@@ -73,6 +75,8 @@ class DatasetSpec:
     selection: tuple[tuple[str, int], ...] = ()
     shapes: tuple[Shape, ...] = ()
     shape_of: NDArray[np.int64] | None = None
+    chunk: int = 0
+    block_chunks: int = 0
 
     def __post_init__(self) -> None:
         if self.num_eligible == 0:
@@ -263,7 +267,8 @@ def _digest(value: object) -> object:
 
 
 _LATER = (
-    "packing", "cost_budget", "window_steps", "grid", "parity_tokens", "shapes", "shape_of"
+    "packing", "cost_budget", "window_steps", "grid", "parity_tokens", "shapes", "shape_of",
+    "chunk", "block_chunks",
 )  # fmt: skip
 """Fields that came later: left out of descriptions at their defaults, so that fingerprints of
 specs that do not use them are what they were."""

@@ -12,6 +12,7 @@ from kinodit.models.mmdit import MMDiTConfig
 from kinodit.trainer import checkpoint, faults
 from kinodit.trainer.batches import BatchSource
 from kinodit.trainer.config import RunConfig
+from kinodit.trainer.consumed import ConsumedLedger
 from kinodit.trainer.ema import Ema
 from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.metrics import Row, Window, pack_flops
@@ -50,6 +51,7 @@ class Loop:
     generate: Callable[[int], list[dict[str, object]]] | None
     sinks: Sinks | None
     ledger: Ledger | None
+    consumed: ConsumedLedger | None
     progress: Progress | None
     peak_flops: float
 
@@ -190,6 +192,8 @@ class Loop:
             num_samples=state.num_samples + result.counts.num_samples,
             guard=self.guard.state,
         )
+        if self.consumed is not None:
+            self.consumed.add(state.step - 1, data)
         if not result.updated and self.sinks is not None:
             self.sinks.event("skip", state.step, f"no update, since {self.guard.reason}")
         try:

@@ -15,7 +15,7 @@ import torch
 from kinodit.data.encode import SampleEncoder
 from kinodit.data.manifest import Dataset
 from kinodit.data.quarantine import Replacement
-from kinodit.data.select import open_datasets, plan_spec
+from kinodit.data.select import check_epochs, open_datasets, plan_spec
 from kinodit.data.spec import PlanSpec
 from kinodit.models.errors import ConfigError
 from kinodit.trainer import checkpoint, faults
@@ -26,6 +26,7 @@ from kinodit.trainer.config import (
     RunConfig,
     config_to_dict,
 )
+from kinodit.trainer.consumed import ConsumedLedger
 from kinodit.trainer.drift import acceptance, facts
 from kinodit.trainer.encoders import cost_model, fitted_encoders
 from kinodit.trainer.engine.build import build_mesh
@@ -121,6 +122,7 @@ def _train(
     datasets = open_datasets(config.data)
     encoders = fitted_encoders(config, run_dir, datasets, mesh)
     spec = plan_spec(config.data, datasets, cost_model(config, encoders), config.run.seed)
+    check_epochs(config.data, spec, config.run.steps)
     encoder = SampleEncoder(
         encoders,
         config.run.seed,
@@ -218,6 +220,9 @@ def _attempt(
             run_dir, mesh, config.data, setting.datasets, spec, state.data_step, tell
         )
         stack.callback(steps.close)
+        consumed = ConsumedLedger(run_dir, mesh, state) if config.log.ledger else None
+        if consumed is not None:
+            stack.callback(consumed.close)
         state = Loop(
             config=config,
             model_config=parts.model_config,
@@ -237,6 +242,7 @@ def _attempt(
             ),
             sinks=sinks,
             ledger=ledger,
+            consumed=consumed,
             progress=progress,
             peak_flops=peak_flops(mesh.device, config.precision.compute_dtype),
         ).run(state)

@@ -39,13 +39,15 @@ class LogConfig:
     """What is logged, and where to beside metrics.jsonl.
 
     every_steps: steps in one row of metrics; wandb: "offline" writes a run that `wandb sync`
-    uploads later; wandb_project: where it goes; tensorboard: also write event files.
+    uploads later; wandb_project: where it goes; tensorboard: also write event files; ledger: also
+    write which samples each step was trained on, for `kinodit data verify-ledger`.
     """
 
     every_steps: int = 10
     wandb: Literal["off", "offline", "online"] = "offline"
     wandb_project: str = "kinodit"
     tensorboard: bool = False
+    ledger: bool = False
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kinodit.launch.data_actions import PROBLEMS_FOUND, add_order_actions
+from kinodit.launch.progress_line import ProgressLine
+
 HELP = "Make, index, check, describe and preview datasets (shards with an index and a manifest)."
-PROBLEMS_FOUND = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--num-samples", type=int, default=60, help="default: %(default)s")
     action.add_argument("--seed", type=int, default=0, help="draws the samples")
     action.set_defaults(act=_preview)
+    add_order_actions(actions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +115,7 @@ def _add_demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _pack(args: argparse.Namespace) -> int:
     from kinodit.data.pack import Progress, pack
 
-    line = _ProgressLine()
+    line = ProgressLine()
 
     def progress(now: Progress) -> None:
         bad = f", {now.num_bad} bad" if now.num_bad else ""
@@ -157,7 +159,7 @@ def _demo(args: argparse.Namespace) -> int:
     options = DemoOptions(
         theatre, args.num_clips, args.num_images, args.num_sounds, not args.no_real_clips
     )
-    line = _ProgressLine()
+    line = ProgressLine()
     manifest = build(
         args.destination, options, args.workers, lambda done, total: line.show(done, total, "")
     )
@@ -202,7 +204,7 @@ def _validate(args: argparse.Namespace) -> int:
     if args.reports is not None:
         report = merge_reports(args.directory, args.reports)
     else:
-        line = _ProgressLine()
+        line = ProgressLine()
         report = validate(
             args.directory,
             decode=args.decode,
@@ -238,26 +240,3 @@ def _preview(args: argparse.Namespace) -> int:
     shown = preview(Dataset(args.directory), out, args.num_samples, args.seed)
     print(f"{out}: {shown} samples, {out.stat().st_size / 2**20:.1f} MiB")
     return 0
-
-
-class _ProgressLine:
-    """One line on stderr, rewritten at most ten times a second; nothing if that is no terminal."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-        self._shown = False
-
-    def show(self, done: int, total: int, note: str) -> None:
-        """Shows how many of `total` are done and how long the rest will take."""
-        now = time.monotonic()
-        if not sys.stderr.isatty() or (now - self._last < 0.1 and done < total):
-            return
-        self._last, self._shown = now, True
-        left_s = (now - self._start) / done * (total - done)
-        text = f"{done}/{total}  {note}  {left_s:.0f} s left"
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Clears the line."""
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -19,6 +19,12 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and overrides."""
     parser.add_argument("config", type=Path, help="a recipe, for example configs/t2v_tiny.yaml")
+    parser.add_argument(
+        "--ledger",
+        action="store_true",
+        help="keep which samples each step was trained on (log.ledger=true), for "
+        "`kinodit data verify-ledger`",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
 
 
@@ -34,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         from kinodit.trainer.config import load_config
         from kinodit.trainer.run import train
 
-        config = load_config(args.config, args.overrides)
+        ledger = ["log.ledger=true"] if args.ledger else []
+        config = load_config(args.config, [*args.overrides, *ledger])
         topology = read_topology()
         with process_group(topology, config.run.deadline_s) as device:
             train(config, topology, device, sys.stderr, signals)

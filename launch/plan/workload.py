@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -128,13 +128,13 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
         ConfigError: clips, codec, patch or model do not fit each other.
     """
     notes: list[str] = []
-    text_tokens, width, pooled = _text(config, given, notes)
+    text_tokens, width, pooled = text_sizes(config, given, notes)
     tokens, streams = {TEXT: text_tokens}, {TEXT: StreamSpec(TEXT, width)}
     if VIDEO in config.model.streams:
         tokens[VIDEO], channels = _video(config, given, notes)
         streams[VIDEO] = StreamSpec(VIDEO, channels, config.modalities.video.patch)
     if AUDIO in config.model.streams:
-        tokens[AUDIO], channels = _audio(config, notes)
+        tokens[AUDIO], channels = audio_sizes(config, notes)
         streams[AUDIO] = StreamSpec(AUDIO, channels, (config.modalities.audio.patch, 1, 1))
     order = [name for name in config.model.streams if name in streams]
     order += [name for name in streams if name not in order]
@@ -174,18 +174,8 @@ def _video(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int]
     """(tokens of a clip, latent channels)."""
     data, patch = config.data, config.modalities.video.patch
     size = (data.num_frames, data.height, data.width)
-    codec = None if given.codec else _codec_here(config)
-    if codec is not None:
-        grid, channels = codec.latent_shape(*size), codec.latent_channels
-    else:
-        *stride, channels = given.codec or ASSUMED_CODEC
-        if given.codec is None:
-            shown = " x ".join(map(str, stride))
-            notes.append(
-                f"the video codec is not on this machine: taken as {shown} pixels a cell, "
-                f"{channels} channels (--codec)"
-            )
-        grid = grid_shape(size, (stride[0], stride[1], stride[2]), stride[0] > 1)
+    shapes = codec_shapes(config, given, notes)
+    grid, channels = shapes.latent_shape(*size), shapes.channels
     if any(cells % step for cells, step in zip(grid, patch, strict=True)):
         raise ConfigError(
             f"latents of {' x '.join(map(str, grid))} (frames, rows, columns) do not divide into "
@@ -195,7 +185,7 @@ def _video(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int]
     return given.video_tokens or math.prod(grid) // math.prod(patch), channels
 
 
-def _audio(config: RunConfig, notes: list[str]) -> tuple[int, int]:
+def audio_sizes(config: RunConfig, notes: list[str]) -> tuple[int, int]:
     """(tokens of a clip's sound, latent channels)."""
     patch = config.modalities.audio.patch
     codec = _audio_codec_here(config)
@@ -218,6 +208,40 @@ def _audio_codec_here(config: RunConfig) -> AudioCodec | None:
         return None
 
 
+@dataclass(frozen=True)
+class CodecShapes:
+    """Shapes of a video codec.
+
+    latent_shape: (frames, height, width) -> the latent grid; EncoderError if they do not fit
+    stride:       frames, rows and columns of pixels in a latent cell
+    channels:     of a latent cell
+    """
+
+    latent_shape: Callable[[int, int, int], tuple[int, int, int]]
+    stride: tuple[int, int, int]
+    channels: int
+
+
+def codec_shapes(config: RunConfig, given: Given, notes: list[str]) -> CodecShapes:
+    """Shapes of the recipe's codec, or of what is assumed in its place, which `notes` then says."""
+    codec = None if given.codec else _codec_here(config)
+    if codec is not None:
+        return CodecShapes(codec.latent_shape, codec.stride, codec.latent_channels)
+    frames, rows, columns, channels = given.codec or ASSUMED_CODEC
+    stride = frames, rows, columns
+    if given.codec is None:
+        shown = " x ".join(map(str, stride))
+        notes.append(
+            f"the video codec is not on this machine: taken as {shown} pixels a cell, "
+            f"{channels} channels (--codec)"
+        )
+
+    def latent_shape(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        return grid_shape((num_frames, height, width), stride, frames > 1)
+
+    return CodecShapes(latent_shape, stride, channels)
+
+
 def _codec_here(config: RunConfig) -> VideoCodec | None:
     """The codec if it can be built here; its shapes are wanted, never its statistics."""
     codec = config.modalities.video.codec
@@ -232,7 +256,7 @@ def _codec_here(config: RunConfig) -> VideoCodec | None:
         return None
 
 
-def _text(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int, int]:
+def text_sizes(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int, int]:
     """(tokens of a caption, features of a token, length of the pooled vector)."""
     encoder = config.modalities.text.encoder
     if isinstance(encoder, ByteTextConfig):

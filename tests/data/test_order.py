@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinodit.data.order import MAX_PERIOD, mixture, permute, shares_of
+from kinodit.data.order import (
+    MAX_PERIOD,
+    mixture,
+    permute,
+    permute_by_blocks,
+    shares_of,
+)
 from kinodit.models.errors import ConfigError
 
 
@@ -99,3 +105,35 @@ def test_places_count_through_the_whole_run() -> None:
     # Far beyond 64 bits, nothing is replayed.
     _, far = mixed.slots(10**20, 5)
     assert len(far) == 5
+
+
+@settings(deadline=None, max_examples=80)
+@given(size=st.integers(1, 2000), chunk=st.integers(1, 90), group=st.integers(1, 6))
+def test_blocks_are_a_permutation_too(size: int, chunk: int, group: int) -> None:
+    places = np.arange(size, dtype=np.uint64)
+    found = permute_by_blocks(places, size, chunk, group, 3, "order", 1)
+    assert sorted(found.tolist()) == list(range(size))
+    # One at a time, in another order, and with others beside: the same.
+    some = np.random.default_rng(size).permutation(size)[:7].astype(np.uint64)
+    alone = [int(permute_by_blocks(some[i : i + 1], size, chunk, group, 3, "order", 1)[0])
+             for i in range(len(some))]  # fmt: skip
+    assert alone == found[some.astype(np.int64)].tolist()
+
+
+def test_blocks_read_from_few_places_and_differ_between_epochs() -> None:
+    size, chunk, group = 10_000, 100, 4
+    orders = [
+        permute_by_blocks(np.arange(size, dtype=np.uint64), size, chunk, group, 3, "order", epoch)
+        for epoch in range(3)
+    ]
+    for order in orders:
+        for start in range(0, size - 400, 400):
+            # Four chunks, each of which may lie across two of a hundred.
+            assert len(set((order[start : start + 400] // chunk).tolist())) <= 8
+        first = (order[:400] // chunk).tolist()
+        assert first != sorted(first)
+    assert not np.array_equal(orders[0], orders[1])
+    # Which samples meet in a block differs between epochs, too.
+    assert set(orders[0][:400].tolist()) != set(orders[1][:400].tolist())
+    huge = permute_by_blocks(np.array([0, 10**8 - 1], np.uint64), 10**8, 1000, 16, 0)
+    assert len(set(huge.tolist())) == 2

@@ -315,3 +315,14 @@ def test_the_fingerprint_changes_with_how_packs_are_filled() -> None:
     ]
     prints = {spec_.fingerprint for spec_ in (one, *changed)}
     assert len(prints) == len(changed) + 1
+
+
+def test_a_block_shuffle_keeps_epochs_exact_and_is_another_order() -> None:
+    blocked = spec(dataset(chunk=5, block_chunks=2), samples=8)
+    stream = [index for step in range(37) for index in indices(plan(blocked, step))]
+    for start in range(0, len(stream), 37):
+        assert sorted(stream[start : start + 37]) == list(range(37))
+    whole = spec(samples=8)
+    assert blocked.fingerprint != whole.fingerprint
+    other = spec(dataset(chunk=5, block_chunks=3), samples=8)
+    assert len({blocked.fingerprint, whole.fingerprint, other.fingerprint}) == 3

@@ -11,9 +11,11 @@ import pytest
 
 from kinodit.data.config import DataConfig, DatasetConfig, RangeConfig, WhereConfig
 from kinodit.data.manifest import Dataset
+from kinodit.data.reader import ShardReader
 from kinodit.data.record import Record
-from kinodit.data.select import open_datasets, plan_spec
-from kinodit.data.spec import CostModel, PlanError
+from kinodit.data.select import check_epochs, open_datasets, plan_spec
+from kinodit.data.spec import CostModel, PlanError, PlanSpec
+from kinodit.models.errors import ConfigError
 from tests.data.clips import small_records, sound_record, video_record, write_dataset
 
 COST = CostModel(video_tokens=100, image_tokens=10, audio_tokens=7, text_tokens=3)
@@ -140,3 +142,108 @@ def test_stills_are_refused_by_a_codec_that_takes_none(dataset: Dataset) -> None
         plan_spec(config(dataset), {"clips": dataset}, cost, seed=0)
     only_clips = config(dataset, WhereConfig(modality="video"))
     assert plan_spec(only_clips, {"clips": dataset}, cost, seed=0).datasets[0].num_eligible == 13
+
+
+def spec_with(dataset: Dataset, **changes: Any) -> PlanSpec:
+    entry = DatasetConfig(path=str(dataset.directory), **changes)
+    settings = replace(config(dataset), datasets={"clips": entry})
+    return plan_spec(settings, {"clips": dataset}, COST, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("modality == 'image'", IMAGES),
+        ("motion >= 0.8", [12, 13, 14]),
+        ("width > 64 or motion < 0.2", [0, 1, 2, 15]),
+        ("extra.action == 'b' and modality == 'video'", [1, 7, 10, 13]),
+        ("has_audio", [15]),
+        ("aspect > 1.4 and short_side == 48 and lang == 'en'", [15]),
+        ("duration_s > 1.5 and fps == 24 and num_frames == 48 and pixels == 6144", [15]),
+    ],
+)
+def test_a_filter_expression_keeps_what_it_says(
+    dataset: Dataset, text: str, expected: list[int]
+) -> None:
+    spec = spec_with(dataset, filter=text)
+    eligible = spec.datasets[0].eligible
+    assert eligible is not None and eligible.tolist() == expected
+    assert spec.datasets[0].selection[-1] == (text, len(expected))
+
+
+def test_a_filter_reads_records_only_where_it_has_to(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = ShardReader.read
+
+    def noted(self: ShardReader, index: int) -> Record:
+        read.append(index)
+        return real(self, index)
+
+    monkeypatch.setattr(ShardReader, "read", noted)
+    spec_with(dataset, filter="width > 64")
+    assert read == []
+    spec_with(dataset, where=WhereConfig(modality="image"), filter="motion > 0.5")
+    assert read == IMAGES
+
+
+def test_a_filter_that_leaves_nothing_is_told_with_what_it_left(dataset: Dataset) -> None:
+    with pytest.raises(PlanError, match="motion > 2: 0 left"):
+        spec_with(dataset, filter="motion > 2")
+    with pytest.raises(ConfigError, match="is no field"):
+        DatasetConfig(path="x", filter="speed > 2")
+
+
+def test_a_cap_takes_the_same_samples_for_every_seed(dataset: Dataset) -> None:
+    kept = spec_with(dataset, max_samples=5).datasets[0].eligible
+    assert kept is not None and len(kept) == len(set(kept.tolist())) == 5
+    assert kept.tolist() == sorted(kept.tolist()) != list(range(5))
+    entry = DatasetConfig(path=str(dataset.directory), max_samples=5)
+    settings = replace(config(dataset), datasets={"other": entry})
+    again = plan_spec(settings, {"other": dataset}, COST, seed=9).datasets[0].eligible
+    assert again is not None and again.tolist() == kept.tolist()
+    assert spec_with(dataset, max_samples=500).datasets[0].eligible is not None
+
+
+def test_repeats_decide_shares(dataset: Dataset) -> None:
+    path = str(dataset.directory)
+    images = WhereConfig(modality="image")
+    entries = {
+        "all": DatasetConfig(path, repeat=1.0),
+        "images": DatasetConfig(path, repeat=4.0, where=images),
+    }
+    settings = replace(config(dataset), datasets=entries)
+    spec = plan_spec(settings, {"all": dataset, "images": dataset}, COST, seed=0)
+    assert spec.mixture.shares == (4, 3)
+    assert spec.epochs(7 * 2)["images"] == 4 * spec.epochs(7 * 2)["all"]
+    with pytest.raises(ConfigError, match="repeat 2 and weight 3"):
+        DatasetConfig(path, repeat=2.0, weight=3.0)
+    with pytest.raises(ConfigError, match="some datasets have a repeat"):
+        replace(settings, datasets={**entries, "third": DatasetConfig(path)})
+
+
+def test_more_epochs_than_allowed_are_refused(dataset: Dataset) -> None:
+    entry = DatasetConfig(path=str(dataset.directory), max_epochs=2.0)
+    settings = replace(config(dataset), datasets={"clips": entry})
+    spec = plan_spec(settings, {"clips": dataset}, COST, seed=0)
+    check_epochs(settings, spec, 4)
+    with pytest.raises(PlanError, match=r"gone through 2.50 times in 5 steps"):
+        check_epochs(settings, spec, 5)
+
+
+def test_block_shuffle_is_for_datasets_that_are_not_on_a_file_system(dataset: Dataset) -> None:
+    datasets = {"clips": dataset}
+    remote = replace(config(dataset), datasets={"clips": DatasetConfig("s3://bucket/clips")})
+    chunks = {
+        (shuffle, settings.datasets["clips"].path[:2]): plan_spec(
+            replace(settings, shuffle=shuffle, block_shards=3), datasets, COST, seed=0
+        ).datasets[0]
+        for shuffle in ("auto", "full", "block")
+        for settings in (config(dataset), remote)
+    }
+    blocked = {key for key, spec in chunks.items() if spec.chunk}
+    local = config(dataset).datasets["clips"].path[:2]
+    assert blocked == {("auto", "s3"), ("block", "s3"), ("block", local)}
+    # 16 samples take part, of two shards.
+    assert {(s.chunk, s.block_chunks) for s in chunks.values()} == {(0, 0), (8, 3)}

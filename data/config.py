@@ -60,6 +60,7 @@ class DatasetConfig:
             datasets come as often as their `repeat` says; all datasets have one, or none
     max_samples: take part at most so many, drawn once for all runs
     max_epochs:  it is an error if the run would go through it more often
+    cache:  folder that `kinodit data encode` made of it: samples that are there are not decoded
     """
 
     path: str = ""
@@ -69,6 +70,7 @@ class DatasetConfig:
     repeat: float | None = None
     max_samples: int | None = None
     max_epochs: float | None = None
+    cache: str = ""
 
     def __post_init__(self) -> None:
         for name in ("repeat", "max_samples", "max_epochs"):
@@ -94,6 +96,9 @@ class DecodeConfig:
     window:           where in a longer clip the frames begin: a keyed draw, or its first frame
     crop:             where the crop lies: in the middle, or a keyed draw
     use_video:        decode pictures; off, only samples with sound take part, for it alone
+    pixels:           what videos are until they are encoded: "rgb", or "yuv420", as they are coded,
+                      in half the bytes: sizes are even then, and the device converts. Still images
+                      are RGB
     use_audio:        decode the sound of videos and audio-only samples; off, it is never opened
     audio_rate:       Hz
     audio_channels:   1 or 2
@@ -109,6 +114,7 @@ class DecodeConfig:
     fps: float = 8.0
     window: Literal["random", "first"] = "random"
     crop: Literal["centre", "random"] = "centre"
+    pixels: Literal["rgb", "yuv420"] = "rgb"
     use_video: bool = True
     use_audio: bool = False
     audio_rate: int = 16_000
@@ -124,6 +130,11 @@ class DecodeConfig:
             _require_positive(name, getattr(self, name))
         if not (self.use_video or self.use_audio):
             raise ConfigError("data.use_video and data.use_audio are both false: nothing is left")
+        if self.pixels == "yuv420" and (self.height % 2 or self.width % 2):
+            raise ConfigError(
+                f"data.height x width is {self.height} x {self.width}; with data.pixels=yuv420 "
+                "both are even"
+            )
         if not 1000 <= self.audio_rate <= 192_000:
             raise ConfigError(f"data.audio_rate is {self.audio_rate} Hz; it must be 1000 to 192000")
         if self.audio_channels not in (1, 2):

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from kinodit.data.colour import Planes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, open_medium, seek_to, within_limit
 from kinodit.data.picture import CENTRE, Canvas, Crop
@@ -21,6 +22,9 @@ from kinodit.data.record import Record, RecordMeta
 from kinodit.data.sound import decode_audio, num_audio_samples
 from kinodit.data.window import FPS_SCALE, exact_rate, pick_window, source_rate
 from kinodit.models.tokens import SampleKey
+
+if TYPE_CHECKING:
+    from kinodit.data.latents import Encoded
 
 __all__ = ["DecodeError", "DecodedMedia", "DecodedSample", "View", "decode", "pick_view"]
 
@@ -46,6 +50,7 @@ class DecodedMedia:
     fps:     frames per second of `video`
     start_s: where in the source the window begins, seconds
     view:    the same, exactly, and the crop
+    planes:  the video, where the recipe leaves it as it is coded; `video` is None then
     """
 
     video: Tensor | None
@@ -53,11 +58,14 @@ class DecodedMedia:
     fps: float
     start_s: float
     view: View
+    planes: Planes | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory of pixels and sound."""
-        return sum(x.numel() * x.element_size() for x in (self.video, self.audio) if x is not None)
+        whole = (x for x in (self.video, self.audio) if x is not None)
+        planes = self.planes.num_bytes if self.planes is not None else 0
+        return planes + sum(x.numel() * x.element_size() for x in whole)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,8 @@ class DecodedSample:
     caption: the one that was drawn for this step
     meta:    of its record
     view:    the part of the source that was decoded; with `ref.sample_id` it names the pixels
-    video, audio, fps, start_s: as in `DecodedMedia`
+    video, audio, planes, fps, start_s: as in `DecodedMedia`; media are None where
+    encoded: has what they were encoded to before
     """
 
     key: SampleKey
@@ -81,6 +90,8 @@ class DecodedSample:
     start_s: float
     view: View
     meta: RecordMeta
+    encoded: Encoded | None = None
+    planes: Planes | None = None
 
 
 def decode(
@@ -170,7 +181,7 @@ def _decode_video(
                 f"it has {num_frames} frames at {rate / FPS_SCALE:g} fps, too few for "
                 f"{config.num_frames} at {config.fps:g} fps"
             )
-        canvas = Canvas(len(wanted), config, crop)
+        canvas = Canvas(len(wanted), config, crop, as_planes=config.pixels == "yuv420")
         per_frame = FPS_SCALE / (stream.time_base * rate)
         if wanted[0] > 0:
             seek_to(container, stream, wanted[0] * per_frame)
@@ -184,7 +195,8 @@ def _decode_video(
     if config.use_audio and record.meta.has_audio:
         with open_medium(record, config) as container:
             audio = decode_audio(container, origin_s + start_s, config)
-    return DecodedMedia(canvas.pixels, audio, config.fps, float(start_s), View(wanted[0], crop))
+    view = View(wanted[0], crop)
+    return DecodedMedia(canvas.pixels, audio, config.fps, float(start_s), view, canvas.planes)
 
 
 def _video_stream(container: Any) -> Any:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kinodit.data.cache import BoundedCache
+from kinodit.data.colour import Planes
 from kinodit.data.decode import DecodedSample, View
+from kinodit.data.latents import Encoded
 from kinodit.data.packing import EncodedSample
-from kinodit.models.encoders.base import AudioCodec, TextEncoder, TextFeatures, VideoCodec
+from kinodit.models.encoders.base import (
+    AudioCodec,
+    Posterior,
+    TextEncoder,
+    TextFeatures,
+    VideoCodec,
+    posterior_of,
+)
 from kinodit.models.errors import ConfigError
 from kinodit.models.random import sample_generator, uniform
 
@@ -49,6 +59,16 @@ class Encoders:
     def all(self) -> tuple[TextEncoder | VideoCodec | AudioCodec, ...]:
         """Those that there are."""
         return tuple(e for e in (self.text, self.video, self.audio) if e is not None)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Stream -> what names its encoder in a cache."""
+        found = {TEXT: self.text.fingerprint}
+        if self.video is not None:
+            found[VIDEO] = self.video.fingerprint
+        if self.audio is not None:
+            found[AUDIO] = f"{self.audio.fingerprint} patch {self.audio_patch}"
+        return found
 
     def num_audio_frames(self, num_samples: int) -> int:
         """Latent frames, in whole tokens, of a sound of so many samples."""
@@ -90,8 +110,9 @@ class SampleEncoder:
         self._captions = BoundedCache[str, TextFeatures](
             caption_cache_mib * MIB, lambda f: _num_bytes(f.tokens) + _num_bytes(f.pooled)
         )
-        self._latents = BoundedCache[tuple[str, str, View], Tensor](
-            latent_cache_mib * MIB, _num_bytes
+        self._latents = BoundedCache[tuple[str, str, View], Posterior](
+            latent_cache_mib * MIB,
+            lambda p: _num_bytes(p.mean) + (0 if p.logvar is None else _num_bytes(p.logvar)),
         )
 
     def encode(self, pack: Sequence[DecodedSample]) -> list[EncodedSample]:
@@ -105,26 +126,41 @@ class SampleEncoder:
 
     def text(self, caption: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Token features {"text": [L, D]} and conditions {"text_pooled": [D]} of a caption."""
+        features = self._features(caption)
+        return {TEXT: features.tokens}, {POOLED: features.pooled}
+
+    def _features(self, caption: str) -> TextFeatures:
         features = self._captions.get(caption)
         if features is None:
             (features,) = self.encoders.text.encode([caption])
             self._captions.put(caption, features)
-        return {TEXT: features.tokens}, {POOLED: features.pooled}
+        return features
+
+    def encode_whole(self, sample: DecodedSample) -> Encoded:
+        """Everything that a sample's view and captions encode to: for caches on disk."""
+        texts = {}
+        for caption in sample.meta.captions:
+            texts[caption.text] = self._features(caption.text)
+        return Encoded(self._posteriors(sample), texts, sample.view, sample.fps, sample.start_s)
+
+    @property
+    def _device(self) -> torch.device:
+        """That of the encoders."""
+        return self._features("").tokens.device
 
     def _encode(self, sample: DecodedSample) -> EncodedSample:
         draw = uniform(sample_generator(self._seed, sample.key, "condition_dropout"))
-        text, conditions = self.text("" if draw < self._condition_dropout else sample.caption)
-        latents: dict[str, Tensor] = {}
-        if sample.video is not None:
-            codec = self.encoders.video
-            if codec is None:
-                raise _unwanted(sample, "pictures", "data.use_video=false")
-            latents[VIDEO] = self._cached(sample, VIDEO, sample.video, codec.encode)
-        if sample.audio is not None:
-            audio = self.encoders.audio
-            if audio is None:
-                raise _unwanted(sample, "sound", "data.use_audio=false")
-            latents[AUDIO] = self._cached(sample, AUDIO, sample.audio, self._sound)
+        caption = "" if draw < self._condition_dropout else sample.caption
+        kept = sample.encoded.texts.get(caption) if sample.encoded is not None else None
+        if kept is None:
+            text, conditions = self.text(caption)
+        else:
+            kept = kept.to(self._device)
+            text, conditions = {TEXT: kept.tokens}, {POOLED: kept.pooled}
+        latents = {
+            stream: posterior.draw(sample_generator(self._seed, sample.key, f"posterior/{stream}"))
+            for stream, posterior in self._posteriors(sample).items()
+        }
         seconds = self.encoders.seconds(sample.fps)
         return EncodedSample(
             key=sample.key,
@@ -134,21 +170,45 @@ class SampleEncoder:
             conditions=conditions,
         )
 
-    def _sound(self, sound: Tensor) -> Tensor:
+    def _posteriors(self, sample: DecodedSample) -> dict[str, Posterior]:
+        """Stream -> what is known of its latents."""
+        if sample.encoded is not None:
+            device = self._device
+            return {name: kept.to(device) for name, kept in sample.encoded.latents.items()}
+        found: dict[str, Posterior] = {}
+        video: Tensor | Planes | None = sample.planes if sample.video is None else sample.video
+        if video is not None:
+            codec = self.encoders.video
+            if codec is None:
+                raise _unwanted(sample, "pictures", "data.use_video=false")
+            found[VIDEO] = self._cached(sample, VIDEO, video, partial(posterior_of, codec))
+        if sample.audio is not None:
+            if self.encoders.audio is None:
+                raise _unwanted(sample, "sound", "data.use_audio=false")
+            found[AUDIO] = self._cached(sample, AUDIO, sample.audio, self._sound)
+        return found
+
+    def _sound(self, sound: Tensor) -> Posterior:
         audio = self.encoders.audio
         assert audio is not None
         num_samples = self.encoders.num_audio_frames(sound.shape[1]) * audio.hop
-        return audio.encode(torch.nn.functional.pad(sound, (0, num_samples - sound.shape[1])))
+        padding = (0, num_samples - sound.shape[1])
+        return posterior_of(audio, torch.nn.functional.pad(sound, padding))
 
     def _cached(
-        self, sample: DecodedSample, stream: str, media: Tensor, encode: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+        self,
+        sample: DecodedSample,
+        stream: str,
+        media: Tensor | Planes,
+        encode: Callable[[Tensor], Posterior],
+    ) -> Posterior:
         name = stream, sample.ref.sample_id, sample.view
-        latents = self._latents.get(name)
-        if latents is None:
-            latents = encode(media)
-            self._latents.put(name, latents)
-        return latents
+        posterior = self._latents.get(name)
+        if posterior is None:
+            whole = media.to_rgb(self._device) if isinstance(media, Planes) else media
+            posterior = encode(whole)
+            self._latents.put(name, posterior)
+        return posterior
 
 
 def _unwanted(sample: DecodedSample, what: str, setting: str) -> ConfigError:

@@ -61,6 +61,12 @@ class ShardReader:
         place = self.dataset.place_of(shard)
         where = f"{place}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
         expected = self.dataset.row(index).crc32
+        if offset + size > shard.num_bytes:
+            # Nothing is set aside for what an index may claim.
+            raise SampleError(
+                f"{where} cannot lie there: its index says {size} bytes, and the shard ends at "
+                f"{shard.num_bytes}. Run `kinodit data index` to write it anew"
+            )
         span = self._read(shard, offset, size, where)
         checksum = zlib.crc32(span)
         if checksum != expected and self._remote is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock, local
 
 from kinodit.data.cache import BoundedCache
@@ -12,6 +13,7 @@ from kinodit.data.captions import choose_caption
 from kinodit.data.config import DataConfig, DecodeConfig
 from kinodit.data.container import DecodeError
 from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
+from kinodit.data.latents import Encoded, LatentCache
 from kinodit.data.manifest import Dataset
 from kinodit.data.picture import CENTRE, Crop
 from kinodit.data.plan import SampleRef
@@ -67,6 +69,11 @@ class SampleSource:
         self._cache = BoundedCache[str, _CachedSample](
             config.cache_mib * MIB, lambda cached: cached.media.num_bytes
         )
+        self._caches = {
+            name: LatentCache(Path(config.datasets[name].cache), dataset, config)
+            for name, dataset in datasets.items()
+            if name in config.datasets and config.datasets[name].cache
+        }
         self._own = local()
         self._workers: list[DecodeWorker] = []
         self._lock = Lock()
@@ -112,6 +119,8 @@ class SampleSource:
         """Closes files and ends worker processes; no thread may be loading any more."""
         for reader in self._readers.values():
             reader.close()
+        for cache in self._caches.values():
+            cache.close()
         for worker in self._workers:
             worker.close()
         self._workers.clear()
@@ -145,11 +154,17 @@ class SampleSource:
 
     def _sample(self, step: int, ref: SampleRef) -> DecodedSample:
         seed, key = self._spec.seed, ref.key(step)
-        config = self._decoding if ref.shape is None else _sized(self._decoding, ref.shape)
+        config = self._decoding if ref.shape is None else sized(self._decoding, ref.shape)
         window_u, crop_u = uniform(sample_generator(seed, key, "window")), CENTRE
         if self._config.crop == "random":
             crop = sample_generator(seed, key, "crop")
             crop_u = uniform(crop), uniform(crop)
+        kept = self._from_cache(ref, config, window_u, crop_u)
+        if kept is not None:
+            meta, encoded = kept
+            caption = choose_caption(meta.captions, seed, key)
+            place = (encoded.fps, encoded.start_s, encoded.view)
+            return DecodedSample(key, ref, caption, None, None, *place, meta, encoded)
         found = self._cache.get(ref.sample_id)
         if found is None or found.media.view != pick_view(found.meta, config, window_u, crop_u):
             record = self._readers[ref.dataset].read(ref.index)
@@ -165,7 +180,22 @@ class SampleSource:
             start_s=found.media.start_s,
             view=found.media.view,
             meta=found.meta,
+            planes=found.media.planes,
         )
+
+    def _from_cache(
+        self, ref: SampleRef, config: DecodeConfig, window_u: float, crop_u: Crop
+    ) -> tuple[RecordMeta, Encoded] | None:
+        """What the view of this step was encoded to; None where another view is in the cache."""
+        cache = self._caches.get(ref.dataset)
+        kept = cache.read(ref.index) if cache is not None else None
+        if kept is None:
+            return None
+        meta, encoded = kept
+        view = pick_view(meta, config, window_u, crop_u)
+        if view is None and (config.window, config.crop) == ("first", "centre"):
+            return kept
+        return kept if view == encoded.view else None
 
     def _decode(
         self, record: Record, config: DecodeConfig, window_u: float, crop_u: Crop
@@ -181,7 +211,7 @@ class SampleSource:
 
 
 @lru_cache(maxsize=4096)
-def _sized(config: DecodeConfig, shape: Shape) -> DecodeConfig:
+def sized(config: DecodeConfig, shape: Shape) -> DecodeConfig:
     """The settings for a sample that keeps its own size; a sound has none of its own."""
     num_frames, height, width = shape
     if not num_frames:

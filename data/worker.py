@@ -9,6 +9,7 @@ that a new one is there in milliseconds.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinodit.data.colour import MATRICES, Planes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, too_slow
 from kinodit.data.decode import DecodedMedia, View, decode
@@ -172,7 +174,19 @@ class DecodeWorker:
             fps=float(answer["fps"]),
             start_s=float(answer["start_s"]),
             view=View(int(first), (float(row), float(column))),
+            planes=self._planes(answer["planes"], config),
         )
+
+    def _planes(self, said: list[Any] | None, config: DecodeConfig) -> Planes | None:
+        if said is None:
+            return None
+        shape = [config.num_frames, config.height, config.width]
+        half = [config.num_frames, 2, config.height // 2, config.width // 2]
+        y, uv = self._copy(shape, 0, torch.uint8), self._copy(half, math.prod(shape), torch.uint8)
+        assert y is not None and uv is not None
+        if said[0] not in MATRICES:
+            raise DecodeError(f"its decoder answered with colours of {said[0]!r}")
+        return Planes(y, uv, said[0], bool(said[1]))
 
     def _copy(self, shape: list[int] | None, offset: int, dtype: torch.dtype) -> Tensor | None:
         if shape is None:
@@ -220,13 +234,18 @@ def _serve(link: Connection) -> None:
 
 
 def _answer(media: DecodedMedia, memory: mmap.mmap, video_bytes: int) -> dict[str, Any]:
-    for tensor, offset in ((media.video, 0), (media.audio, video_bytes)):
+    planes = media.planes
+    parts = [(media.video, 0), (media.audio, video_bytes)]
+    if planes is not None:
+        parts += [(planes.y, 0), (planes.uv, planes.y.numel())]
+    for tensor, offset in parts:
         if tensor is not None:
             flat = tensor.contiguous().numpy().reshape(-1)
             np.frombuffer(memory, flat.dtype, flat.size, offset)[...] = flat
     return {
         "video": list(media.video.shape) if media.video is not None else None,
         "audio": list(media.audio.shape) if media.audio is not None else None,
+        "planes": [planes.matrix, planes.is_full] if planes is not None else None,
         "fps": media.fps,
         "start_s": media.start_s,
         "view": [media.view.first, *media.view.crop],

@@ -60,7 +60,7 @@ class DatasetWriter:
         self._shard_bytes = shard_bytes
         self._partial = self._directory.parent / f".{self._directory.name}.partial-{os.getpid()}"
         self._entries: list[ShardEntry] = []
-        self._shard: _Shard | None = None
+        self._shard: ShardFile | None = None
         self._keys: set[str] = set()
         self.num_bytes = 0
 
@@ -100,7 +100,7 @@ class DatasetWriter:
         if self._shard is None:
             path = self._partial / f"{len(self._entries):06d}.tar"
             with _disk(path):
-                self._shard = _Shard(path)
+                self._shard = ShardFile(path)
         with _disk(self._shard.path):
             self._shard.append(record, data)
         self.num_bytes += len(data)
@@ -120,7 +120,7 @@ class DatasetWriter:
             self._partial.rename(self._directory)
 
 
-class _Shard:
+class ShardFile:
     """One shard being written; hashes it on the way."""
 
     def __init__(self, path: Path) -> None:
@@ -131,10 +131,12 @@ class _Shard:
         self._rows: list[Row] = []
 
     def append(self, record: Record, data: bytes) -> None:
+        """Appends a record, of which `data` are the bytes (`sample_bytes`)."""
         self._rows.append(index_row(record.meta, self.num_bytes, memoryview(data)))
         self._put(data)
 
     def close(self) -> ShardEntry:
+        """Ends the archive, writes its index, and syncs both to the disk."""
         self._put(_END_OF_ARCHIVE)
         _sync(self._file)
         index = np.array(self._rows, dtype=INDEX_DTYPE).tobytes()
@@ -152,6 +154,7 @@ class _Shard:
         return entry
 
     def abandon(self) -> None:
+        """Closes the file, whatever the disk says."""
         # The file may hold buffered bytes that the full disk refuses once more.
         try:
             self._file.close()

@@ -103,8 +103,12 @@ def _first_videos(
     config: RunConfig, datasets: dict[str, Dataset], cost: CostModel
 ) -> Sequence[Tensor]:
     """Clips of the first samples of the data order."""
+    # The statistics are of pixels, whatever the run keeps them as.
+    raw = {name: dataclasses.replace(d, cache="") for name, d in config.data.datasets.items()}
     data = dataclasses.replace(
         config.data,
+        datasets=raw,
+        pixels="rgb",
         samples_per_step=NUM_CODEC_SAMPLES,
         packs_per_step=1,
         packing="count",

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 
 from kinodit.data.encode import SampleEncoder
+from kinodit.data.latents import check_encoders
 from kinodit.data.manifest import Dataset
 from kinodit.data.quarantine import Replacement
 from kinodit.data.select import check_epochs, open_datasets, plan_spec
@@ -121,6 +122,7 @@ def _train(
     warning = mesh.from_main(lambda: certificate_warning(config, topology.world_size))
     datasets = open_datasets(config.data)
     encoders = fitted_encoders(config, run_dir, datasets, mesh)
+    check_encoders(config.data, encoders.fingerprints)
     spec = plan_spec(config.data, datasets, cost_model(config, encoders), config.run.seed)
     check_epochs(config.data, spec, config.run.steps)
     encoder = SampleEncoder(

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reports", type=Path, metavar="DIR", help="check nothing; judge the reports of all parts"
     )
     action.set_defaults(act=_validate)
+    _add_encode(actions)
     action = actions.add_parser("stats", help="what is in a dataset, from its index alone")
     action.add_argument("directory", type=Path, metavar="DIR")
     action.add_argument("--json", action="store_true", help="print JSON")
@@ -80,6 +81,23 @@ def _add_pack(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--allow-uncaptioned", action="store_true", help="pack media that have no caption, too"
     )
     action.set_defaults(act=_pack)
+
+
+def _add_encode(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    action = actions.add_parser(
+        "encode",
+        help="encode a recipe's dataset once: latents and text features as shards",
+        description="RECIPE is read with its overrides (key=value). What was done before is kept, "
+        "so that the same command goes on where it was interrupted.",
+    )
+    action.add_argument("recipe", type=Path, metavar="RECIPE")
+    action.add_argument("destination", type=Path, metavar="DST")
+    action.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    action.add_argument("--dataset", default="", help="its name in the recipe (if there are more)")
+    action.add_argument(
+        "--part", metavar="I/N", help="every N-th shard from the I-th on (default: rank of ranks)"
+    )
+    action.set_defaults(act=_encode)
 
 
 def _add_demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -192,6 +210,40 @@ def _index(args: argparse.Namespace) -> int:
     print(
         f"{args.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shard(s)"
         f"{left_out}"
+    )
+    return 0
+
+
+def _encode(args: argparse.Namespace) -> int:
+    import torch
+
+    from kinodit.data.validation_parts import parse_part
+    from kinodit.launch.topology import read_topology
+    from kinodit.trainer.caching import encode_dataset
+    from kinodit.trainer.config import load_config
+
+    topology = read_topology()
+    part = parse_part(args.part) if args.part else (topology.rank, topology.world_size)
+    config = load_config(args.recipe, args.overrides)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", topology.local_rank % torch.cuda.device_count())
+    line = ProgressLine()
+    report = encode_dataset(
+        config,
+        args.dataset,
+        args.destination,
+        device,
+        part,
+        lambda done, total: line.show(done, total, ""),
+    )
+    line.end()
+    for reason in report.left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    state = "complete" if report.is_complete else "other parts are not done yet"
+    print(
+        f"{args.destination}: {report.num_encoded} samples encoded, {report.num_kept} shard(s) "
+        f"were there, {len(report.left_out)} samples left out; {state}"
     )
     return 0
 

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_recipe(render, nargs="?")
     _add_cluster(render)
     render.add_argument(
-        "--template", default="train", help="train, validate or validate_summary (default: train)"
+        "--template",
+        default="train",
+        help="train, validate, validate_summary or encode (default: train)",
     )
     render.add_argument("--out", type=Path, help="write the script here, executable")
     render.set_defaults(act=_render)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kinodit.models.errors import UserError
+from kinodit.models.random import normal
 
 
 class EncoderError(UserError):
@@ -32,6 +34,35 @@ class TextFeatures:
 
     tokens: Tensor
     pooled: Tensor
+
+    def to(self, device: torch.device) -> TextFeatures:
+        """The same on `device`."""
+        return TextFeatures(self.tokens.to(device), self.pooled.to(device))
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What a codec knows of a clip's latents.
+
+    mean:   [C, t, h, w] float32
+    logvar: [C, t, h, w] float32, the logarithm of their variance; None: they are the mean
+    """
+
+    mean: Tensor
+    logvar: Tensor | None = None
+
+    def to(self, device: torch.device) -> Posterior:
+        """The same on `device`."""
+        return Posterior(
+            self.mean.to(device), None if self.logvar is None else self.logvar.to(device)
+        )
+
+    def draw(self, source: np.random.Generator) -> Tensor:
+        """Latents [C, t, h, w]: the mean, and noise of `source` times the deviation."""
+        if self.logvar is None:
+            return self.mean
+        noise = normal(source, tuple(self.mean.shape)).to(self.mean.device)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class TextEncoder(Protocol):
@@ -119,6 +150,21 @@ class AudioCodec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [C, t, 1, 1] to float32 [A, t * hop] in [-1, 1]; both on the codec's device."""
+
+
+@runtime_checkable
+class PosteriorCodec(Protocol):
+    """A codec whose latents are drawn anew each time."""
+
+    def posterior(self, media: Tensor) -> Posterior:
+        """Of media as `encode` takes them (uint8 [T, H, W, 3]), before anything is drawn."""
+
+
+def posterior_of(codec: VideoCodec | AudioCodec, media: Tensor) -> Posterior:
+    """What `codec` knows of the latents of `media`: frames [T, H, W, 3] or sound [A, N]."""
+    if isinstance(codec, PosteriorCodec):
+        return codec.posterior(media)
+    return Posterior(codec.encode(media))
 
 
 @dataclass(frozen=True, kw_only=True)

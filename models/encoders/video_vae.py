@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from kinodit.models.encoders.autoencoder import load_autoencoder
-from kinodit.models.encoders.base import EncoderError, VideoCodecConfig, check_video, grid_shape
+from kinodit.models.encoders.base import (
+    EncoderError,
+    Posterior,
+    VideoCodecConfig,
+    check_video,
+    grid_shape,
+)
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
 from kinodit.models.random import generator, normal
 
@@ -53,14 +59,15 @@ class DiffusersVaeConfig(VideoCodecConfig):
     """A diffusers autoencoder in a local folder.
 
     path:      folder with config.json and *.safetensors
-    posterior: "mean", or a "sample" whose noise is a function of the clip's pixels
+    posterior: "mean"; a "sample" whose noise is a function of the clip's pixels; or "resample":
+               drawn anew each time that the clip is trained on
     tiling:    encode and decode large pictures in overlapping tiles: less memory, other latents
     dtype:     of the weights; latents are float32
     """
 
     name: Literal["diffusers_vae"] = "diffusers_vae"
     path: str | None = None
-    posterior: Literal["mean", "sample"] = "mean"
+    posterior: Literal["mean", "sample", "resample"] = "mean"
     tiling: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -109,22 +116,36 @@ class DiffusersVae:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Uint8 [T, H, W, 3] to float32 [C, t, h, w]."""
+        mean, std = self._moments(video)
+        if self._config.posterior == "sample":
+            digest = hashlib.sha256(video.cpu().contiguous().numpy().tobytes()).hexdigest()
+            noise = normal(generator("posterior", digest), mean.shape).to(self._device)
+            mean = mean + std * noise
+        return (mean - self._mean_C111) * self._scale_C111
+
+    @torch.no_grad()
+    def posterior(self, video: Tensor) -> Posterior:
+        """Uint8 [T, H, W, 3] to [C, t, h, w] as `encode`, and with resample their log-variance."""
+        if self._config.posterior != "resample":
+            return Posterior(self.encode(video))
+        mean, std = self._moments(video)
+        logvar = 2 * torch.log(std * self._scale_C111)
+        return Posterior((mean - self._mean_C111) * self._scale_C111, logvar)
+
+    def _moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [C, t, h, w] in the autoencoder's own units."""
         check_video(video)
         shape = self.latent_shape(video.shape[0], video.shape[1], video.shape[2])
         pixels = video.to(self._device).to(torch.float32) / 127.5 - 1
         posterior = self._vae.encode(self._to_vae(pixels.permute(3, 0, 1, 2))).latent_dist
         latents = self._from_vae(posterior.mean)
-        if self._config.posterior == "sample":
-            digest = hashlib.sha256(video.cpu().contiguous().numpy().tobytes()).hexdigest()
-            noise = normal(generator("posterior", digest), latents.shape).to(self._device)
-            latents = latents + self._from_vae(posterior.std) * noise
         if tuple(latents.shape) != (self.latent_channels, *shape):
             raise EncoderError(
                 f"the autoencoder in {self._folder} made latents {list(latents.shape)} of frames "
                 f"{list(video.shape)}, where its config promises "
                 f"{[self.latent_channels, *shape]}"
             )
-        return (latents - self._mean_C111) * self._scale_C111
+        return latents, self._from_vae(posterior.std)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

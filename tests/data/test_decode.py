@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from kinodit.data.colour import MATRICES, Planes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.decode import DecodedMedia, DecodeError, decode, pick_view
 from kinodit.data.record import Record
 from kinodit.data.window import pick_window, source_rate
+from kinodit.models.errors import ConfigError
 from tests.data.clips import (
     RATE,
     barcode,
@@ -298,3 +300,72 @@ def test_limits_hold_before_anything_is_decoded(clip: Record) -> None:
 def test_a_sound_in_a_recipe_without_sound_says_so() -> None:
     with pytest.raises(DecodeError, match=r"only sound.*data\.use_audio is false"):
         decode(sound_record("sound", sound_bytes(1.0, 0), 1.0), CONFIG)
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+@pytest.mark.parametrize("size", [(48, 64), (24, 32), (30, 34), (96, 128), (40, 20)])
+def test_planes_show_what_rgb_shows(rotation: int, size: tuple[int, int]) -> None:
+    rows, columns = np.mgrid[0:48, 0:64]
+    picture = np.stack([rows * 4, columns * 3, 255 - rows * 3], -1).astype(np.uint8)
+    record = video_record("slope", slope_clip(picture, rotation), 6, 24.0)
+    config = replace(CONFIG, height=size[0], width=size[1], num_frames=2, crop="random")
+    for crop in ((0.5, 0.5), (0.0, 0.0), (1.0, 0.6)):
+        rgb = decode(record, config, 0.5, crop).video
+        media = decode(record, replace(config, pixels="yuv420"), 0.5, crop)
+        assert rgb is not None and media.video is None and media.planes is not None
+        assert media.num_bytes == rgb.numel() // 2
+        late = media.planes.to_rgb(torch.device("cpu"))
+        assert late.shape == rgb.shape and late.dtype == torch.uint8
+        # Crops lie at even places, and colours are as coarse as they are coded.
+        error = (late.int() - rgb.int()).abs()
+        assert error.float().mean() < 6 and error.max() < 40
+
+
+def slope_clip(picture: Any, rotation: int) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.options = {"crf": "8", "threads": "1"}
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for _ in range(6):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("matrix", ["bt601", "bt709"])
+@pytest.mark.parametrize("is_full", [False, True])
+def test_colours_are_those_of_their_matrix(matrix: str, is_full: bool) -> None:
+    # White, black and the primaries of R'G'B' by BT.601-7 table 3 and BT.709-6 section 3.
+    red, blue = MATRICES[matrix]
+    colours = torch.tensor(
+        [[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 100, 50]]
+    ).double()
+    y = colours @ torch.tensor([red, 1 - red - blue, blue]).double()
+    u, v = (colours[:, 2] - y) / (2 * (1 - blue)), (colours[:, 0] - y) / (2 * (1 - red))
+    if not is_full:
+        y, u, v = 16 + y * 219 / 255, u * 224 / 255, v * 224 / 255
+    flat = torch.stack([y, u + 128, v + 128]).round().clamp(0, 255).to(torch.uint8)
+    planes = Planes(
+        flat[0].reshape(-1, 1, 1).expand(-1, 2, 4).contiguous(),
+        flat[1:].T.reshape(-1, 2, 1, 1).expand(-1, 2, 1, 2).contiguous(),
+        matrix,
+        is_full,
+    )
+    rgb = planes.to_rgb(torch.device("cpu"))
+    assert rgb.shape == (6, 2, 4, 3)
+    assert (rgb.double() - colours.reshape(6, 1, 1, 3)).abs().max() <= 2
+
+
+def test_planes_want_even_sizes_and_stills_stay_rgb(clip: Record) -> None:
+    with pytest.raises(ConfigError, match="both are even"):
+        replace(CONFIG, height=31, pixels="yuv420")
+    config = replace(CONFIG, pixels="yuv420", num_frames=20)
+    still = decode(image_record("still", image_bytes("png")), config)
+    assert still.video is not None and still.planes is None
+    media = decode(clip, config)
+    assert media.planes is not None
+    shown = [read_barcode(p) for p in media.planes.to_rgb(torch.device("cpu")).numpy()]
+    assert shown == list(pick_window(100, source_rate(24.0), config, 0.0))

@@ -158,3 +158,11 @@ def test_a_wrong_header_checksum_is_refused(dataset: Dataset) -> None:
     span[1] ^= 1
     with pytest.raises(ShardError, match="damaged"):
         with_span(dataset, 2, bytes(span)).read(2)
+
+
+def test_an_index_that_claims_more_than_the_shard_has_is_refused_unread(dataset: Dataset) -> None:
+    rows = np.fromfile(dataset.locate(0)[0].with_suffix(".idx"), INDEX_DTYPE)
+    rows["size"][2] = 4_000_000_000
+    dataset._indexes[0] = rows
+    with pytest.raises(ShardError, match="cannot lie there: its index says 4000000000 bytes"):
+        ShardReader(dataset).read(2)

@@ -159,14 +159,14 @@ class FullDisk:
 def test_a_full_disk_is_an_error_that_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: int
 ) -> None:
-    create = writer_module._Shard.__init__
+    create = writer_module.ShardFile.__init__
 
     def on_full_disk(shard: Any, path: Path) -> None:
         create(shard, path)
         shard._file = FullDisk(shard._file)
 
     monkeypatch.setattr(FullDisk, "space", space)
-    monkeypatch.setattr(writer_module._Shard, "__init__", on_full_disk)
+    monkeypatch.setattr(writer_module.ShardFile, "__init__", on_full_disk)
     with pytest.raises(WriterError, match=r"the disk is full: .*\.tar could not be written"):
         write_images(tmp_path / "d", count=30)
     assert list(tmp_path.iterdir()) == []

@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_line(
     def full(shard: object, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer_module._Shard, "_put", full)
+    monkeypatch.setattr(writer_module.ShardFile, "_put", full)
     code, _, err = run(capsys, "pack", media, tmp_path / "d", "--skip-bad")
     assert code == 2
     assert "error: the disk is full" in err

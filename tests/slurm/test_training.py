@@ -297,3 +297,12 @@ def test_no_secret_is_left_by_a_job(runs: Runs) -> None:
     assert len(read) > 5
     assert not [data for data in read if b"canary" in data]
     assert b"canary" not in json.dumps(runs.lab.job(job)).encode()
+
+
+def test_an_array_encodes_a_dataset(runs: Runs) -> None:
+    cache = runs.root / "encoded"
+    array = runs.lab.run(
+        "sbatch", "--parsable", "--array=0-1", "--partition=main", "--gpus=0",
+        f"--output={runs.root}/%A_%a.out", "slurm/encode.sh", runs.recipe, cache,
+    ).strip()  # fmt: skip
+    runs.lab.until((cache / "cache.json").exists, f"a cache of array {array}")

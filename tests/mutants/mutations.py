@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from kinodit.data import assignment
 from kinodit.models.diffusion import draws, objective
 from kinodit.models.exchange import Spot
 from kinodit.models.tokens import ModalityTokens, SampleKey, TokenBatch
@@ -40,6 +41,8 @@ from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
 from kinodit.trainer.parallel.sequence import Cut, CutLayout, Place
 
 Mutation = Callable[[], AbstractContextManager[Any]]
+Kind = tuple[int, bool]
+"""The twin's key/value heads (0: as many as there are heads), and whether it has tasks."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Mutant:
 
     num_kv_heads: the twin's; 0 leaves as many as there are heads
     explained:    part of where it must be said to begin, or of what it is likely to be
+    has_tasks:    whether the twin has tasks
     """
 
     mutation: Mutation
@@ -55,6 +59,12 @@ class Mutant:
     expected: str
     num_kv_heads: int = 0
     explained: str = ""
+    has_tasks: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """Which twin it shows in."""
+        return self.num_kv_heads, self.has_tasks
 
 
 MUTANTS: dict[str, Mutant] = {}
@@ -66,12 +76,17 @@ def original(module: Any, name: str) -> Any:
 
 
 def mutant(
-    name: str, layout: str, expected: str, explained: str = "", num_kv_heads: int = 0
+    name: str,
+    layout: str,
+    expected: str,
+    explained: str = "",
+    num_kv_heads: int = 0,
+    has_tasks: bool = False,
 ) -> Callable[[Mutation], Mutation]:
     """Enter a mutation in `MUTANTS`."""
 
     def enter(mutation: Mutation) -> Mutation:
-        MUTANTS[name] = Mutant(mutation, layout, expected, num_kv_heads, explained)
+        MUTANTS[name] = Mutant(mutation, layout, expected, num_kv_heads, explained, has_tasks)
         return mutation
 
     return enter
@@ -225,6 +240,36 @@ def ring_ignores_segments() -> AbstractContextManager[Any]:
         return real(seen, here, there)
 
     return patch.object(ring, "pairs", pairs)
+
+
+@mutant(
+    "ring lets blocks of a segment see each other",
+    "cp=2,ring=2",
+    "loss is off",
+    "output of joint_blocks.0.attend",
+    has_tasks=True,
+)
+def ring_ignores_groups() -> AbstractContextManager[Any]:
+    real = ring.pairs
+
+    def pairs(layout: CutLayout, here: int, there: int) -> Any:
+        owners = layout.segments
+        own = tuple(
+            tuple(index for index, other in enumerate(owners) if other == owner) for owner in owners
+        )
+        return real(dataclasses.replace(layout, visible=own), here, there)
+
+    return patch.object(ring, "pairs", pairs)
+
+
+@mutant("masks of tasks drawn by rank", "dp_shard=2", "has other latents, noise", has_tasks=True)
+def masks_by_rank() -> AbstractContextManager[Any]:
+    real = original(assignment, "sample_generator")
+
+    def sample_generator(seed: int, key: SampleKey, purpose: str) -> Any:
+        return real(seed + dist.get_rank(), key, purpose)
+
+    return patch.object(assignment, "sample_generator", sample_generator)
 
 
 def _seeded(offset: Callable[[Mesh], int]) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 
+from kinodit.data.tasks import StreamTask, TaskConfig
 from kinodit.trainer.certify.cause import likely_cause
 from kinodit.trainer.certify.layouts import num_ranks, parse_layouts
 from kinodit.trainer.certify.probe import first_difference
@@ -17,25 +18,32 @@ from kinodit.trainer.certify.twin import Twin, twin
 from kinodit.trainer.certify.verdict import compare_traces
 from kinodit.trainer.config import load_config
 from kinodit.trainer.parallel.mesh import ParallelConfig
-from tests.mutants.mutations import MUTANTS, mutated_trace
+from tests.mutants.mutations import MUTANTS, Kind, mutated_trace
 from tests.support.evidence import write_evidence
 from tests.support.ranks import ROOT, Ranks
 
 ALONE = ParallelConfig(dp_shard=1)
 
 
+TASKS = {
+    "inpainting": TaskConfig(streams={"video": StreamTask(given="outside", area=(0.2, 0.8))}),
+    "any frames": TaskConfig(streams={"video": StreamTask(given="random", frames=(1, 3))}),
+    "blocks": TaskConfig(block_s=0.25),
+}
+
+
 @cache
-def small(num_kv_heads: int) -> Twin:
+def small(kind: Kind) -> Twin:
+    num_kv_heads, has_tasks = kind
     made = twin(load_config(ROOT / "configs" / "t2v_tiny.yaml"))
-    if not num_kv_heads:
-        return made
-    model = replace(made.config.model, num_kv_heads=num_kv_heads)
-    return replace(made, config=replace(made.config, model=model))
+    model = replace(made.config.model, num_kv_heads=num_kv_heads or made.config.model.num_kv_heads)
+    tasks = TASKS if has_tasks else {}
+    return replace(made, config=replace(made.config, model=model, tasks=tasks))
 
 
 @cache
-def reference(num_kv_heads: int, probed: bool = False) -> Trace:
-    return trace(0, 1, small(num_kv_heads), ALONE, probed=probed)
+def reference(kind: Kind, probed: bool = False) -> Trace:
+    return trace(0, 1, small(kind), ALONE, probed=probed)
 
 
 class Groups:
@@ -45,13 +53,13 @@ class Groups:
         self._groups: dict[int, Ranks] = {}
 
     def run(
-        self, name: str, layout: ParallelConfig, num_kv_heads: int, probed: bool = False
+        self, name: str, layout: ParallelConfig, kind: Kind, probed: bool = False
     ) -> list[Trace]:
         size = num_ranks(layout)
         if size not in self._groups:
             self._groups[size] = Ranks(size)
         try:
-            return self._groups[size].run(mutated_trace, name, small(num_kv_heads), layout, probed)
+            return self._groups[size].run(mutated_trace, name, small(kind), layout, probed)
         except RankError:
             del self._groups[size]
             raise
@@ -70,15 +78,13 @@ def groups() -> Iterator[Groups]:
 
 @pytest.mark.mutants
 @pytest.mark.gloo
-@pytest.mark.parametrize(
-    ("layout", "num_kv_heads"), sorted({(m.layout, m.num_kv_heads) for m in MUTANTS.values()})
-)
-def test_without_a_bug_nothing_is_reported(layout: str, num_kv_heads: int, groups: Groups) -> None:
+@pytest.mark.parametrize(("layout", "kind"), sorted({(m.layout, m.kind) for m in MUTANTS.values()}))
+def test_without_a_bug_nothing_is_reported(layout: str, kind: Kind, groups: Groups) -> None:
     (parsed,) = parse_layouts(layout, ALONE)
-    verdict = compare_traces(reference(num_kv_heads), groups.run("", parsed, num_kv_heads))
+    verdict = compare_traces(reference(kind), groups.run("", parsed, kind))
     assert verdict.ok, verdict.faults
-    probed = groups.run("", parsed, num_kv_heads, probed=True)
-    expected = reference(num_kv_heads, probed=True).probes
+    probed = groups.run("", parsed, kind, probed=True)
+    expected = reference(kind, probed=True).probes
     assert len(expected) > 40
     assert all(sums.scale > 0 for sums in expected.values())
     assert first_difference(expected, [one.probes for one in probed]) is None
@@ -102,11 +108,11 @@ def test_a_bug_is_told(
     mutant = MUTANTS[name]
     (parsed,) = parse_layouts(mutant.layout, ALONE)
     try:
-        traces = groups.run(name, parsed, mutant.num_kv_heads)
+        traces = groups.run(name, parsed, mutant.kind)
     except RankError as error:
         faults: tuple[str, ...] = (str(error),)
     else:
-        faults = compare_traces(reference(mutant.num_kv_heads), traces).faults
+        faults = compare_traces(reference(mutant.kind), traces).faults
     lines = [fault for fault in faults if mutant.expected in fault]
     assert lines, faults
     # A rank that stopped left a traceback, whose last line says why.
@@ -121,13 +127,13 @@ def explanation(name: str, groups: Groups) -> tuple[str, str]:
     """Where the bug is said to begin, and what is said to be likely; "" where it stopped a rank."""
     mutant = MUTANTS[name]
     (parsed,) = parse_layouts(mutant.layout, ALONE)
-    known = reference(mutant.num_kv_heads)
+    known = reference(mutant.kind)
     try:
-        traces = groups.run(name, parsed, mutant.num_kv_heads)
-        probed = groups.run(name, parsed, mutant.num_kv_heads, probed=True)
+        traces = groups.run(name, parsed, mutant.kind)
+        probed = groups.run(name, parsed, mutant.kind, probed=True)
     except RankError:
         return "", ""
-    expected = reference(mutant.num_kv_heads, probed=True).probes
+    expected = reference(mutant.kind, probed=True).probes
     where = first_difference(expected, [one.probes for one in probed])
     faults = compare_traces(known, traces).faults
     cause = likely_cause(faults, known.gradients, traces[0].gradients, where)

@@ -14,7 +14,27 @@ PROBLEMS_FOUND = 1
 
 def add_order_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the actions to those of `kinodit data`."""
+    _add_plan(actions)
     _add_verify_ledger(actions)
+
+
+def _add_plan(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    action = actions.add_parser(
+        "plan",
+        help="what a recipe's data order will do: sizes, epochs, packs, balance, reads",
+        description="Looks at the first steps of the plan; neither samples nor encoders' weights "
+        "are read.",
+    )
+    action.add_argument("config", type=Path, help="a recipe, for example configs/t2v_tiny.yaml")
+    action.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    action.add_argument(
+        "--ranks", type=int, help="data-parallel ranks (default: data.packs_per_step)"
+    )
+    action.add_argument(
+        "--steps", type=int, default=16, help="steps to look at (default: %(default)s)"
+    )
+    action.add_argument("--json", action="store_true", help="print JSON")
+    action.set_defaults(act=_plan)
 
 
 def _add_verify_ledger(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,6 +47,31 @@ def _add_verify_ledger(actions: argparse._SubParsersAction[argparse.ArgumentPars
     action.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
     action.add_argument("--json", action="store_true", help="print JSON")
     action.set_defaults(act=_verify_ledger)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from kinodit.data.order_report import collect
+    from kinodit.data.select import check_epochs
+    from kinodit.launch.data_order import data_order
+    from kinodit.launch.order_table import table
+    from kinodit.models.errors import ConfigError
+    from kinodit.trainer.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    ranks = config.data.packs_per_step if args.ranks is None else args.ranks
+    if ranks < 1 or args.steps < 1:
+        raise ConfigError(f"--ranks {ranks} and --steps {args.steps} must be at least 1")
+    order = data_order(config)
+    check_epochs(config.data, order.spec, config.run.steps)
+    report = collect(order.spec, order.datasets, ranks, args.steps)
+    if args.json:
+        document = asdict(report)
+        del document["tokens"]
+        document["steps"]["design_effect"] = report.steps.design_effect
+        print(json.dumps({**document, "notes": order.notes}, indent=2))
+    else:
+        print(table(report, order.notes, config.run.steps))
+    return 0
 
 
 def _verify_ledger(args: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ def digests_in(run: Path) -> dict[int, set[str]]:
 @pytest.mark.parametrize("packing", ["count", "budget"])
 def test_kills_lose_no_sample_and_change_no_batch(packing: str, tmp_path: Path, size: str) -> None:
     cycles = 100 if size == "full" else 6
-    steps = 4 * cycles
+    steps = 3 * cycles
     source = write_dataset(tmp_path / "data", small_records(53))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -199,7 +199,12 @@ class PlanSpec:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything the order depends on."""
-        document = {
+        text = json.dumps(self.describe(), sort_keys=True, default=vars)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def describe(self) -> dict[str, object]:
+        """Everything the order depends on, arrays as digests: what the fingerprint is made of."""
+        return {
             "order_version": ORDER_VERSION,
             "datasets": [dataset.describe() for dataset in self.datasets],
             "samples_per_step": self.samples_per_step,
@@ -209,9 +214,6 @@ class PlanSpec:
             "cost": _stated(self.cost) if self.cost else None,
             **{name: value for name, value in _stated(self).items() if name in _LATER},
         }
-        return hashlib.sha256(
-            json.dumps(document, sort_keys=True, default=vars).encode()
-        ).hexdigest()
 
     def epochs(self, step: int) -> dict[str, float]:
         """How many times each dataset has been gone through when `step` begins."""

@@ -7,6 +7,7 @@ gradients. On a resume, what would change the loss curve is refused, and what wo
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 import kinodit
+from kinodit.data.spec import PlanSpec
 from kinodit.trainer.certify.certificate import SOURCES, TABLES
 from kinodit.trainer.checkpoint import Accept, Manifest
 from kinodit.trainer.config import MAY_CHANGE_ON_RESUME, RunConfig, config_to_yaml, differences
@@ -22,8 +24,11 @@ from kinodit.trainer.environment import describe_environment
 from kinodit.trainer.state import CheckpointError, TrainState
 
 
-def facts(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The sections of a manifest: config (without secrets), mesh, versions, code."""
+def facts(config: RunConfig, world_size: int, spec: PlanSpec | None = None) -> dict[str, Any]:
+    """The sections of a manifest: config (without secrets), mesh, versions, code, plan.
+
+    `spec`: of the data order, of which every part is recorded by name.
+    """
     shards = config.parallel.resolve(world_size)[1]
     mesh = {"world_size": world_size, "dp_shard": shards}
     mesh |= {
@@ -35,7 +40,15 @@ def facts(config: RunConfig, world_size: int) -> dict[str, Any]:
         "mesh": mesh,
         "versions": {name: versions[name] for name in ("kinodit", "torch", "python", "device")},
         "code": code_digests(),
+        "plan": {} if spec is None else plan_parts(spec),
     }
+
+
+def plan_parts(spec: PlanSpec) -> dict[str, Any]:
+    """What a data order depends on, by name, and datasets by theirs: plain data, digests."""
+    document = json.loads(json.dumps(spec.describe(), default=vars))
+    document["datasets"] = {part.pop("name"): part for part in document["datasets"]}
+    return dict(document)
 
 
 def code_digests() -> dict[str, str]:
@@ -67,6 +80,12 @@ def drift(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], 
     return refused, listed
 
 
+def _short(value: object) -> str:
+    """A value of a plan as a message has it: digests by their first digits."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
 def acceptance(
     now: Mapping[str, Any], plan: str, accept_drift: bool, say: Callable[[str], None]
 ) -> Accept:
@@ -80,10 +99,11 @@ def acceptance(
     def accept(path: Path, state: TrainState, manifest: Manifest) -> TrainState:
         refused, listed = drift(manifest.facts, now)
         if state.plan != plan:
-            refused.append(
-                f"the data plan: was {state.plan[:12]}, is {plan[:12]} (shards, filters or "
-                "encoders changed)"
-            )
+            before = manifest.facts.get("plan")
+            parts = differences(before, now["plan"]) if before else []
+            changed = [f"{key}: was {_short(old)}, is {_short(new)}" for key, old, new in parts]
+            told = "; ".join(changed[:4]) or "shards, filters or encoders changed"
+            refused.append(f"the data plan: was {state.plan[:12]}, is {plan[:12]} ({told})")
         if refused and not accept_drift:
             raise CheckpointError(
                 f"{path} was trained otherwise ({'; '.join(refused)}): undo these changes, start "

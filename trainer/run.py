@@ -174,7 +174,7 @@ def _attempt(
     run_dir, stream = config.run.folder, setting.stream
     upcycle = config.upcycle if resumed_from is None else None
     parts = build_parts(config, mesh, setting.encoder, upcycle)
-    origin, notes = facts(config, topology.world_size), list(warnings)
+    origin, notes = facts(config, topology.world_size, spec), list(warnings)
     state = TrainState(0, 0, 0, spec.fingerprint)
     if resumed_from is not None:
         state = _restore(config, parts, origin, state.plan, notes)

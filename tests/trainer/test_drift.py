@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kinodit.data.spec import DatasetSpec, PlanSpec
 from kinodit.trainer.checkpoint import Manifest
 from kinodit.trainer.config import load_config
-from kinodit.trainer.drift import acceptance, code_digests, drift, facts
+from kinodit.trainer.drift import acceptance, code_digests, drift, facts, plan_parts
 from kinodit.trainer.state import CheckpointError, TrainState
 from tests.support.ranks import ROOT
 
@@ -92,6 +95,27 @@ def test_a_refusal_names_every_difference_and_the_ways_out(saved: dict[str, Any]
         "checkpoint.accept_drift=true",
     ):
         assert words in str(error.value)
+
+
+def test_a_plan_that_changed_says_what_of_it(saved: dict[str, Any]) -> None:
+    part = DatasetSpec("clips", "c" * 64, 9, eligible=np.arange(7))
+    spec = PlanSpec((part, DatasetSpec("stills", "d" * 64, 5)), 4, 2, seed=1)
+    other = replace(part, content_hash="e" * 64, eligible=np.arange(6))
+    changed = replace(spec, datasets=(other, spec.datasets[1]), seed=2)
+    before = {**saved, "plan": plan_parts(spec)}
+    now = {**saved, "plan": plan_parts(changed)}
+    state = replace(STATE, plan=spec.fingerprint)
+    accept = acceptance(now, changed.fingerprint, False, lambda _: None)
+    with pytest.raises(CheckpointError) as error:
+        accept(Path("step-00000007"), state, Manifest(7, {}, before))
+    said = str(error.value)
+    assert "datasets.clips.content_hash: was cccccccccccc..., is eeeeeeeeeeee..." in said
+    assert "datasets.clips.eligible: was" in said and "seed: was 1, is 2" in said
+    assert "stills" not in said
+    same = acceptance(before, spec.fingerprint, False, lambda _: None)
+    assert same(Path("step-00000007"), state, Manifest(7, {}, before)) == state
+    # What a resume has to know of the data fits on a page.
+    assert len(json.dumps(before["plan"])) + len(state.to_json()) < 4096
 
 
 def test_an_explicit_word_lets_it_pass_and_lists_it(saved: dict[str, Any]) -> None:

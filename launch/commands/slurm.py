@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     render.add_argument(
         "--template",
         default="train",
-        help="train, validate, validate_summary or encode (default: train)",
+        help="train, evaluate, validate, validate_summary or encode (default: train)",
     )
     render.add_argument("--out", type=Path, help="write the script here, executable")
     render.set_defaults(act=_render)

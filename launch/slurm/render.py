@@ -18,7 +18,7 @@ from kinodit.launch.slurm.cluster import ClusterConfig, load_cluster, refuse_cre
 from kinodit.launch.slurm.quoting import SlurmError, directive, one_line, option, quote
 from kinodit.trainer.config import load_config
 
-TEMPLATES = ("train", "validate", "validate_summary", "encode")
+TEMPLATES = ("train", "evaluate", "validate", "validate_summary", "encode")
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,8 @@ def test_committed_script_is_what_its_own_head_renders(
 def test_the_scripts_that_the_documents_name_are_committed() -> None:
     assert [path.name for path in SCRIPTS] == [
         "encode.sh",
+        "evaluate.sh",
+        "train_av.sh",
         "train_t2v.sh",
         "validate.sh",
         "validate_summary.sh",

@@ -15,13 +15,14 @@ from kinodit.models.presets import PRESETS
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("300m", 0.3), ("2b", 2), ("8b", 8), ("14b", 14), ("30b", 30)]
+    ("name", "billions"),
+    [("300m", 0.3), ("2b", 2), ("8b", 8), ("14b", 14), ("14b_av", 14), ("30b", 30)],
 )
 def test_a_name_is_its_number_of_parameters(name: str, billions: float) -> None:
     assert count_parameters(PRESETS[name]) / 1e9 == pytest.approx(billions, rel=0.08)
 
 
-@pytest.mark.parametrize("name", ["8b", "14b", "30b"])
+@pytest.mark.parametrize("name", ["8b", "14b", "14b_av", "30b"])
 def test_large_presets_divide_over_eight_ranks(name: str) -> None:
     config = PRESETS[name]
     assert config.num_heads % 8 == 0

@@ -12,6 +12,8 @@ from tests.support.evidence import EVIDENCE, changed_keys, recipe_of
 FILES = sorted(EVIDENCE.glob("*.json"))
 CLAIMED = {
     "certificates",
+    "consumed_budget",
+    "consumed_count",
     "direction",
     "floor",
     "kill_points",

@@ -66,7 +66,7 @@ def salvage(path: Path | str) -> tuple[NDArray[np.void], list[Damage]]:
         span = run.span
         if counts[span.key] > 1:
             reason = "its members are not adjacent, or its key is used twice"
-        elif (run.before or run.behind) and usual and frozenset(span.members) not in usual:
+        elif (run.before or run.behind) and not _is_whole(view, span, usual):
             reason = f"beside a damaged header only {sorted(span.members)} are left of it"
         else:
             try:
@@ -78,6 +78,18 @@ def salvage(path: Path | str) -> tuple[NDArray[np.void], list[Damage]]:
         found.append(Damage(span.start, span.key[:128], reason))
     found.sort(key=lambda damage: damage.offset)
     return np.array(rows, dtype=INDEX_DTYPE), found
+
+
+def _is_whole(view: memoryview, span: Span, usual: set[frozenset[str]]) -> bool:
+    """Whether a sample beside damage can have lost nothing that it needs.
+
+    A record of ours says what it is; of others, members must be those of samples elsewhere.
+    """
+    if frozenset(span.members) in usual or not usual:
+        return True
+    member = span.members.get("json")
+    text = bytes(view[member.data : member.data + member.size]) if member is not None else b""
+    return b'"schema"' in text
 
 
 def _runs(view: memoryview, damages: list[Damage]) -> Iterator[_Run]:

@@ -16,6 +16,7 @@ from kinodit.data.salvage import salvage
 from kinodit.data.tar import members
 from kinodit.data.writer import index_shards
 from kinodit.launch.cli import main
+from tests.data.clips import small_records, write_dataset
 from tests.data.shards import picture, tar_bytes, write_tar
 
 KEYS = [f"s{number:02d}" for number in range(8)]
@@ -140,3 +141,14 @@ def test_the_command_says_what_it_left_out(
     dataset = Dataset(tmp_path)
     assert [ShardReader(dataset).read(i).key for i in range(7)] == [*KEYS[:1], *KEYS[2:]]
     assert index_shards(tmp_path, "x", lambda p: salvage(p)[0]).num_samples == 7
+
+
+def test_a_sample_beside_damage_is_kept_though_no_other_has_its_members(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", small_records(5), shard_bytes=1 << 20)
+    path, offset, _ = dataset.locate(3)
+    data = bytearray(path.read_bytes())
+    data[offset + 130] ^= 0x40
+    path.write_bytes(data)
+    index, damages = salvage(path)
+    assert [int(row["offset"]) for row in index] == [dataset.locate(n)[1] for n in (0, 1, 2, 4)]
+    assert {damage.key for damage in damages} == {"s0003"}

@@ -180,7 +180,10 @@ def _print_twin(small: Twin) -> None:
         f"{key.removeprefix('model.')} {old} -> {new}" for key, old, new in small.shrunk
     )
     print(f"twin: {changes or 'the model is small enough as it is'}")
-    print("data: 8 synthetic samples of odd lengths in 4 unequal packs a step, 3 steps")
+    print(
+        "data: 8 synthetic samples of odd lengths in 4 unequal packs a step, "
+        f"{small.num_steps} steps"
+    )
 
 
 def _shown_name(layout: str, one: Case | Row) -> str:

@@ -12,7 +12,6 @@ from kinodit.data.synthetic import SECONDS_PER_FRAME
 from kinodit.data.tasks import DrawnTask
 from kinodit.trainer.certify import trace
 from kinodit.trainer.certify.certificate import key_of
-from kinodit.trainer.certify.trace import NUM_STEPS
 from kinodit.trainer.certify.twin import twin
 from kinodit.trainer.config import RunConfig
 from tests.support.tasks import MODEL, TASKS
@@ -23,7 +22,7 @@ def test_the_packs_of_a_recipe_with_tasks_mix_all_of_them() -> None:
     made = twin(config)
     assert ("tasks.blocks of video.block_s", 0.5, SECONDS_PER_FRAME) in made.shrunk
     with patch.object(synthetic, "DrawnTask", wraps=DrawnTask) as drawn:
-        for step in range(NUM_STEPS):
+        for step in range(made.num_steps):
             (batch,) = trace._batches(made, step, 0, 1, torch.float64, 1)
             assert batch.num_segments == 8
     assert {call.args[0] for call in drawn.call_args_list} == set(TASKS)

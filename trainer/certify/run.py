@@ -13,7 +13,7 @@ from kinodit.trainer.certify.engines import ENGINES
 from kinodit.trainer.certify.layouts import layout_name, num_ranks, with_degrees
 from kinodit.trainer.certify.probe import first_difference
 from kinodit.trainer.certify.ranks import COMPILING_S, TIMEOUT_S, RankError, Ranks
-from kinodit.trainer.certify.trace import NATIVE, NUM_STEPS, Trace, trace
+from kinodit.trainer.certify.trace import NATIVE, Trace, trace
 from kinodit.trainer.certify.twin import Twin
 from kinodit.trainer.certify.verdict import Verdict, compare_traces
 from kinodit.trainer.engine.config import EngineConfig
@@ -113,7 +113,7 @@ class Certifier:
             verdict = compare_traces(reference, traces)
         else:
             rerun = [self._reference(case.dtype, k) for k in range(1, 1 + NUM_PERTURBED)]
-            reach = 2 * NUM_STEPS * self._twin.config.optim.lr
+            reach = 2 * self._twin.num_steps * self._twin.config.optim.lr
             verdict = compare_in_band(reference, rerun, traces, reach)
         if verdict.ok:
             return _row(case, verdict, ())

@@ -43,7 +43,6 @@ NATIVE = NativeConfig()
 FLOAT64 = PrecisionConfig("float64", "float64", "float64")
 ROUNDING_UNIT = 2.0**-8
 """Of bfloat16: half the distance between neighbouring numbers at 1."""
-NUM_STEPS = 3
 SLOTS_OF_PACKS = ((0, 5), (1, 2, 6), (3,), (4, 7))
 """Samples of each pack of a step: unequal packs, whose number no group of 3 or more divides."""
 
@@ -136,7 +135,7 @@ def trace(
         config.run.seed,
         config.optim.max_grad_norm,
     )
-    for number in range(1 if probed else NUM_STEPS):
+    for number in range(1 if probed else twin.num_steps):
         batches = [
             _perturbed(pack, perturbation)
             for pack in _batches(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from kinodit.data.synthetic import SECONDS_PER_FRAME, SyntheticStream
+from kinodit.data.synthetic import SECONDS_PER_FRAME, SLOTS_PER_STEP, SyntheticStream
 from kinodit.data.tasks import TaskConfig
 from kinodit.models.config import ConditionConfig, MMDiTConfig, StreamConfig
 from kinodit.models.moe.config import ExpertsConfig
@@ -17,6 +17,7 @@ from kinodit.trainer.optim import AdamW8bitConfig, OptimConfig
 
 HEAD_DIM = 16
 """A multiple of 8, as CUDA's flash kernels need, that three axes of positions can share."""
+NUM_STEPS = 3
 MAX_HEADS = 4
 MAX_BLOCKS = 2
 MAX_RANK = 4
@@ -37,6 +38,11 @@ class Twin:
             name: SyntheticStream(stream.in_channels, stream.output)
             for name, stream in self.config.model.streams.items()
         }
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a proof: as many as it takes for every task to come once."""
+        return max(NUM_STEPS, -(-len(self.config.tasks) // SLOTS_PER_STEP))
 
     @property
     def conditions(self) -> dict[str, int]:

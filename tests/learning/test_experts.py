@@ -58,7 +58,7 @@ class Finished:
 def trained(size: str, tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
     """Every run, to its end."""
     root = tmp_path_factory.mktemp("experts")
-    clips = "2000" if size == "full" else "300"
+    clips = "2000" if size == "full" else "200"
     demo = ["--num-clips", clips, "--num-images", "0", "--num-sounds", "0", "--no-real-clips"]
     kinodit("data", "demo", str(root / "data"), *demo)
     num_steps = 1000 if size == "full" else 120
@@ -76,7 +76,7 @@ def trained(size: str, tmp_path_factory: pytest.TempPathFactory) -> list[Finishe
             f"run.steps={num_steps}",
             f"schedule.decay_steps={num_steps * 3 // 10}",
             f"data.datasets.theatre.path={root / 'data'}",
-            "eval.num_samples=256",
+            f"eval.num_samples={256 if size == 'full' else 64}",
             f"eval.every_steps={num_steps // 2 if size == 'ci' else 100}",
             "sample.every_steps=0",
             ranks=2,

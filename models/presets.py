@@ -38,38 +38,24 @@ def _audio_video(width: int, audio_width: int, head_dim: int, double: int) -> MM
     return replace(plain, streams={**plain.streams, "audio": sound})
 
 
+def _tiny(**channels: int) -> MMDiTConfig:
+    """A model for a CPU: text, and streams that are generated, with so many channels each."""
+    return MMDiTConfig(
+        streams={
+            "text": StreamConfig(in_channels=384, output=False, position="none"),
+            **{name: StreamConfig(in_channels=count) for name, count in channels.items()},
+        },
+        conditions={"text_pooled": ConditionConfig(dim=384)},
+        width=192,
+        num_heads=3,
+        num_double_blocks=4,
+    )
+
+
 PRESETS: dict[str, MMDiTConfig] = {
-    "tiny": MMDiTConfig(
-        streams={
-            "text": StreamConfig(in_channels=384, output=False, position="none"),
-            "video": StreamConfig(in_channels=384),
-        },
-        conditions={"text_pooled": ConditionConfig(dim=384)},
-        width=192,
-        num_heads=3,
-        num_double_blocks=4,
-    ),
-    "tiny_av": MMDiTConfig(
-        streams={
-            "text": StreamConfig(in_channels=384, output=False, position="none"),
-            "video": StreamConfig(in_channels=384),
-            "audio": StreamConfig(in_channels=64),
-        },
-        conditions={"text_pooled": ConditionConfig(dim=384)},
-        width=192,
-        num_heads=3,
-        num_double_blocks=4,
-    ),
-    "tiny_audio": MMDiTConfig(
-        streams={
-            "text": StreamConfig(in_channels=384, output=False, position="none"),
-            "audio": StreamConfig(in_channels=64),
-        },
-        conditions={"text_pooled": ConditionConfig(dim=384)},
-        width=192,
-        num_heads=3,
-        num_double_blocks=4,
-    ),
+    "tiny": _tiny(video=384),
+    "tiny_av": _tiny(video=384, audio=64),
+    "tiny_audio": _tiny(audio=64),
     "300m": _text_to_video(width=768, head_dim=64, double=14, single=0),
     "2b": _text_to_video(width=1536, head_dim=64, double=24, single=0),
     # Widths are multiples of 1024, so that heads and channels divide over 8 tensor-parallel ranks.

@@ -20,23 +20,12 @@ from kinodit.trainer.engine.megatron import core
 from kinodit.trainer.engine.megatron.linears import part_sizes, swap_linears
 from kinodit.trainer.engine.megatron.te import MULTIPLE, float8_context
 from kinodit.trainer.engine.refusals import Wish, refusal
-from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
-from kinodit.trainer.parallel.mesh import ParallelConfig
-from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.table import table_of
 from tests.support.synthetic import synthetic_pack, tiny_model_config
+from tests.support.wishes import cuda_wish
 
-WISH = Wish(
-    MegatronConfig(linears="transformer_engine"),
-    OptimConfig(),
-    ParallelConfig(),
-    PrecisionConfig(compute="bfloat16"),
-    RematConfig(),
-    4,
-    "cuda",
-    (9, 0),
-)
+WISH = cuda_wish(MegatronConfig(linears="transformer_engine"))
 
 
 class StandIn(nn.Module):

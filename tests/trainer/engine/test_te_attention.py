@@ -18,24 +18,14 @@ from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.engine.config import MegatronConfig
 from kinodit.trainer.engine.megatron.te_attention import FusedAttention, fused
 from kinodit.trainer.engine.refusals import Wish, refusal
-from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.context import ContextAttention
 from kinodit.trainer.parallel.mesh import ParallelConfig
-from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.sequence import Place, cut
 from tests.support.synthetic import synthetic_pack
+from tests.support.wishes import cuda_wish
 
-WISH = Wish(
-    MegatronConfig(attention="transformer_engine"),
-    OptimConfig(),
-    ParallelConfig(),
-    PrecisionConfig(compute="bfloat16"),
-    RematConfig(),
-    4,
-    "cuda",
-    (9, 0),
-)
+WISH = cuda_wish(MegatronConfig(attention="transformer_engine"))
 
 
 class StandIn(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kinodit.launch.data_actions import PROBLEMS_FOUND, add_order_actions
+from kinodit.launch.order_actions import PROBLEMS_FOUND, add_order_actions
 from kinodit.launch.progress_line import ProgressLine
 
 HELP = "Make, index, check, describe and preview datasets (shards with an index and a manifest)."

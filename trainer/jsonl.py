@@ -8,9 +8,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _log = logging.getLogger("kinodit")
 
@@ -36,7 +35,7 @@ class JsonLines:
             temporary.replace(path)
         self._path = path
         self._file = path.open("a+b", buffering=0)
-        _cut_torn_line(self._file)
+        cut_torn_line(self._file)
         self._waiting: list[bytes] = []
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -80,7 +79,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any] | None]:
             yield row if isinstance(row, dict) else None
 
 
-def _cut_torn_line(file: FileIO) -> None:
+def cut_torn_line(file: IO[bytes]) -> None:
     """End `file` after its last newline, without a byte of space."""
     end = file.seek(0, os.SEEK_END)
     while end:

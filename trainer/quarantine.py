@@ -13,7 +13,7 @@ from kinodit.data.loader import Loader, StepData
 from kinodit.data.manifest import Dataset
 from kinodit.data.quarantine import LEDGER_FILE, QuarantineError, Quotas, Replacement
 from kinodit.data.spec import PlanSpec
-from kinodit.trainer.jsonl import read_rows
+from kinodit.trainer.jsonl import cut_torn_line, read_rows
 from kinodit.trainer.parallel.mesh import Mesh
 
 
@@ -128,11 +128,9 @@ class Quarantine:
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     try:
-        with path.open("a", encoding="utf-8") as file:
-            if file.tell() and not path.read_bytes().endswith(b"\n"):
-                # A kill cut the last line short: the next one must not be joined to it.
-                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-            file.write(lines)
+        with path.open("a+b") as file:
+            cut_torn_line(file)
+            file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

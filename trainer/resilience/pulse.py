@@ -77,7 +77,11 @@ class Page:
     def read(self) -> Sign:
         """The last sign of life."""
         while True:
-            signs = [sign for turn in (0, 1) if (sign := self._slot(turn)) is not None]
+            first, second = self._slot(0), self._slot(1)
+            if second is None:
+                # The sign before this unfinished one may be newer than what was just read.
+                first = self._slot(0)
+            signs = [sign for sign in (first, second) if sign is not None]
             if signs:
                 return max(signs, key=lambda numbered: numbered[0])[1]
 

@@ -21,7 +21,7 @@ from tests.support.lives import End, Lives, Start, describe
 from tests.support.ranks import ROOT
 from tests.support.sampling import sampled
 
-pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(5400)]
+pytestmark = [pytest.mark.chaos, pytest.mark.gloo, pytest.mark.timeout(10800)]
 
 THIS = "tests/chaos/test_soak.py"
 DAYS = 54.0
@@ -82,7 +82,7 @@ def soaked(recipe: Path, size: str) -> tuple[Path, tuple[str, ...]]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, "-m", "kinodit", *demo], env=environment, check=True)
     return ROOT / "configs" / "t2v_tiny.yaml", (
-        "run.steps=4000",
+        "run.steps=6000",
         f"run.out_dir={root}",
         f"data.datasets.theatre.path={root / 'data'}",
         "parallel.dp_replicate=2",
@@ -99,10 +99,10 @@ def test_thirty_faults_leave_the_curve_alone(
     soaked: tuple[Path, tuple[str, ...]], recipe: Path, lives: Lives, size: str
 ) -> None:
     trained, base = soaked
-    num_faults, steps, every = (30, 4_000, 10) if size == "full" else (6, 60, 5)
+    num_faults, steps, every = (30, 6_000, 10) if size == "full" else (6, 60, 5)
     kinds = sampled(KINDS, num_faults, size, "soak")
     root = recipe.parent
-    assert lives.run(Start(trained, (*base, "run.name=quiet"), wall_s=3000.0)).codes == [0, 0]
+    assert lives.run(Start(trained, (*base, "run.name=quiet"), wall_s=6000.0)).codes == [0, 0]
     gap = steps // (num_faults + 1) // every * every
     faults = []
     for index in range(num_faults):
@@ -112,7 +112,7 @@ def test_thirty_faults_leave_the_curve_alone(
         rank = 0 if "after-rename" in kind else index // len(kinds) % 2
         faults.append(f"{kind},rank={rank},step={step},once={root}/fault{index}")
     run = root / "soak"
-    start = Start(trained, (*base, "run.name=soak"), ";".join(faults), wall_s=3000.0)
+    start = Start(trained, (*base, "run.name=soak"), ";".join(faults), wall_s=6000.0)
     ends = until_finished(lives, run, start, 3 * num_faults)
     struck = [index for index in range(num_faults) if (root / f"fault{index}").exists()]
     assert struck == list(range(num_faults))

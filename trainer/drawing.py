@@ -68,6 +68,7 @@ class Drawing:
     model:    what `network` calls
     dtype:    of the latents between evaluations
     shift:    of the time grid
+    negative: the caption of the pass without the prompt
     """
 
     network: Network
@@ -81,6 +82,7 @@ class Drawing:
     guidance: GuidanceConfig
     window: WindowConfig
     shift: float
+    negative: str = ""
 
     def __call__(self, order: Order) -> dict[str, Tensor]:
         """Stream -> latents [C, t, h, w], generated or given; nothing without a prompt. Collective.
@@ -157,8 +159,9 @@ class Drawing:
         if order.prompt is None:
             return filler(self.spec).to(self.device)
         task = order.task
-        has_text = without != TEXT and order.stream(TEXT, True).use != "absent"
-        text, conditions = self.encoder.text(cut.prompt if has_text else "")
+        has_text = order.stream(TEXT, True).use != "absent"
+        prompt = self.negative if without == TEXT else cut.prompt
+        text, conditions = self.encoder.text(prompt if has_text else "")
         if without in cut.grids:
             config = TaskConfig() if task is None else task.config
             streams = {**config.streams, without: StreamTask(use=self.guidance.without)}

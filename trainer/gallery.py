@@ -58,6 +58,8 @@ def _save_clip(folder: Path, clip: Clip, config: SampleConfig) -> Entry:
         "steps": config.sampler.steps,
         "guidance": config.guidance.scale,
     }
+    if config.negative:
+        entry["negative"] = config.negative
     if clip.sound is not None:
         entry |= {"sound": f"{name}.{config.sound_format}", "rate_hz": clip.rate_hz}
         write_sound(folder / f"{name}.{config.sound_format}", clip.sound, clip.rate_hz)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kinodit.data.encode import AUDIO, VIDEO, SampleEncoder
+from kinodit.data.encode import AUDIO, TEXT, VIDEO, SampleEncoder
 from kinodit.data.packing import PackSpec
 from kinodit.data.tasks import DrawnTask, TaskConfig
 from kinodit.models.diffusion.guidance import GuidanceConfig
@@ -37,6 +37,7 @@ class SampleConfig:
                   clip, or a sound
     window:       a longer clip is drawn in overlapping windows; its prompt may be several, "|"
                   between them, that follow each other
+    negative:     what clips are guided away from: the caption of the pass without the prompt
     """
 
     every_steps: int = 0
@@ -49,10 +50,17 @@ class SampleConfig:
     task: str = ""
     given: str = ""
     window: WindowConfig = field(default_factory=WindowConfig)
+    negative: str = ""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise ConfigError(f"sample.every_steps={self.every_steps}: must not be negative")
+        scales = (self.guidance.scale, *self.guidance.scales.values())
+        if self.negative and all(scale == 1 for scale in scales):
+            raise ConfigError(
+                f"sample.negative={self.negative!r} is the caption of the pass without the prompt, "
+                "which sample.guidance.scale=1 leaves out: set another scale, or no negative prompt"
+            )
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,7 @@ class Generator:
                 config.guidance,
                 config.window,
                 shift,
+                config.negative,
             )
             for turn in range(rounds):
                 index = turn * self.num_ranks + self.rank
@@ -189,6 +198,11 @@ class Generator:
                 f"{', '.join(self.tasks) or 'none'}"
             )
         task = self.tasks[config.task]
+        if config.negative and task.stream(TEXT, True).use == "absent":
+            raise ConfigError(
+                f"sample.negative={config.negative!r} with sample.task={config.task}, which has no "
+                "text: leave one of them out"
+            )
         streams = {name: replace(stream, dropout=0.0) for name, stream in task.streams.items()}
         return DrawnTask(config.task, replace(task, streams=streams), config.seed)
 

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="steps of the time grid")
     parser.add_argument("--method", choices=("euler", "heun", "dpmpp_2m"), help="integrator")
     parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none")
+    parser.add_argument(
+        "--negative",
+        metavar="TEXT",
+        help="guide away from this caption instead of the empty one ('' for the empty one)",
+    )
     parser.add_argument("--rescale", type=float, help="share of guidance rescaling, 0 to 1")
     parser.add_argument(
         "--interval",
@@ -131,6 +136,7 @@ def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfi
         task=defaults.task if args.task is None else args.task,
         given=defaults.given if args.given is None else args.given,
         window=window,
+        negative=defaults.negative if args.negative is None else args.negative,
         seed=defaults.seed if args.seed is None else args.seed,
         ema=defaults.ema if args.ema is None else args.ema,
         sampler=sampler,

@@ -47,14 +47,16 @@ def test_tasks_are_trained_and_sampled_as_written(
     (tmp_path / "recipe.yaml").write_text(recipe)
     commands = re.findall(r"^\$ kinodit (.*)$", document, re.MULTILINE)
     assert len(commands) == 7
-    lengths = []
+    lengths, negatives = [], []
     for command in commands:
         assert main(shlex.split(command)) == 0, capsys.readouterr().err
         folder = tmp_path / "runs" / "tasks" / "samples" / "manual"
         if command.startswith("sample"):
             (entry,) = json.loads((folder / "index.json").read_text())
             lengths.append((entry["num_frames"], "sound" in entry))
+            negatives.append(entry.get("negative"))
     assert lengths == [(5, True), (5, False), (5, True), (9, True), (13, True)]
+    assert negatives == ["noise, a jump", None, None, None, None]
     losses = [
         json.loads(line)
         for line in (tmp_path / "runs" / "tasks" / "metrics.jsonl").read_text().splitlines()

@@ -70,6 +70,11 @@ def test_overrides_beat_the_recipe(tmp_path: Path) -> None:
         ("sample: {prompts: [a, '${run.name}']}", [], "sample.prompts[1]="),
         ("{}", ["run.out_dir=${oc.env:HOME}"], "run.out_dir="),
         ("modalities: {video: {patch: [0, 1, 1]}}", [], "patch"),
+        (
+            "sample: {negative: blurred, guidance: {scale: 1.0}}",
+            [],
+            "sample.negative='blurred' is the caption of the pass without the prompt",
+        ),
         ("ema: {main: {}}", ["sample.ema=mian"], "sample.ema=mian: there is no such average; ema"),
         ("eval: {ema: main}", [], "eval.ema=main: there is no such average; ema has []"),
         (

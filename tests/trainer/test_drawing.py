@@ -97,22 +97,29 @@ def drawn(network: Counting, wish: Order, **changes: Any) -> dict[str, Tensor]:
     return drawing(network, **changes)(wish)
 
 
+def packed(prompt: str) -> TokenBatch:
+    """A clip to be drawn from a prompt."""
+    text, conditions = Words().text(prompt)
+    latents = {"video": torch.zeros(6, 4, 2, 3), "audio": torch.zeros(3, 8, 1, 1)}
+    key = SampleKey(0, 1, "prompt")
+    return pack([EncodedSample(key, latents, SECONDS, text, conditions)], SPEC)
+
+
+def start_of(prompt: str) -> dict[str, Tensor]:
+    """The noise that it starts from."""
+    return {
+        name: normal(generator(0, "sample", 1, prompt, name), shape).double()
+        for name, shape in (("video", (24, 6)), ("audio", (8, 3)))
+    }
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["euler", "heun", "dpmpp_2m"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_without_a_task_it_is_the_plain_sampler_to_the_bit(
     network: Counting, method: Method, scale: float
 ) -> None:
-    def packed(prompt: str) -> TokenBatch:
-        text, conditions = Words().text(prompt)
-        latents = {"video": torch.zeros(6, 4, 2, 3), "audio": torch.zeros(3, 8, 1, 1)}
-        key = SampleKey(0, 1, "prompt")
-        return pack([EncodedSample(key, latents, SECONDS, text, conditions)], SPEC)
-
-    start = {
-        name: normal(generator(0, "sample", 1, "a cat", name), shape).double()
-        for name, shape in (("video", (24, 6)), ("audio", (8, 3)))
-    }
+    start = start_of("a cat")
     batches = packed("a cat"), packed("")
     c, u = (velocity_field(network, OBJECTIVE, batch) for batch in batches)
     guidance = GuidanceConfig(scale=scale)
@@ -127,6 +134,41 @@ def test_without_a_task_it_is_the_plain_sampler_to_the_bit(
     )
     for name, latents in found.items():
         assert torch.equal(everything[name], latents)
+
+
+@torch.no_grad()
+def test_a_negative_prompt_stands_where_the_empty_caption_stood(network: Counting) -> None:
+    guidance = GuidanceConfig(scale=2.0, scales={"audio": 3.0})
+    batches = packed("a cat"), packed("a blurred dog")
+    c, u = (velocity_field(network, OBJECTIVE, batch) for batch in batches)
+    velocity = guided(c, u, guidance, batches[0])
+    expected = sample(velocity, start_of("a cat"), time_grid(2, 2.0), "euler")
+    found = drawn(network, order(), guidance=guidance, negative="a blurred dog")
+    assert torch.equal(found["video"], unpatchify(expected["video"], GRIDS["video"], (1, 1, 1)))
+    assert torch.equal(found["audio"], unpatchify(expected["audio"], GRIDS["audio"], (1, 1, 1)))
+    plain = drawn(network, order(), guidance=guidance)
+    empty = drawn(network, order(), guidance=guidance, negative="")
+    for name, latents in plain.items():
+        assert torch.equal(empty[name], latents)
+        assert not torch.equal(found[name], latents)
+
+
+@torch.no_grad()
+def test_guided_away_from_the_prompt_itself_nothing_is_guided(network: Counting) -> None:
+    guidance = GuidanceConfig(scale=3.0)
+    for task in (None, TASKS["blocks"], TASKS["image to video"]):
+        plain = drawn(network, order(task))
+        same = drawn(network, order(task), guidance=guidance, negative="a cat")
+        assert all(torch.equal(same[name], latents) for name, latents in plain.items())
+
+
+def test_a_negative_prompt_is_of_the_text_alone(network: Counting) -> None:
+    """Neither a pass without another condition nor one without text at all has it."""
+    guidance = GuidanceConfig(scale=1.0, conditions={"audio": 2.0})
+    for wish in (order(), order(TASKS["unconditional"])):
+        plain = drawn(network, wish, guidance=guidance)
+        found = drawn(network, wish, guidance=guidance, negative="a blurred dog")
+        assert all(torch.equal(found[name], latents) for name, latents in plain.items())
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from goals import Row, show
 
-FAMILIES = {"balance": "loader_balance"}
+FAMILIES = {"balance": "loader_balance", "reading": "loader_reading"}
 """Name of a family -> its module beside this file."""
 
 

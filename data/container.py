@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from math import floor
@@ -110,6 +110,20 @@ def seek_to(container: Any, stream: Any, ticks: Fraction) -> None:
 
     with suppress(av.FFmpegError):
         container.seek((stream.start_time or 0) + floor(ticks), stream=stream)
+
+
+def frames_of(
+    container: Any, stream: Any, is_wanted: Callable[[int | None], bool]
+) -> Iterator[Any]:
+    """The frames of a video stream from here on, as they are shown.
+
+    A frame that no other refers to is not decoded unless `is_wanted` says so of its time stamp;
+    only codecs whose frames say whether others refer to them leave any out.
+    """
+    codec = stream.codec_context
+    for packet in container.demux(stream):
+        codec.skip_frame = "DEFAULT" if is_wanted(packet.pts) else "NONREF"
+        yield from packet.decode()
 
 
 def within_limit(frames: Iterator[Any], config: DecodeConfig) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kinodit.data.colour import Planes
 from kinodit.data.config import DecodeConfig
-from kinodit.data.container import DecodeError, open_medium, seek_to, within_limit
+from kinodit.data.container import DecodeError, frames_of, open_medium, seek_to, within_limit
 from kinodit.data.picture import CENTRE, Canvas, Crop
 from kinodit.data.plan import SampleRef
 from kinodit.data.record import Record, RecordMeta
@@ -183,9 +183,14 @@ def _decode_video(
             )
         canvas = Canvas(len(wanted), config, crop, as_planes=config.pixels == "yuv420")
         per_frame = FPS_SCALE / (stream.time_base * rate)
-        if wanted[0] > 0:
-            seek_to(container, stream, wanted[0] * per_frame)
-        if not _fill(canvas, container, wanted, per_frame):
+        start = wanted[0] * per_frame
+        if start:
+            seek_to(container, stream, start)
+        filled = _fill(canvas, container, wanted, per_frame, leave_out=True)
+        if not filled and start:
+            seek_to(container, stream, start)
+            filled = _fill(canvas, container, wanted, per_frame)
+        if not filled:
             # The file's own index led past the window.
             seek_to(container, stream, Fraction(0))
             _fill(canvas, container, wanted, per_frame, from_start=True)
@@ -218,9 +223,11 @@ def _fill(
     container: Any,
     wanted: Sequence[int],
     per_frame: Fraction,
+    *,
     from_start: bool = False,
+    leave_out: bool = False,
 ) -> bool:
-    """Puts the source frames `wanted` (ascending) on the canvas; False if decoding began too late.
+    """Puts the source frames `wanted` (ascending) on the canvas; False if more must be decoded.
 
     Frame numbers are places on the grid of the source's rate: a frame counts as the number its
     time stamp rounds to, and stays on screen until the next one. At a constant rate that is the
@@ -232,6 +239,8 @@ def _fill(
         wanted: source frames from the start of the stream.
         per_frame: ticks of the stream's clock from one frame to the next.
         from_start: decoding cannot begin earlier, so its first frame stands for those before it.
+        leave_out: decode no frame that no other refers to and that is not wanted, if the codec
+            tells; False where one of them may be held in place of one that is not there.
     """
     stream = container.streams.video[0]
     origin = stream.start_time or 0
@@ -241,14 +250,21 @@ def _fill(
     def number_at(pts: int) -> int:
         return (2 * (pts - origin) * frames + ticks) // (2 * ticks)
 
+    numbers = frozenset(wanted) if leave_out and stream.codec_context.name == "h264" else None
+
+    def is_wanted(pts: int | None) -> bool:
+        return numbers is None or pts is None or number_at(pts) in numbers
+
     done, held, shown_until = 0, None, 0
-    for frame in within_limit(container.decode(stream), canvas.config):
+    for frame in within_limit(frames_of(container, stream, is_wanted), canvas.config):
         if frame.pts is None:
             raise DecodeError("its frames have no time stamps")
         number = number_at(frame.pts)
         if held is None and number > wanted[0] and not from_start:
             return False
         while done < len(wanted) and wanted[done] <= number:
+            if wanted[done] < number and numbers is not None:
+                return False
             exact = wanted[done] == number or held is None
             canvas.put(done, frame if exact else held, stream.sample_aspect_ratio)
             done += 1
@@ -256,6 +272,8 @@ def _fill(
             return True
         held = frame
         shown_until = number_at(frame.pts + (frame.duration or 0))
+    if numbers is not None:
+        return False
     while done < len(wanted) and held is not None and wanted[done] < shown_until:
         canvas.put(done, held, stream.sample_aspect_ratio)
         done += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +58,16 @@ class ShardReader:
             ShardError: the shard is missing or its storage does not answer.
         """
         shard, offset, size = self.dataset.span(index)
-        place = self.dataset.place_of(shard)
-        where = f"{place}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
+
+        def where() -> str:
+            place = self.dataset.place_of(shard)
+            return f"{place}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
+
         expected = self.dataset.row(index).crc32
         if offset + size > shard.num_bytes:
             # Nothing is set aside for what an index may claim.
             raise SampleError(
-                f"{where} cannot lie there: its index says {size} bytes, and the shard ends at "
+                f"{where()} cannot lie there: its index says {size} bytes, and the shard ends at "
                 f"{shard.num_bytes}. Run `kinodit data index` to write it anew"
             )
         span = self._read(shard, offset, size, where)
@@ -75,7 +78,7 @@ class ShardReader:
             checksum = zlib.crc32(span)
         if checksum != expected:
             raise SampleError(
-                f"{where} was changed after it was indexed: its {size} bytes have CRC-32 "
+                f"{where()} was changed after it was indexed: its {size} bytes have CRC-32 "
                 f"{checksum:08x}, the index says {expected:08x}. Restore the shard, or run "
                 "`kinodit data validate` to see what is damaged",
                 readable_key(span),
@@ -87,7 +90,7 @@ class ShardReader:
             return read_span(span, found[0])
         except (TarError, RecordError) as error:
             raise SampleError(
-                f"{where} breaks the record contract: {error}", readable_key(span)
+                f"{where()} breaks the record contract: {error}", readable_key(span)
             ) from error
 
     @property
@@ -101,17 +104,17 @@ class ShardReader:
         if self._remote is not None:
             self._remote.close()
 
-    def _read(self, shard: ShardEntry, offset: int, size: int, where: str) -> bytes:
+    def _read(self, shard: ShardEntry, offset: int, size: int, where: Callable[[], str]) -> bytes:
         try:
             if self._remote is not None:
                 return self._remote.read(shard, offset, size)
             with self._files.open(self.dataset.directory / shard.file) as descriptor:
                 return _read_exactly(descriptor, offset, size, where)
         except StorageError as error:
-            raise ShardError(f"{where} cannot be read: {error}") from error
+            raise ShardError(f"{where()} cannot be read: {error}") from error
         except OSError as error:
             raise ShardError(
-                f"{where} cannot be read: {error.strerror or error}. Put the shard back, or "
+                f"{where()} cannot be read: {error.strerror or error}. Put the shard back, or "
                 "correct the dataset's path"
             ) from error
 
@@ -122,16 +125,16 @@ def readable_key(span: bytes) -> str:
     return name if KEY_PATTERN.fullmatch(name) else ""
 
 
-def _read_exactly(descriptor: int, offset: int, size: int, where: str) -> bytes:
+def _read_exactly(descriptor: int, offset: int, size: int, where: Callable[[], str]) -> bytes:
     pieces: list[bytes] = []
     missing = size
     while missing:
         piece = os.pread(descriptor, missing, offset + size - missing)
         if not piece:
             raise SampleError(
-                f"{where} is cut off: expected {size} bytes, found {size - missing}; the file has "
-                f"{os.fstat(descriptor).st_size} bytes, and the sample ends at {offset + size}. "
-                "Copy the shard anew"
+                f"{where()} is cut off: expected {size} bytes, found {size - missing}; the file "
+                f"has {os.fstat(descriptor).st_size} bytes, and the sample ends at "
+                f"{offset + size}. Copy the shard anew"
             )
         pieces.append(piece)
         missing -= len(piece)

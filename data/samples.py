@@ -155,7 +155,9 @@ class SampleSource:
     def _sample(self, step: int, ref: SampleRef) -> DecodedSample:
         seed, key = self._spec.seed, ref.key(step)
         config = self._decoding if ref.shape is None else sized(self._decoding, ref.shape)
-        window_u, crop_u = uniform(sample_generator(seed, key, "window")), CENTRE
+        window_u, crop_u = 0.0, CENTRE
+        if self._config.window == "random":
+            window_u = uniform(sample_generator(seed, key, "window"))
         if self._config.crop == "random":
             crop = sample_generator(seed, key, "crop")
             crop_u = uniform(crop), uniform(crop)

@@ -7,6 +7,7 @@ Header layout: POSIX.1-2017, `pax`, "ustar Interchange Format".
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -94,7 +95,8 @@ def _header(view: memoryview, offset: int) -> bytes:
     if len(header) < BLOCK:
         raise TarError(f"it is cut off within the header at byte {offset}")
     claimed = _octal(header[148:156], "checksum", offset)
-    actual = sum(header) - sum(header[148:156]) + 8 * 0x20
+    blanked = header[:148] + b" " * 8 + header[156:]
+    actual = _sum(blanked[:256]) + _sum(blanked[256:])
     if claimed != actual:
         raise TarError(
             f"the header at byte {offset} is damaged: its checksum is {actual}, it says {claimed}"
@@ -102,6 +104,11 @@ def _header(view: memoryview, offset: int) -> bytes:
     if header[257:262] != b"ustar":
         raise TarError(f"the header at byte {offset} is not of the USTAR or PAX format")
     return header
+
+
+def _sum(piece: bytes) -> int:
+    """The sum of at most 256 bytes, faster than `sum`: one less than the lower half of Adler-32."""
+    return (zlib.adler32(piece) & 0xFFFF) - 1
 
 
 def _octal(text: bytes, what: str, offset: int) -> int:

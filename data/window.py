@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 from math import floor
 
 from kinodit.data.config import DecodeConfig
@@ -40,8 +41,13 @@ def frame_offsets(fps_milli: int, config: DecodeConfig) -> tuple[int, ...]:
         fps_milli: the source's rate, thousandths of a frame per second, above 0.
         config: num_frames and fps of the recipe.
     """
-    step = Fraction(fps_milli, FPS_SCALE) / Fraction(str(config.fps))
-    return tuple(floor(j * step) for j in range(config.num_frames))
+    return _offsets(fps_milli, config.num_frames, config.fps)
+
+
+@lru_cache(maxsize=4096)
+def _offsets(fps_milli: int, num_frames: int, fps: float) -> tuple[int, ...]:
+    step = Fraction(fps_milli, FPS_SCALE) / Fraction(str(fps))
+    return tuple(floor(j * step) for j in range(num_frames))
 
 
 def num_window_starts(num_frames: int, fps_milli: int, config: DecodeConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
@@ -81,6 +82,35 @@ def test_frames_of_a_variable_rate_stay_on_screen_until_the_next() -> None:
     for u in US:
         first = pick_window(41, source_rate(24.0), config, u)[0]
         assert numbers(decode(record, config, u)) == shown[first : first + 12]
+
+
+def test_frames_that_nobody_needs_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clip_bytes(60, 24, keyframe_every=60)
+    record = video_record("clip", data, 60, 24.0)
+    num_decoded: list[int] = []
+
+    def counted(frames: Iterator[Any], config: DecodeConfig) -> Iterator[Any]:
+        num_decoded.append(0)
+        for frame in frames:
+            num_decoded[-1] += 1
+            yield frame
+
+    monkeypatch.setattr("kinodit.data.decode.within_limit", counted)
+    every = decode(record, replace(CONFIG, fps=24.0, num_frames=60)).video
+    some = decode(record, replace(CONFIG, num_frames=20)).video
+    assert every is not None and some is not None
+    # Two of three frames are not wanted; of those, the ones to which none refers are left out.
+    assert num_decoded[0] == 60 and 20 < num_decoded[1] < 50
+    assert torch.equal(some, every[::3])
+
+
+@pytest.mark.parametrize("missing", [9, 21, 57])
+def test_a_frame_that_is_missing_is_that_before_it_though_nobody_needed_it(missing: int) -> None:
+    times = [time for time in range(60) if time != missing]
+    data = clip_bytes(59, 24, times=times, keyframe_every=60)
+    record = video_record("gap", data, 60, 24.0)
+    shown = [time if time < missing else time - 1 for time in range(0, 60, 3)]
+    assert numbers(decode(record, replace(CONFIG, num_frames=20))) == shown
 
 
 def test_the_last_frame_is_held_for_as_long_as_it_was_shown() -> None:

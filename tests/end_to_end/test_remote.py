@@ -52,6 +52,7 @@ def place(kind: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             yield stack.enter_context(nginx(data, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_gib", [0, 1])
 @pytest.mark.parametrize("kind", ["http", "nginx", "s3"])
 def test_the_curve_is_that_of_local_shards(

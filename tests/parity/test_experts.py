@@ -204,9 +204,7 @@ def check_layout(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(
-    "name", some_of_them("fsdp2", "tp2", "ring2 x tp2", "ep4 of fsdp2 x ring2", "ep2 x tp2")
-)
+@pytest.mark.parametrize("name", some_of_them("fsdp2", "tp2", "ep4 of fsdp2 x ring2", "ep2 x tp2"))
 def test_layout(name: str, groups: dict[int, Ranks], reference: Routed) -> None:
     check_layout(LAYOUTS[name], groups, MODEL, reference)
 
@@ -222,7 +220,7 @@ def test_some_tokens_have_no_expert_and_others_many(selective: Routed) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", some_of_them("tp2", "ring2 x tp2", "ep2 x tp2"))
+@pytest.mark.parametrize("name", some_of_them("tp2", "ring2 x tp2"))
 def test_choices_among_the_tokens_of_a_sample(
     name: str, groups: dict[int, Ranks], selective: Routed
 ) -> None:

@@ -122,7 +122,12 @@ def test_four_ranks_resume_bit_equal(dp_replicate: int, recipe: Path, four: Rank
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    "axes", [pytest.param("cp=2", marks=pytest.mark.slow), "cp=2 ring=2", "tp=2"]
+    "axes",
+    [
+        pytest.param("cp=2", marks=pytest.mark.slow),
+        pytest.param("cp=2 ring=2", marks=pytest.mark.slow),
+        "tp=2",
+    ],
 )
 def test_ranks_that_share_packs_resume_bit_equal(axes: str, recipe: Path, four: Ranks) -> None:
     whole, cut = f"shared-{axes[:2]}{len(axes)}", f"shared-{axes[:2]}{len(axes)}-cut"

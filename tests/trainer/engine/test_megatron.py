@@ -162,7 +162,8 @@ ZERO = importlib.util.find_spec("deepspeed") is not None
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("sequence_parallel", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_it_trains_as_one_process_does(sequence_parallel: bool, four: Ranks) -> None:
     small, config = small_twin(), MegatronConfig(sequence_parallel=sequence_parallel)
     reference = trace(0, 1, small, layout())

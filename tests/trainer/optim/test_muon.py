@@ -143,6 +143,7 @@ LAYOUTS = [
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_every_layout_trains_as_one_process_does(four: Ranks) -> None:
     small = muon_twin()
     reference = trace(0, 1, small, ParallelConfig(dp_shard=1))

@@ -15,6 +15,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
+MAX_MAPPED = 1024
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,11 @@ class Dataset:
     url:     where the shards lie if they are not in `directory`; "" if they are
     storage: how they are read there
 
-    Raises ManifestError at once for a missing or cut-off shard, an index that is not the one the
-    manifest names, and a dataset without samples.
+    Of many shards, only as many indexes are mapped as were used last: a process may not map as many
+    files as a dataset may have.
+
+    Raises ManifestError at once for a missing or cut-off shard, and a dataset without samples; for
+    an index that is not the one the manifest names, when it is mapped: of few shards, at once.
     """
 
     def __init__(
@@ -147,13 +152,15 @@ class Dataset:
         self.url = url
         self.storage = storage or StorageConfig()
         self.manifest = Manifest.load(self.directory)
-        self._indexes: list[NDArray[np.void]] = []
+        self._index = lru_cache(MAX_MAPPED)(partial(_map_index, self.directory))
         self._ends: list[int] = []
         total = 0
         for shard in self.manifest.shards:
-            self._indexes.append(self._open_index(shard))
+            self._check_sizes(shard)
             total += shard.num_samples
             self._ends.append(total)
+        for shard in self.manifest.shards[:MAX_MAPPED]:
+            self._index(shard)
         if total == 0:
             raise ManifestError(f"dataset {self.directory} is empty: it has no samples")
 
@@ -173,7 +180,7 @@ class Dataset:
     def row(self, index: int) -> Row:
         """The index row of sample `index`. Raises IndexError outside 0 to len - 1."""
         shard, within = self._place(index)
-        return Row(*self._indexes[shard][within].item())
+        return Row(*self._index(self.manifest.shards[shard])[within].item())
 
     def locate(self, index: int) -> tuple[Path, int, int]:
         """(shard file, first byte, number of bytes) of sample `index`."""
@@ -183,8 +190,9 @@ class Dataset:
     def span(self, index: int) -> tuple[ShardEntry, int, int]:
         """(shard, first byte, number of bytes) of sample `index`."""
         shard, within = self._place(index)
-        row = self._indexes[shard][within]
-        return self.manifest.shards[shard], int(row["offset"]), int(row["size"])
+        entry = self.manifest.shards[shard]
+        row = self._index(entry)[within]
+        return entry, int(row["offset"]), int(row["size"])
 
     def place_of(self, shard: ShardEntry) -> str:
         """Path or URL of a shard."""
@@ -192,7 +200,10 @@ class Dataset:
 
     def column(self, name: str) -> NDArray[Any]:
         """One field of `INDEX_DTYPE` for all samples, in order. A copy, [len]."""
-        return np.concatenate([index[name] for index in self._indexes])
+        values = np.empty(len(self), INDEX_DTYPE[name])
+        for shard, end in zip(self.manifest.shards, self._ends, strict=True):
+            values[end - shard.num_samples : end] = self._index(shard)[name]
+        return values
 
     def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -200,7 +211,7 @@ class Dataset:
         shard = bisect_right(self._ends, index)
         return shard, index - (self._ends[shard] - self.manifest.shards[shard].num_samples)
 
-    def _open_index(self, shard: ShardEntry) -> NDArray[np.void]:
+    def _check_sizes(self, shard: ShardEntry) -> None:
         tar, path = self.directory / shard.file, self.directory / shard.index_file
         expected = {path: shard.num_samples * INDEX_DTYPE.itemsize}
         if not self.url:
@@ -214,12 +225,16 @@ class Dataset:
                     f"{file} has {found} bytes, but {MANIFEST_FILE} says {num_bytes}: it was cut "
                     "off or changed (`kinodit data validate` shows where)"
                 )
-        if shard.num_samples == 0:
-            return np.empty(0, INDEX_DTYPE)
-        index = np.memmap(path, dtype=INDEX_DTYPE, mode="r")
-        if hashlib.sha256(index.view(np.uint8).data).hexdigest() != shard.index_sha256:
-            raise ManifestError(
-                f"{path} is not the index that {MANIFEST_FILE} names: it was changed; "
-                "run `kinodit data index` to write it anew"
-            )
-        return index
+
+
+def _map_index(directory: Path, shard: ShardEntry) -> NDArray[np.void]:
+    if shard.num_samples == 0:
+        return np.empty(0, INDEX_DTYPE)
+    path = directory / shard.index_file
+    index = np.memmap(path, dtype=INDEX_DTYPE, mode="r")
+    if hashlib.sha256(index.view(np.uint8).data).hexdigest() != shard.index_sha256:
+        raise ManifestError(
+            f"{path} is not the index that {MANIFEST_FILE} names: it was changed; "
+            "run `kinodit data index` to write it anew"
+        )
+    return index

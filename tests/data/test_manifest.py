@@ -98,6 +98,31 @@ def test_an_index_that_was_changed_is_refused(tmp_path: Path) -> None:
         Dataset(tmp_path / "d")
 
 
+def num_mapped(directory: Path) -> int:
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return sum(str(directory) in line and line.endswith(".idx") for line in maps)
+
+
+def test_no_more_indexes_are_mapped_than_a_process_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = write_images(tmp_path / "d")
+    rows = [every.row(index) for index in range(12)]
+    del every
+    monkeypatch.setattr("kinodit.data.manifest.MAX_MAPPED", 2)
+    dataset = Dataset(tmp_path / "d")
+    assert len(dataset.manifest.shards) > 2
+    assert [dataset.row(index) for index in range(12)] == rows
+    assert dataset.column("offset").tolist() == [row.offset for row in rows]
+    assert num_mapped(tmp_path) == 2
+    last = tmp_path / "d" / dataset.manifest.shards[-1].index_file
+    last.write_bytes(bytes(last.stat().st_size))
+    dataset = Dataset(tmp_path / "d")
+    assert dataset.row(0) == rows[0]
+    with pytest.raises(ManifestError, match=f"{last.name} is not the index"):
+        dataset.row(11)
+
+
 def edited(directory: Path, **changes: object) -> None:
     path = directory / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -6,6 +6,7 @@ import gc
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def with_span(dataset: Dataset, index: int, span: bytes) -> ShardReader:
     path.write_bytes(whole)
     rows = np.fromfile(path.with_suffix(".idx"), INDEX_DTYPE)
     rows["crc32"][index] = zlib.crc32(span)
-    dataset._indexes[0] = rows
+    dataset._index = lru_cache(lambda _: rows)
     return ShardReader(dataset)
 
 
@@ -163,6 +164,6 @@ def test_a_wrong_header_checksum_is_refused(dataset: Dataset) -> None:
 def test_an_index_that_claims_more_than_the_shard_has_is_refused_unread(dataset: Dataset) -> None:
     rows = np.fromfile(dataset.locate(0)[0].with_suffix(".idx"), INDEX_DTYPE)
     rows["size"][2] = 4_000_000_000
-    dataset._indexes[0] = rows
+    dataset._index = lru_cache(lambda _: rows)
     with pytest.raises(ShardError, match="cannot lie there: its index says 4000000000 bytes"):
         ShardReader(dataset).read(2)

@@ -35,12 +35,14 @@ def recipe_of(root: Path) -> Path:
     )
 
 
-def losses(root: Path, name: str, *overrides: str) -> list[tuple[int, float]]:
+def losses(root: Path, name: str, *overrides: str) -> list[tuple[int, float, float]]:
+    """(step, loss, norm of the gradients) of a run."""
     words = ["train", str(recipe_of(root)), f"run.name={name}", *overrides]
     assert main(words) == 0
     lines = (root / "runs" / name / "metrics.jsonl").read_text().splitlines()
     rows = map(json.loads, lines)
-    return [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+    trained = [row for row in rows if row["kind"] == "train"]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in trained]
 
 
 def encode(root: Path, name: str, folder: str, *words: str) -> Path:

@@ -87,10 +87,7 @@ def encode_shards(
 
 
 def _takes_part(spec: DatasetSpec, index: int) -> bool:
-    if spec.eligible is None:
-        return True
-    place = int(np.searchsorted(spec.eligible, index))
-    return place < len(spec.eligible) and int(spec.eligible[place]) == index
+    return spec.eligible is None or index in spec.eligible
 
 
 class _CacheShard:

@@ -7,43 +7,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kinodit.data.expression import Filter, parse
+from kinodit.data.expression import Filter
 from kinodit.data.index import FLAG_AUDIO
-from kinodit.data.manifest import Dataset
+from kinodit.data.manifest import Dataset, Piece
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import MODALITIES, RecordMeta
 from kinodit.data.window import FPS_SCALE
 
 
 def by_expression(
-    dataset: Dataset, text: str, candidates: NDArray[np.int64]
-) -> tuple[str, NDArray[np.bool_]]:
-    """What `text` says, and the mask [len] of the samples among `candidates` that pass.
-
-    Raises:
-        ConfigError: `text` is no filter.
-    """
-    asked = parse(text)
+    dataset: Dataset, piece: Piece, asked: Filter, candidates: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """The mask [len] of the samples of `piece` that pass, of those at `candidates` in it."""
     columns: dict[str, NDArray[Any]] = {}
     for name in asked.fields:
-        column = index_column(dataset, name)
+        column = index_column(piece, name)
         if column is not None:
             columns[name] = column[candidates]
     if asked.needs_records:
-        columns |= _record_columns(dataset, asked, candidates)
-    mask = np.zeros(len(dataset), dtype=np.bool_)
+        columns |= _record_columns(dataset, piece, asked, candidates)
+    mask = np.zeros(len(piece), dtype=np.bool_)
     mask[candidates] = asked.mask(columns, len(candidates))
-    return text, mask
+    return mask
 
 
-def index_column(dataset: Dataset, name: str) -> NDArray[Any] | None:
+def index_column(piece: Piece, name: str) -> NDArray[Any] | None:
     """[len] a field of `expression.INDEX_FIELDS`; None if the index does not have it.
 
     A size or length of 0 is one that is not known, and missing.
     """
 
     def number(column: str, scale: float = 1.0) -> NDArray[np.float64]:
-        values = dataset.column(column) / scale
+        values = piece.column(column) / scale
         return np.where(values == 0, np.nan, values)
 
     height, width = number("height"), number("width")
@@ -57,22 +52,22 @@ def index_column(dataset: Dataset, name: str) -> NDArray[Any] | None:
     if name in derived:
         return derived[name]
     if name == "modality":
-        names: NDArray[Any] = np.array(MODALITIES, dtype=object)[dataset.column("modality")]
+        names: NDArray[Any] = np.array(MODALITIES, dtype=object)[piece.column("modality")]
         return names
     if name == "has_audio":
-        return (dataset.column("flags") & FLAG_AUDIO).astype(np.float64)
+        return (piece.column("flags") & FLAG_AUDIO).astype(np.float64)
     if name == "caption_chars":
-        return dataset.column("caption_chars").astype(np.float64)
+        return piece.column("caption_chars").astype(np.float64)
     of_index = {"num_frames": ("num_frames", 1.0), "duration_s": ("duration_ms", 1000.0)}
     of_index["fps"] = ("fps_milli", float(FPS_SCALE))
     return number(*of_index[name]) if name in of_index else None
 
 
 def _record_columns(
-    dataset: Dataset, asked: Filter, candidates: NDArray[np.int64]
+    dataset: Dataset, piece: Piece, asked: Filter, candidates: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
     """The fields that only records have, of `candidates`; one pass over them."""
-    names = [name for name in asked.fields if index_column(dataset, name) is None]
+    names = [name for name in asked.fields if index_column(piece, name) is None]
     columns: dict[str, NDArray[Any]] = {
         name: np.full(len(candidates), np.nan)
         if name.startswith("scores.")
@@ -81,7 +76,7 @@ def _record_columns(
     }
     reader = ShardReader(dataset)
     for place, index in enumerate(candidates.tolist()):
-        meta = reader.read(index).meta
+        meta = reader.read(piece.first + index).meta
         for name in names:
             value = _field(meta, name)
             if value is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,6 +39,7 @@ __all__ = [
 MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
 MAX_MAPPED = 1024
+PIECE_SAMPLES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,22 @@ def _parse_manifest(path: Path, document: Any) -> Manifest:
     return Manifest(name, shards, claimed_hash)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A run of samples of a dataset: the number of its first one, and their index rows."""
+
+    first: int
+    rows: NDArray[np.void]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One field of `INDEX_DTYPE`, [len]."""
+        values: NDArray[Any] = self.rows[name]
+        return values
+
+
 class Dataset:
     """A dataset opened for random access. Indexes are memory-mapped, shards are not opened.
 
@@ -197,6 +214,16 @@ class Dataset:
     def place_of(self, shard: ShardEntry) -> str:
         """Path or URL of a shard."""
         return f"{self.url}/{shard.file}" if self.url else str(self.directory / shard.file)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The index of all samples, in pieces of whole shards."""
+        first, start = 0, 0
+        for number, end in enumerate(self._ends):
+            if end - first < PIECE_SAMPLES and number + 1 < len(self._ends):
+                continue
+            shards = self.manifest.shards[start : number + 1]
+            yield Piece(first, np.concatenate([self._index(shard) for shard in shards]))
+            first, start = end, number + 1
 
     def column(self, name: str) -> NDArray[Any]:
         """One field of `INDEX_DTYPE` for all samples, in order. A copy, [len]."""

@@ -17,6 +17,7 @@ from kinodit.data.manifest import Dataset
 from kinodit.data.plan import GlobalBatch, assign, plan
 from kinodit.data.spec import DatasetSpec, PlanSpec
 
+_PIECE = 1 << 20
 CORRELATION = 0.1
 """Of samples of one shard, assumed in the design effect: shards are often of one source."""
 
@@ -89,7 +90,7 @@ class OrderReport:
 
     datasets: tuple[DatasetLine, ...]
     classes: tuple[ClassLine, ...]
-    tokens: tuple[int, ...]
+    tokens: Mapping[int, int]
     num_ranks: int
     token_budget: int | None
     steps: Steps
@@ -116,11 +117,13 @@ def collect(
         )
         for part, share in zip(spec.datasets, shares, strict=True)
     )
-    drawn = [int(n) for part in spec.datasets for n in np.atleast_1d(np.asarray(part.tokens))]
+    drawn = Counter[int]()
+    for part in spec.datasets:
+        drawn.update(part.token_counts())
     return OrderReport(
         datasets=lines,
         classes=_classes(spec, shares),
-        tokens=tuple(drawn),
+        tokens=dict(sorted(drawn.items())),
         num_ranks=num_ranks,
         token_budget=spec.token_budget,
         steps=_steps(spec, datasets, batches, num_ranks),
@@ -146,15 +149,15 @@ def _classes(spec: PlanSpec, shares: NDArray[np.float64]) -> tuple[ClassLine, ..
 
 def _class_counts(part: DatasetSpec) -> Counter[tuple[tuple[int, int, int] | None, int]]:
     size = part.num_eligible
-    tokens = np.broadcast_to(np.asarray(part.tokens), (size,))
-    rows = np.zeros(size, dtype=np.int64) if part.shape_of is None else part.shape_of
-    pairs, counts = np.unique(np.stack([rows, tokens]), axis=1, return_counts=True)
-    return Counter(
-        {
-            (part.shapes[row] if part.shapes else None, int(length)): int(count)
-            for row, length, count in zip(*pairs.tolist(), counts.tolist(), strict=True)
-        }
-    )
+    found: Counter[tuple[tuple[int, int, int] | None, int]] = Counter()
+    for start in range(0, size, _PIECE):
+        places = np.arange(start, min(start + _PIECE, size))
+        rows = np.zeros(len(places), np.int64) if part.shape_of is None else part.shape_of[places]
+        pairs = rows.astype(np.int64) << 32 | part.tokens_at(places)
+        for pair, count in zip(*np.unique(pairs, return_counts=True), strict=True):
+            row, length = divmod(int(pair), 1 << 32)
+            found[part.shapes[row] if part.shapes else None, length] += int(count)
+    return found
 
 
 def _steps(

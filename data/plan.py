@@ -164,8 +164,8 @@ def _draw(spec: PlanSpec, first: int, count: int) -> _Drawn:
         size = dataset.num_eligible
         within = np.array([places[slot] - epoch * size for slot in slots], dtype=np.uint64)
         drawn = _shuffled(dataset, within, spec.seed, "order", dataset.name, epoch)
-        indices = drawn if dataset.eligible is None else dataset.eligible[drawn]
-        lengths[slots] = np.broadcast_to(np.asarray(dataset.tokens), (size,))[drawn]
+        indices = dataset.samples(drawn)
+        lengths[slots] = dataset.tokens_at(drawn)
         shapes: list[Shape | None] = [None] * len(slots)
         if dataset.shape_of is not None:
             shapes = [dataset.shapes[row] for row in dataset.shape_of[drawn].tolist()]

@@ -108,7 +108,7 @@ def substitute(
     cost, modality = _cost_of(part, ref.index), dataset.row(ref.index).modality
     for _ in range(_ROUNDS):
         positions = source.integers(0, part.num_eligible, _DRAWS)
-        for index in _indices(part, positions[_costs(part, positions) == cost]).tolist():
+        for index in part.samples(positions[part.tokens_at(positions) == cost]).tolist():
             if index not in failed and dataset.row(index).modality == modality:
                 return instead(spec, ref, index)
     everything = np.arange(part.num_eligible)
@@ -132,27 +132,18 @@ def instead(spec: PlanSpec, ref: SampleRef, index: int) -> SampleRef:
 
 def _cheaper(part: DatasetSpec, positions: NDArray[np.int64], cost: int) -> list[int]:
     """Samples of at most `cost` tokens, the costliest first."""
-    costs = _costs(part, positions)
-    fit = positions[costs <= cost]
-    order = np.argsort(-_costs(part, fit), kind="stable")
-    found: list[int] = _indices(part, fit[order]).tolist()
+    fit = positions[part.tokens_at(positions) <= cost]
+    order = np.argsort(-part.tokens_at(fit), kind="stable")
+    found: list[int] = part.samples(fit[order]).tolist()
     return found
 
 
-def _indices(part: DatasetSpec, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    return positions if part.eligible is None else part.eligible[positions]
-
-
-def _costs(part: DatasetSpec, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.broadcast_to(np.asarray(part.tokens), (part.num_eligible,))[positions]
-
-
 def _cost_of(part: DatasetSpec, index: int) -> int:
-    return int(_costs(part, np.array([_position(part, index)]))[0])
+    return int(part.tokens_at(np.array([_position(part, index)]))[0])
 
 
 def _position(part: DatasetSpec, index: int) -> int:
-    return index if part.eligible is None else int(np.searchsorted(part.eligible, index))
+    return index if part.eligible is None else part.eligible.place_of(index)
 
 
 class Quotas:

@@ -1,30 +1,32 @@
 """From a recipe's `data` section and datasets on disk to a frozen plan: filters and token costs.
 
 Filters are evaluated once. What they leave is part of the plan's fingerprint, so that a dataset
-or a filter that changed between two runs is noticed.
+or a filter that changed between two runs is noticed. An index is gone through a piece at a time,
+and of each sample a few bytes are kept: a bit that says whether it takes part and, where samples
+differ, its cost and its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kinodit.data.config import DataConfig, DecodeConfig, RangeConfig, WhereConfig
+from kinodit.data.chosen import Chosen
+from kinodit.data.conditions import Mask, by_meta, by_row, tokens_of, usable
+from kinodit.data.config import DataConfig
+from kinodit.data.expression import parse
 from kinodit.data.filtering import by_expression
-from kinodit.data.index import FLAG_AUDIO
-from kinodit.data.manifest import Dataset
+from kinodit.data.manifest import Dataset, Piece
 from kinodit.data.order import permute
-from kinodit.data.own_sizes import own_sizes
-from kinodit.data.reader import ShardReader
-from kinodit.data.record import MODALITIES, RecordMeta
+from kinodit.data.own_sizes import own_sizes, require_length, require_sizes
+from kinodit.data.record import MODALITIES
 from kinodit.data.remote import open_dataset
+from kinodit.data.shapes import Shape
 from kinodit.data.spec import CostModel, DatasetSpec, PlanError, PlanSpec
-from kinodit.data.window import FPS_SCALE, num_window_starts
-
-Mask = NDArray[np.bool_]
 
 
 def open_datasets(config: DataConfig) -> dict[str, Dataset]:
@@ -69,48 +71,114 @@ def plan_spec(
 
 
 def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostModel) -> DatasetSpec:
-    where = config.datasets[name].where
-    left = np.ones(len(dataset), dtype=np.bool_)
-    selection: list[tuple[str, int]] = []
-    sized = own_sizes(name, dataset, config, cost) if config.sizes == "own" else None
-    usable = _usable(dataset, config, None if sized is None else sized.fits)
-    for text, mask in (*usable, *_by_row(dataset, where)):
-        left &= mask
-        selection.append((text, int(left.sum())))
-    # Reading records is slow, so only those are read that may still pass.
-    for text, mask in _by_meta(dataset, where, np.flatnonzero(left)):
-        left &= mask
-        selection.append((text, int(left.sum())))
     entry = config.datasets[name]
-    if entry.filter:
-        text, mask = by_expression(dataset, entry.filter, np.flatnonzero(left))
-        left &= mask
-        selection.append((text, int(left.sum())))
-    eligible = np.flatnonzero(left)
-    if entry.max_samples is not None and len(eligible) > entry.max_samples:
+    if config.sizes == "own":
+        require_sizes(name, dataset)
+    rows: dict[Shape, int] = {}
+    parts = [_select(name, dataset, piece, config, cost, rows) for piece in dataset.pieces()]
+    # Every piece was asked the same, in the same order.
+    selection = [
+        (of_piece[0][0], sum(left for _, left in of_piece))
+        for of_piece in zip(*(part.selection for part in parts), strict=True)
+    ]
+    chosen = Chosen(np.concatenate([part.mask for part in parts]))
+    kept: NDArray[np.int64] | slice = slice(None)
+    if entry.max_samples is not None and len(chosen) > entry.max_samples:
         # Of the dataset alone, so that another seed or mixture trains on the same samples.
         drawn = np.arange(entry.max_samples, dtype=np.uint64)
-        kept = permute(drawn, len(eligible), "cap", dataset.content_hash)
-        eligible = eligible[np.sort(kept.astype(np.int64))]
-        selection.append((f"at most {entry.max_samples} samples", len(eligible)))
-    _require_a_codec_for_stills(name, dataset, eligible, cost)
-    if sized is not None:
-        sized.require_length(eligible)
-    tokens = (_tokens(dataset, config, cost) if sized is None else sized.tokens)[eligible]
+        kept = np.sort(permute(drawn, len(chosen), "cap", dataset.content_hash).astype(np.int64))
+        chosen = Chosen.of(chosen[kept])
+        selection.append((f"at most {entry.max_samples} samples", len(chosen)))
+    _require_a_codec_for_stills(name, _joined(part.is_still for part in parts)[kept], cost)
+    require_length(name, _joined(part.too_long for part in parts)[kept])
+    tokens = _joined(part.tokens for part in parts)[kept]
     alike = len(tokens) > 0 and tokens.min() == tokens.max()
+    shapes: tuple[Shape, ...] = ()
+    shape_of: NDArray[np.integer] | None = None
+    if config.sizes == "own":
+        shapes = tuple(sorted(rows))
+        numbers = np.empty(len(rows), dtype=np.min_scalar_type(len(rows)))
+        numbers[[rows[shape] for shape in shapes]] = np.arange(len(rows))
+        shape_of = numbers[_joined(part.row for part in parts)[kept]]
     return DatasetSpec(
         name=name,
         content_hash=dataset.content_hash,
         num_samples=len(dataset),
-        weight=entry.weight if entry.repeat is None else entry.repeat * len(eligible),
-        eligible=None if len(eligible) == len(dataset) else eligible,
+        weight=entry.weight if entry.repeat is None else entry.repeat * len(chosen),
+        eligible=None if len(chosen) == len(dataset) else chosen,
         tokens=int(tokens[0]) if alike else tokens,
         selection=tuple(selection),
-        shapes=() if sized is None else sized.shapes,
-        shape_of=None if sized is None else sized.shape_of[eligible],
-        chunk=_chunk(dataset, len(eligible), entry.path, config),
+        shapes=shapes,
+        shape_of=shape_of,
+        chunk=_chunk(dataset, len(chosen), entry.path, config),
         block_chunks=config.block_shards if _chunk(dataset, 1, entry.path, config) else 0,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is kept of a piece.
+
+    selection: (condition, samples that were left after it) in the order of evaluation
+    mask:      [samples of the piece] who takes part; the rest is of those [n]
+    row:       of the table of sizes, where samples keep their own
+    """
+
+    selection: tuple[tuple[str, int], ...]
+    mask: Mask
+    tokens: NDArray[np.integer]
+    row: NDArray[np.integer]
+    is_still: Mask
+    too_long: Mask
+
+
+def _select(
+    name: str,
+    dataset: Dataset,
+    piece: Piece,
+    config: DataConfig,
+    cost: CostModel,
+    rows: dict[Shape, int],
+) -> _Part:
+    """The samples of a piece that take part. Adds to `rows`, the table of sizes."""
+    entry = config.datasets[name]
+    sized = own_sizes(piece, config, cost) if config.sizes == "own" else None
+    mask = np.ones(len(piece), dtype=np.bool_)
+    selection: list[tuple[str, int]] = []
+
+    def require(text: str, condition: Mask) -> None:
+        mask[...] &= condition
+        selection.append((text, int(mask.sum())))
+
+    fits = None if sized is None else sized.fits
+    for text, condition in (*usable(piece, config, fits), *by_row(piece, entry.where)):
+        require(text, condition)
+    # Reading records is slow, so only those are read that may still pass.
+    for text, condition in by_meta(dataset, piece, entry.where, np.flatnonzero(mask)):
+        require(text, condition)
+    if entry.filter:
+        asked = parse(entry.filter)
+        require(entry.filter, by_expression(dataset, piece, asked, np.flatnonzero(mask)))
+    is_still = (piece.column("modality") == MODALITIES.index("image"))[mask]
+    tokens = tokens_of(piece, config, cost) if sized is None else sized.tokens
+    row = _small(np.zeros(len(is_still), np.int64))
+    too_long = np.zeros(len(is_still), np.bool_)
+    if sized is not None:
+        different, inverse = np.unique(sized.shapes, axis=0, return_inverse=True)
+        table = [rows.setdefault((t, h, w), len(rows)) for t, h, w in different.tolist()]
+        row = _small(np.array(table, dtype=np.int64)[inverse.reshape(-1)[mask]])
+        too_long = sized.too_long[mask]
+    return _Part(tuple(selection), mask, _small(tokens[mask]), row, is_still, too_long)
+
+
+def _joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(list(parts))
+
+
+def _small(values: NDArray[np.int64]) -> NDArray[np.integer]:
+    """The same numbers in as few bytes as hold them; none is negative."""
+    found: NDArray[np.integer] = values.astype(np.min_scalar_type(int(values.max(initial=0))))
+    return found
 
 
 def _chunk(dataset: Dataset, num_eligible: int, path: str, config: DataConfig) -> int:
@@ -131,134 +199,12 @@ def check_epochs(config: DataConfig, spec: PlanSpec, steps: int) -> None:
             )
 
 
-def _require_a_codec_for_stills(
-    name: str, dataset: Dataset, eligible: NDArray[np.int64], cost: CostModel
-) -> None:
+def _require_a_codec_for_stills(name: str, is_still: Mask, cost: CostModel) -> None:
     """Dropping what a codec cannot take would train on something else than the recipe says."""
-    stills = dataset.column("modality")[eligible] == MODALITIES.index("image")
-    if cost.image_tokens is None and stills.any():
+    if cost.image_tokens is None and is_still.any():
         raise PlanError(
-            f"data.datasets.{name}: {int(stills.sum())} of its {len(eligible)} samples are still "
+            f"data.datasets.{name}: {int(is_still.sum())} of its {len(is_still)} samples are still "
             "images, and modalities.video.codec takes none: leave them out "
             f"(data.datasets.{name}.where.modality=video), or choose a codec with a first frame of "
             "its own (wavelet: first_frame_alone=true, and data.num_frames 1 more)"
         )
-
-
-def _tokens(dataset: Dataset, config: DataConfig, cost: CostModel) -> NDArray[np.int64]:
-    """[len] the tokens of each sample at most."""
-    picture = {"video": cost.video_tokens, "image": cost.image_tokens or 0, "audio": 0}
-    sound = cost.audio_tokens if config.use_audio else 0
-    by_modality = np.array([picture[name] for name in MODALITIES], dtype=np.int64)
-    modality = dataset.column("modality")
-    has_audio = (dataset.column("flags") & FLAG_AUDIO).astype(np.bool_)
-    has_audio |= modality == MODALITIES.index("audio")
-    tokens: NDArray[np.int64] = by_modality[modality] + cost.text_tokens
-    return tokens + has_audio * sound
-
-
-def _usable(dataset: Dataset, config: DecodeConfig, fits: Mask | None) -> list[tuple[str, Mask]]:
-    """What the recipe needs of a sample, whatever its filters, with the mask [len] of each.
-
-    A zero in the index means "not known": such samples pass, and are checked when decoded. `fits`:
-    which samples have a size of their own; None: they take the recipe's.
-    """
-    conditions: list[tuple[str, Mask]] = []
-    modality = dataset.column("modality")
-    if not config.use_audio:
-        text = "has a picture (data.use_audio is false)"
-        conditions.append((text, modality != MODALITIES.index("audio")))
-    if not config.use_video:
-        has_audio = (dataset.column("flags") & FLAG_AUDIO).astype(np.bool_)
-        text = "has sound (data.use_video is false)"
-        conditions.append((text, has_audio | (modality == MODALITIES.index("audio"))))
-    pixels = dataset.column("height").astype(np.int64) * dataset.column("width")
-    small = (pixels <= config.max_pixels) & (
-        dataset.column("duration_ms") <= config.max_duration_s * 1000
-    )
-    within = f"at most {config.max_pixels} pixels and {config.max_duration_s:g} s", small
-    if fits is not None:
-        return [
-            *conditions,
-            (f"has a length that the codec takes at {config.fps:g} fps", fits),
-            within,
-        ]
-    frames, fps_milli = dataset.column("num_frames"), dataset.column("fps_milli")
-    # Few pairs of length and rate occur, so each is worked out once, exactly.
-    pairs = np.stack([frames, fps_milli], axis=1).astype(np.int64)
-    different, inverse = np.unique(pairs, axis=0, return_inverse=True)
-    fits = np.array(
-        [
-            0 in (count, rate) or num_window_starts(count, rate, config) > 0
-            for count, rate in different.tolist()
-        ],
-        dtype=np.bool_,
-    )
-    is_video = modality == MODALITIES.index("video")
-    text = f"a video has {config.num_frames} frames at {config.fps:g} fps"
-    conditions.append((text, ~is_video | fits[inverse.reshape(-1)]))
-    return [*conditions, within]
-
-
-def _by_row(dataset: Dataset, where: WhereConfig) -> list[tuple[str, Mask]]:
-    """Conditions on the index, with the mask [len] of each."""
-    conditions: list[tuple[str, Mask]] = []
-    if where.modality is not None:
-        mask = dataset.column("modality") == MODALITIES.index(where.modality)
-        conditions.append((f"modality is {where.modality}", mask))
-    if where.has_audio is not None:
-        has_audio = (dataset.column("flags") & FLAG_AUDIO).astype(np.bool_)
-        text = "has audio" if where.has_audio else "has no audio"
-        conditions.append((text, has_audio == where.has_audio))
-    ranges = {
-        "num_frames": (where.num_frames, dataset.column("num_frames")),
-        "duration_s": (where.duration_s, dataset.column("duration_ms") / 1000),
-        "fps": (where.fps, dataset.column("fps_milli") / FPS_SCALE),
-        "height": (where.height, dataset.column("height")),
-        "width": (where.width, dataset.column("width")),
-    }
-    for name, (bounds, values) in ranges.items():
-        if bounds == RangeConfig():
-            continue
-        low = -np.inf if bounds.min is None else bounds.min
-        high = np.inf if bounds.max is None else bounds.max
-        conditions.append((_range_text(name, bounds), (values >= low) & (values <= high)))
-    return conditions
-
-
-def _by_meta(
-    dataset: Dataset, where: WhereConfig, indices: NDArray[np.int64]
-) -> list[tuple[str, Mask]]:
-    """Conditions on the records of `indices`, with the mask [len] of each; one pass over them."""
-    tests: list[tuple[str, Callable[[RecordMeta], bool]]] = []
-    for name, value in where.extra.items():
-        tests.append((f"extra.{name} is {value!r}", partial(_has_extra, name, value)))
-    for name, bounds in where.scores.items():
-        tests.append((_range_text(f"scores.{name}", bounds), partial(_has_score, name, bounds)))
-    if not tests:
-        return []
-    masks = np.zeros((len(tests), len(dataset)), dtype=np.bool_)
-    reader = ShardReader(dataset)
-    for index in indices.tolist():
-        meta = reader.read(index).meta
-        masks[:, index] = [test(meta) for _, test in tests]
-    reader.close()
-    return [(text, mask) for (text, _), mask in zip(tests, masks, strict=True)]
-
-
-def _has_extra(name: str, value: str, meta: RecordMeta) -> bool:
-    return meta.extra.get(name) == value
-
-
-def _has_score(name: str, bounds: RangeConfig, meta: RecordMeta) -> bool:
-    if name not in meta.scores:
-        return False
-    above = bounds.min is None or meta.scores[name] >= bounds.min
-    return above and (bounds.max is None or meta.scores[name] <= bounds.max)
-
-
-def _range_text(name: str, bounds: RangeConfig) -> str:
-    parts = [] if bounds.min is None else [f"{name} >= {bounds.min:g}"]
-    if bounds.max is not None:
-        parts.append(f"{name} <= {bounds.max:g}")
-    return " and ".join(parts) or f"has {name}"

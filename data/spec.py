@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.chosen import Chosen
 from kinodit.data.fill import Budget, cost_of
 from kinodit.data.order import Mixture, mixture, shares_of
 from kinodit.data.shapes import Grid, Shape
@@ -57,11 +59,11 @@ class DatasetSpec:
     content_hash: of its manifest
     num_samples:  before any filter
     weight:       its share of the samples, relative to the other datasets
-    eligible:     [n] int64, ascending, the samples that take part; None means all
-    tokens:       [n] int64, what each eligible sample costs at most; or one number for all
+    eligible:     the n samples that take part; None means all
+    tokens:       [n] integers, what each eligible sample costs at most; or one number for all
     selection:    (condition, samples that were left after it) in the order of evaluation
     shapes:       the sizes that samples are decoded to; empty: all to the recipe's
-    shape_of:     [n] int64, the row of `shapes` of each eligible sample
+    shape_of:     [n] integers, the row of `shapes` of each eligible sample
     chunk:        samples that stay close to each other in an epoch, about a shard; 0: none do
     block_chunks: chunks that are mixed with each other
     """
@@ -70,11 +72,11 @@ class DatasetSpec:
     content_hash: str
     num_samples: int
     weight: float = 1.0
-    eligible: NDArray[np.int64] | None = None
-    tokens: NDArray[np.int64] | int = 1
+    eligible: Chosen | None = None
+    tokens: NDArray[np.integer] | int = 1
     selection: tuple[tuple[str, int], ...] = ()
     shapes: tuple[Shape, ...] = ()
-    shape_of: NDArray[np.int64] | None = None
+    shape_of: NDArray[np.integer] | None = None
     chunk: int = 0
     block_chunks: int = 0
 
@@ -85,7 +87,7 @@ class DatasetSpec:
                 f"data.datasets.{self.name}: no sample of {self.num_samples} can be used"
                 + (f" ({conditions}): loosen its filter" if conditions else ": it is empty")
             )
-        for array in (self.eligible, self.tokens, self.shape_of):
+        for array in (self.tokens, self.shape_of):
             if isinstance(array, np.ndarray):
                 array.flags.writeable = False
 
@@ -98,6 +100,22 @@ class DatasetSpec:
     def max_tokens(self) -> int:
         """The largest cost of a sample."""
         return int(np.max(self.tokens))
+
+    def samples(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] the samples at `places` among those that take part."""
+        return places if self.eligible is None else self.eligible[places]
+
+    def tokens_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] what the samples at `places` cost."""
+        whole = np.broadcast_to(np.asarray(self.tokens), (self.num_eligible,))
+        return whole[places].astype(np.int64)
+
+    def token_counts(self) -> dict[int, int]:
+        """How many samples cost how much."""
+        if isinstance(self.tokens, int):
+            return {self.tokens: self.num_eligible}
+        values, counts = np.unique(self.tokens, return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
     def describe(self) -> dict[str, object]:
         """What the order depends on, arrays as digests. Filters count by what they leave."""
@@ -234,12 +252,13 @@ class PlanSpec:
             )
         limits = (("token_budget", self.token_budget, 0), ("cost_budget", self.cost_budget, 1))
         for dataset in self.datasets:
-            tokens = np.atleast_1d(np.asarray(dataset.tokens))
+            counts = dataset.token_counts()
+            tokens = np.array(list(counts), dtype=np.int64)
             for name, limit, by_cost in limits:
                 sizes = cost_of(tokens, self.parity_tokens) if by_cost else tokens
                 if limit is None or int(sizes.max()) <= limit:
                     continue
-                above = int((sizes > limit).sum()) if len(sizes) > 1 else dataset.num_eligible
+                above = sum(counts[n] for n in tokens[sizes > limit].tolist())
                 raise PlanError(
                     f"data.{name} is {limit}, but {above} of the {dataset.num_eligible} samples "
                     f"of data.datasets.{dataset.name} are larger, up to {int(sizes.max())}: raise "
@@ -262,10 +281,20 @@ class PlanSpec:
 
 
 def _digest(value: object) -> object:
+    pieces: Iterable[NDArray[np.integer]]
     if isinstance(value, np.ndarray):
-        little_endian = np.ascontiguousarray(value, dtype="<i8")
-        return hashlib.sha256(little_endian.tobytes()).hexdigest()
-    return value
+        pieces = np.split(value, range(_PIECE, len(value), _PIECE))
+    elif isinstance(value, Chosen):
+        pieces = value.pieces()
+    else:
+        return value
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(np.ascontiguousarray(piece, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+_PIECE = 1 << 20
 
 
 _LATER = (

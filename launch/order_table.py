@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -44,12 +44,12 @@ def _classes(classes: Sequence[ClassLine]) -> list[str]:
     return lines
 
 
-def _histogram(tokens: Sequence[int]) -> list[str]:
-    values = np.array(tokens)
+def _histogram(tokens: Mapping[int, int]) -> list[str]:
+    values = np.array(list(tokens))
     low, high = int(values.min()), int(values.max())
     if low == high:
         return [f"  {low:,} each, at most"]
-    counts, edges = np.histogram(values, NUM_BINS)
+    counts, edges = np.histogram(values, NUM_BINS, weights=list(tokens.values()))
     most = int(counts.max())
     ends = [f"  {round(edges[n]):>9,} to {round(edges[n + 1]):>9,}" for n in range(NUM_BINS)]
     return [

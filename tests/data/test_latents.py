@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kinodit.data.chosen import Chosen
 from kinodit.data.config import DataConfig
 from kinodit.data.decode import DecodedSample, View
 from kinodit.data.encode import Encoders, SampleEncoder
@@ -128,7 +129,9 @@ def test_parts_and_interruptions_give_the_same_bytes(source: Dataset, tmp_path: 
 
 
 def test_samples_that_are_not_there_are_known(source: Dataset, tmp_path: Path) -> None:
-    report = make(tmp_path / "c", source, bad=[2, 3], eligible=np.array([0, 2, 3, 4, 7, 8]))
+    report = make(
+        tmp_path / "c", source, bad=[2, 3], eligible=Chosen.of(np.array([0, 2, 3, 4, 7, 8]))
+    )
     assert report.left_out == ("sample 2 is bad", "sample 3 is bad")
     assert CacheHeader.load(tmp_path / "c").absent == ((1, 3), (5, 2), (9, 1))
     cache = LatentCache(tmp_path / "c", source, CONFIG)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kinodit.data.chosen import Chosen
 from kinodit.data.plan import GlobalBatch, assign, plan
 from kinodit.data.shapes import Grid
 from kinodit.data.spec import CostModel, DatasetSpec, PlanError, PlanSpec
@@ -67,7 +68,7 @@ def test_a_step_larger_than_the_dataset_repeats_it() -> None:
 
 def test_only_eligible_samples_take_part() -> None:
     chosen = np.array([3, 5, 8, 13, 21], dtype=np.int64)
-    filtered = spec(dataset(eligible=chosen), samples=5, packs=2)
+    filtered = spec(dataset(eligible=Chosen.of(chosen)), samples=5, packs=2)
     for step in range(4):
         assert sorted(indices(plan(filtered, step))) == chosen.tolist()
 
@@ -181,7 +182,7 @@ def test_nothing_to_train_on_is_an_error_with_the_reason() -> None:
     with pytest.raises(PlanError, match=r"no sample of 9.*modality is video: 4 left; fps >= 99: 0"):
         dataset(
             count=9,
-            eligible=np.array([], dtype=np.int64),
+            eligible=Chosen(np.zeros(9, dtype=np.bool_)),
             selection=(("modality is video", 4), ("fps >= 99", 0)),
         )
     with pytest.raises(PlanError, match="same name"):
@@ -192,7 +193,7 @@ def test_nothing_to_train_on_is_an_error_with_the_reason() -> None:
 
 def test_the_fingerprint_changes_with_everything_the_order_depends_on() -> None:
     chosen = np.array([1, 2, 3], dtype=np.int64)
-    base = dataset(eligible=chosen, tokens=np.array([1, 2, 3]))
+    base = dataset(eligible=Chosen.of(chosen), tokens=np.array([1, 2, 3]))
     cost = CostModel(8, 4, 2, 1, "words")
     whole = spec(base, cost=cost, token_budget=1000)
     assert whole.fingerprint == spec(base, cost=cost, token_budget=1000).fingerprint
@@ -208,7 +209,7 @@ def test_the_fingerprint_changes_with_everything_the_order_depends_on() -> None:
         "content_hash": "def",
         "num_samples": 38,
         "weight": 2.0,
-        "eligible": np.array([1, 2, 4]),
+        "eligible": Chosen.of(np.array([1, 2, 4])),
         "tokens": np.array([1, 2, 4]),
     }
     changed = [

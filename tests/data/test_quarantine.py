@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kinodit.data.chosen import Chosen
 from kinodit.data.config import DataConfig, DatasetConfig, DecodeConfig, QuarantineConfig
 from kinodit.data.decode import DecodedSample, DecodeError, decode
 from kinodit.data.loader import Loader, LoadError, StepData
@@ -176,7 +177,9 @@ def test_substitutes_have_the_same_cost_even_where_it_is_rare() -> None:
     # None of that cost is left: the next cheaper one, since a budget must hold.
     assert tokens[substitute(spec_of(tokens), rows, 3, ref, [5, 900]).index] == 7
     eligible = np.arange(0, 2000, 2)
-    chosen = substitute(spec_of(tokens, eligible, 2000), rows, 3, SampleRef(2, "d", 10, 0), [10])
+    chosen = substitute(
+        spec_of(tokens, Chosen.of(eligible), 2000), rows, 3, SampleRef(2, "d", 10, 0), [10]
+    )
     assert chosen.index == 1800
     some = {
         substitute(spec_of(7), rows, step, SampleRef(slot, "d", 5, 0), [5]).index

@@ -14,6 +14,7 @@ from kinodit.data.manifest import Dataset
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import Record
 from kinodit.data.select import check_epochs, open_datasets, plan_spec
+from kinodit.data.shapes import Grid
 from kinodit.data.spec import CostModel, PlanError, PlanSpec
 from kinodit.models.errors import ConfigError
 from tests.data.clips import small_records, sound_record, video_record, write_dataset
@@ -41,7 +42,7 @@ def config(dataset: Dataset, where: WhereConfig | None = None, **changes: Any) -
 def eligible(dataset: Dataset, where: WhereConfig, **changes: Any) -> list[int]:
     spec = plan_spec(config(dataset, where, **changes), {"clips": dataset}, COST, seed=0)
     found = spec.datasets[0].eligible
-    return list(range(len(dataset))) if found is None else found.tolist()
+    return list(range(len(dataset))) if found is None else found.numbers().tolist()
 
 
 IMAGES = [4, 9, 14]
@@ -167,7 +168,7 @@ def test_a_filter_expression_keeps_what_it_says(
 ) -> None:
     spec = spec_with(dataset, filter=text)
     eligible = spec.datasets[0].eligible
-    assert eligible is not None and eligible.tolist() == expected
+    assert eligible is not None and eligible.numbers().tolist() == expected
     assert spec.datasets[0].selection[-1] == (text, len(expected))
 
 
@@ -196,13 +197,14 @@ def test_a_filter_that_leaves_nothing_is_told_with_what_it_left(dataset: Dataset
 
 
 def test_a_cap_takes_the_same_samples_for_every_seed(dataset: Dataset) -> None:
-    kept = spec_with(dataset, max_samples=5).datasets[0].eligible
-    assert kept is not None and len(kept) == len(set(kept.tolist())) == 5
+    chosen = spec_with(dataset, max_samples=5).datasets[0].eligible
+    assert chosen is not None and len(chosen) == 5
+    kept = chosen.numbers()
     assert kept.tolist() == sorted(kept.tolist()) != list(range(5))
     entry = DatasetConfig(path=str(dataset.directory), max_samples=5)
     settings = replace(config(dataset), datasets={"other": entry})
     again = plan_spec(settings, {"other": dataset}, COST, seed=9).datasets[0].eligible
-    assert again is not None and again.tolist() == kept.tolist()
+    assert again is not None and again.numbers().tolist() == kept.tolist()
     assert spec_with(dataset, max_samples=500).datasets[0].eligible is not None
 
 
@@ -247,3 +249,28 @@ def test_block_shuffle_is_for_datasets_that_are_not_on_a_file_system(dataset: Da
     assert blocked == {("auto", "s3"), ("block", "s3"), ("block", local)}
     # 16 samples take part, of two shards.
     assert {(s.chunk, s.block_chunks) for s in chunks.values()} == {(0, 0), (8, 3)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"filter": "width > 64 or motion > 0.5"},
+        {"where": WhereConfig(modality="video"), "max_samples": 7},
+    ],
+)
+def test_pieces_of_an_index_give_what_the_whole_gives(
+    dataset: Dataset, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = DatasetConfig(path=str(dataset.directory), **changes)
+    grid = Grid(((1, 1), (4, 2), (8, 3)), (8, 8), (8, 8))
+    for sizes, cost in (("recipe", COST), ("own", replace(COST, grid=grid))):
+        settings = replace(config(dataset, sizes=sizes), datasets={"clips": entry})
+        specs = []
+        for samples in (1 << 19, 1):
+            monkeypatch.setattr("kinodit.data.manifest.PIECE_SAMPLES", samples)
+            specs.append(plan_spec(settings, {"clips": dataset}, cost, seed=0))
+        whole, pieces = specs
+        assert len(dataset.manifest.shards) > 1
+        assert pieces.fingerprint == whole.fingerprint
+        assert pieces.datasets[0].selection == whole.datasets[0].selection

@@ -165,7 +165,7 @@ def test_a_clip_without_any_length_is_left_out_and_counted(dataset: Dataset) -> 
         plan_spec(config(dataset), {"mixed": dataset}, replace(longer, image_tokens=None), 0)
     spec = plan_spec(config(dataset), {"mixed": dataset}, longer, seed=0)
     eligible = spec.datasets[0].eligible
-    assert eligible is not None and eligible.tolist() == [0, 1, 2]
+    assert eligible is not None and eligible.numbers().tolist() == [0, 1, 2]
     assert ("has a length that the codec takes at 12 fps", 3) in spec.datasets[0].selection
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kinodit.data.chosen import Chosen
 from kinodit.data.spec import DatasetSpec, PlanSpec
 from kinodit.trainer.checkpoint import Manifest
 from kinodit.trainer.config import load_config
@@ -98,9 +99,9 @@ def test_a_refusal_names_every_difference_and_the_ways_out(saved: dict[str, Any]
 
 
 def test_a_plan_that_changed_says_what_of_it(saved: dict[str, Any]) -> None:
-    part = DatasetSpec("clips", "c" * 64, 9, eligible=np.arange(7))
+    part = DatasetSpec("clips", "c" * 64, 9, eligible=Chosen.of(np.arange(7)))
     spec = PlanSpec((part, DatasetSpec("stills", "d" * 64, 5)), 4, 2, seed=1)
-    other = replace(part, content_hash="e" * 64, eligible=np.arange(6))
+    other = replace(part, content_hash="e" * 64, eligible=Chosen.of(np.arange(6)))
     changed = replace(spec, datasets=(other, spec.datasets[1]), seed=2)
     before = {**saved, "plan": plan_parts(spec)}
     now = {**saved, "plan": plan_parts(changed)}

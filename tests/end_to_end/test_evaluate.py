@@ -67,9 +67,13 @@ def evaluate(rank: int, world_size: int, run_dir: Path) -> None:
 
 
 @pytest.mark.gloo
-def test_figures_are_the_same_bits_on_any_number_of_ranks(run_dir: Path, two: Ranks) -> None:
+def test_figures_are_the_same_bits_on_any_number_of_ranks(
+    run_dir: Path, two: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = run_dir / "evaluation" / "step-00000002"
+    monkeypatch.setattr("kinodit.trainer.evaluation.run.NUM_SHOWN", 3)
     evaluate(0, 1, run_dir)
+    assert len(list(folder.glob("*.mp4"))) == 3
     one = (folder / "evaluation.json").read_bytes()
     shutil.rmtree(folder)
     two.run(evaluate, run_dir)

@@ -7,6 +7,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -19,6 +20,7 @@ from kinodit.data.storage import StorageError, TransientError, is_remote, open_s
 
 T = TypeVar("T")
 MIB, GIB = 1 << 20, 1 << 30
+NUM_INDEX_THREADS = 16
 
 
 @dataclass
@@ -139,10 +141,16 @@ def open_dataset(place: str, config: StorageConfig) -> Dataset:
         folder = config.folder / "manifests" / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _publish(folder / MANIFEST_FILE, text)
-        for shard in Manifest.load(folder).shards:
+
+        def bring(shard: ShardEntry) -> None:
             path = folder / shard.index_file
             if not _is(path, shard.index_sha256):
                 _publish(path, shards.whole(shard.index_file))
+
+        # A store answers many requests at once, and each takes its time.
+        with ThreadPoolExecutor(NUM_INDEX_THREADS, thread_name_prefix="index") as pool:
+            for _ in pool.map(bring, Manifest.load(folder).shards):
+                pass
     finally:
         shards.close()
     return Dataset(folder, shards.url, config)

@@ -15,7 +15,7 @@ from kinodit.data.config import StorageConfig
 from kinodit.data.manifest import Dataset, ManifestError
 from kinodit.data.reader import SampleError, ShardError, ShardReader
 from kinodit.data.record import Record
-from kinodit.data.remote import open_dataset
+from kinodit.data.remote import RemoteShards, open_dataset
 from kinodit.data.storage import StorageError, is_remote, open_storage
 from tests.data.clips import write_dataset
 from tests.data.test_reader import records
@@ -83,6 +83,21 @@ def test_what_is_read_is_what_lies_there(
     dataset = open_dataset(server.url, replace(config, cache_gib=cache_gib, block_mib=0.003))
     assert read_all(dataset) == records(COUNT)
     assert dataset.place_of(dataset.manifest.shards[0]) == f"{server.url}/000000.tar"
+
+
+def test_indexes_are_fetched_side_by_side(
+    serve: Serve, config: StorageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, real = threading.Barrier(2), RemoteShards.whole
+
+    def whole(self: RemoteShards, name: str) -> bytes:
+        if name in ("000000.idx", "000001.idx"):
+            # Each is asked for before the other has come.
+            both.wait(timeout=10)
+        return real(self, name)
+
+    monkeypatch.setattr(RemoteShards, "whole", whole)
+    assert len(open_dataset(serve().url, config)) == COUNT
 
 
 FAULTS = ["503", "500", "429", "cut", "reset", "stall", "drip"]

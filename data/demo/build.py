@@ -13,11 +13,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from kinodit.data.demo import bounce
 from kinodit.data.demo.clips import LICENCES, PARTS, Reel, Window, windows
 from kinodit.data.demo.mux import encode_image, encode_mp4, encode_sound
 from kinodit.data.demo.sounds import PITCHES, SOUNDS, place
@@ -40,27 +42,32 @@ class DemoError(UserError):
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """How much of what. `real_clips` adds every window of `clips.PARTS` to the theatre's clips."""
+    """How much of what.
+
+    real_clips:  every window of `clips.PARTS` beside the theatre's clips
+    num_bounces: clips of a ball that clicks when it bounces
+    """
 
     theatre: TheatreOptions = field(default_factory=TheatreOptions)
     num_clips: int = 2000
     num_images: int = 300
     num_sounds: int = 200
     real_clips: bool = True
+    num_bounces: int = 0
 
     def __post_init__(self) -> None:
-        numbers = (self.num_clips, self.num_images, self.num_sounds)
+        numbers = (self.num_clips, self.num_images, self.num_sounds, self.num_bounces)
         if min(numbers) < 0 or not (any(numbers) or self.real_clips):
             raise DemoError(
-                f"num-clips, num-images, num-sounds are {numbers}: none may be negative, and there "
-                "must be something to make"
+                f"num-clips, num-images, num-sounds, num-bounces are {numbers}: none may be "
+                "negative, and there must be something to make"
             )
 
 
 class Job(NamedTuple):
     """One sample to make."""
 
-    kind: Literal["theatre", "real", "image", "sound"]
+    kind: Literal["theatre", "real", "image", "sound", "bounce"]
     number: int
 
 
@@ -72,6 +79,7 @@ def jobs(options: DemoOptions) -> list[Job]:
         *(Job("real", number) for number in range(real)),
         *(Job("image", number) for number in range(options.num_images)),
         *(Job("sound", number) for number in range(options.num_sounds)),
+        *(Job("bounce", number) for number in range(options.num_bounces)),
     ]
 
 
@@ -118,9 +126,13 @@ class Studio:
     """Makes samples; holds the pictures and clips they are made of."""
 
     def __init__(self, options: DemoOptions) -> None:
-        self._theatre = Theatre(options.theatre)
+        self._options = options.theatre
         self._reel = Reel(options.theatre.size)
         self._windows: list[Window] = list(windows())
+
+    @cached_property
+    def _theatre(self) -> Theatre:
+        return Theatre(self._options)
 
     def make(self, job: Job) -> Record:
         """The record of one job."""
@@ -130,6 +142,8 @@ class Studio:
             return self._real_clip(job.number)
         if job.kind == "image":
             return self._image(job.number)
+        if job.kind == "bounce":
+            return self._bounce(job.number)
         return self._sound(job.number)
 
     def _theatre_clip(self, number: int) -> Record:
@@ -173,7 +187,7 @@ class Studio:
         return _record(f"image-{number:06d}", extension, data, caption, {}, self._cast(scene))
 
     def _sound(self, number: int) -> Record:
-        draw = generator(self._theatre.options.seed, "audio", number)
+        draw = generator(self._options.seed, "audio", number)
         name = list(SOUNDS)[number % len(SOUNDS)]
         pitch = str(draw.choice(list(PITCHES)))
         length_s, onset_s = float(draw.uniform(0.4, 1.4)), float(draw.uniform(0.0, 0.5))
@@ -184,6 +198,24 @@ class Studio:
         caption = with_article(f"{pitch} {name}")
         data = encode_sound(sound, extension)
         return _record(f"sound-{number:06d}", extension, data, caption, scores, extra)
+
+    def _bounce(self, number: int) -> Record:
+        scene = bounce.bounce(self._options.seed, number)
+        frames = bounce.frames(scene, self._options.size)
+        data = encode_mp4(frames, Fraction(FPS), bounce.sound(scene))
+        scores = {
+            "first_s": round(scene.first_s, 4),
+            "period_s": round(scene.period_s, 4),
+            "action_bounce": 1.0,
+        }
+        extra = {
+            "sprite": f"a {scene.colour} ball",
+            "action": "bounce",
+            "sound": f"{scene.pitch} clicks",
+            "source": "drawn",
+            "licence": "CC0-1.0",
+        }
+        return _record(f"bounce-{number:06d}", "mp4", data, scene.caption, scores, extra)
 
     def _cast(self, scene: Scene) -> dict[str, str]:
         """Who is on stage and before what, and where both pictures are from."""

@@ -111,6 +111,9 @@ def _add_demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     action.add_argument("--num-clips", type=int, default=2000, help="default: %(default)s")
     action.add_argument("--num-images", type=int, default=300, help="default: %(default)s")
     action.add_argument("--num-sounds", type=int, default=200, help="default: %(default)s")
+    action.add_argument(
+        "--num-bounces", type=int, default=0, help="clips of a ball that clicks when it bounces"
+    )
     action.add_argument("--no-real-clips", action="store_true", help="the theatre's clips only")
     action.add_argument(
         "--size", type=int, default=64, help="pixels of a side (default: %(default)s)"
@@ -175,7 +178,12 @@ def _demo(args: argparse.Namespace) -> int:
         stamps=args.stamps,
     )
     options = DemoOptions(
-        theatre, args.num_clips, args.num_images, args.num_sounds, not args.no_real_clips
+        theatre,
+        args.num_clips,
+        args.num_images,
+        args.num_sounds,
+        not args.no_real_clips,
+        args.num_bounces,
     )
     line = ProgressLine()
     manifest = build(

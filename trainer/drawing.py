@@ -5,6 +5,7 @@ Shape legend: C channels of a latent, t/h/w latent frames, rows and columns, N t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -176,7 +177,7 @@ class Drawing:
                 else:
                     latents[stream.name] = given[:, first : first + grid[0]].cpu()
         encoded = EncodedSample(
-            key=SampleKey(step=0, slot=order.index, sample="prompt"),
+            key=_key(order),
             latents=latents,
             seconds=order.seconds,
             text=text,
@@ -197,6 +198,39 @@ class Drawing:
             noise = normal(source, tuple(tokens.latents.shape)).to(self.device, self.dtype)
             start[stream.name] = noise.where(is_noised_N1, tokens.latents.to(self.dtype))
         return start
+
+    def given_cells(self, order: Order) -> dict[str, Tensor]:
+        """Stream -> bool [t, h, w]: which cells of a generated stream the task gives.
+
+        Nothing without a task, or with one of blocks, which gives no part of what it draws.
+        """
+        if order.prompt is None or order.task is None or order.task.config.block_s:
+            return {}
+        sample = EncodedSample(
+            key=_key(order),
+            latents={
+                stream.name: torch.zeros(stream.channels, *order.grids[stream.name])
+                for stream in self.spec.streams
+                if stream.name in order.grids
+            },
+            seconds=order.seconds,
+            text={},
+            conditions={},
+            task=order.task,
+        )
+        # What is said changes nothing of what is given: no caption is encoded a second time.
+        whole, cells = pack([sample], PackSpec(self.spec.streams)), {}
+        for stream in self.spec.streams:
+            if stream.patch is None or stream.name not in order.grids:
+                continue
+            if order.stream(stream.name).use != "target":
+                continue
+            role_N = whole.modalities[stream.name].role
+            grid = patch_grid((stream.channels, *order.grids[stream.name]), stream.patch)
+            is_clean = (role_N == int(Role.CLEAN)).unsqueeze(-1)
+            tokens = is_clean.expand(-1, math.prod(stream.patch))
+            cells[stream.name] = unpatchify(tokens, grid, stream.patch)[0]
+        return cells
 
     def _latents(
         self, whole: TokenBatch, tokens: Mapping[str, Tensor], order: Order
@@ -259,6 +293,11 @@ def cut_of(order: Order, spec: PackSpec, start_s: float, length_s: float, total_
         rows[stream.name] = slice(begin * per_frame, (begin + count) * per_frame)
     middle = (start_s + length_s / 2) / total_s
     return Cut(grids, first, rows, prompts[min(int(middle * len(prompts)), len(prompts) - 1)])
+
+
+def _key(order: Order) -> SampleKey:
+    """By which a task draws what it leaves open."""
+    return SampleKey(step=0, slot=order.index, sample="prompt")
 
 
 def _check_given(order: Order) -> None:

@@ -109,10 +109,10 @@ class Gallery:
         parts = self.parts
         generator = parts.generator(self.dtype)
         shape, shift = clip_shape(self.config), sampling_shift(self.config, parts)
-        given: Mapping[str, Tensor] = {}
+        given: list[Mapping[str, Tensor]] = []
         if settings.given:
             (sample,) = parts.encoder.encode([read_given(Path(settings.given), self.config.data)])
-            given = sample.latents
+            given = [sample.latents]
         with using_ema(parts.emas, settings.ema):
             clips = generator(prompts, shape, settings, shift, given)
         gathered = parts.mesh.gather_objects(clips if parts.mesh.counts else [])

@@ -80,6 +80,7 @@ class Clip:
 
     video: uint8 [T, H, W, 3]; None: there is only sound
     sound: float32 [A, N] in [-1, 1] at `rate_hz`; None: there is none
+    given: bool [t, h, w], which latent cells of a generated video the task gave; None: no task
     """
 
     index: int
@@ -89,6 +90,7 @@ class Clip:
     video: Tensor | None
     sound: Tensor | None = None
     rate_hz: int = 0
+    given: Tensor | None = None
 
 
 @contextmanager
@@ -122,7 +124,7 @@ class Generator:
         shape: ClipShape,
         config: SampleConfig,
         shift: float,
-        given: Mapping[str, Tensor] | None = None,
+        given: Sequence[Mapping[str, Tensor]] = (),
     ) -> list[Clip]:
         """This rank's clips: prompts rank, rank + num_ranks, ...
 
@@ -132,7 +134,8 @@ class Generator:
         make the same number of forward passes. A clip's noise depends on seed, prompt and the
         prompt's place alone, so it is bit-equal on any number of ranks.
 
-        given: stream -> latents [C, t, h, w] that a task takes what it is given from
+        given: of each prompt, stream -> latents [C, t, h, w] that a task takes what it is given
+               from; one serves all prompts, and without any nothing is given
 
         Raises:
             ConfigError: there is no task of the name in `config`.
@@ -144,8 +147,7 @@ class Generator:
             self.grids(shape),
             self.encoder.encoders.seconds(shape.fps),
             self._task(config),
-            given or {},
-            config.seed,
+            seed=config.seed,
         )
         rounds = -(-len(prompts) // self.num_ranks)
         with self.engine.inference() as forward, cached_experts(self.engine.model):
@@ -166,9 +168,12 @@ class Generator:
             for turn in range(rounds):
                 index = turn * self.num_ranks + self.rank
                 prompt = prompts[index] if index < len(prompts) else None
-                made = draw(replace(order, prompt=prompt, index=index))
+                own = given[index % len(given)] if given else {}
+                wish = replace(order, prompt=prompt, index=index, given=own)
+                made = draw(wish)
                 if prompt is not None:
-                    clips.append(self._clip(made, prompt, index, shape, config.seed))
+                    clip = self._clip(made, prompt, index, shape, config.seed)
+                    clips.append(replace(clip, given=draw.given_cells(wish).get(VIDEO)))
         return clips
 
     def _clip(

@@ -23,16 +23,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=0, metavar="N", help="clips (default: eval.num_samples)"
     )
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the last)")
-    parser.add_argument("--losses-only", action="store_true", help="generate nothing")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="draw these tasks of the recipe, too, from what the validation set gives them; all: "
+        "every task",
+    )
+    parser.add_argument("--losses-only", action="store_true", help="draw no clips from captions")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; prints a table."""
-    from kinodit.trainer.evaluation.figures import summary
     from kinodit.trainer.evaluation.run import EvaluationConfig, evaluate_run
+    from kinodit.trainer.evaluation.table import summary
     from kinodit.trainer.sampling import load_run
 
-    wanted = EvaluationConfig(args.samples, args.step, not args.losses_only)
+    tasks = tuple(args.tasks)
+    wanted = EvaluationConfig(args.samples, args.step, not args.losses_only, tasks)
     config = load_run(args.run_dir)
     topology = read_topology()
     with process_group(topology, config.run.deadline_s) as device:

@@ -17,6 +17,7 @@ import yaml
 
 import kinodit
 from kinodit.launch.report.account import time_section
+from kinodit.launch.report.evaluation import evaluation_section
 from kinodit.launch.report.experts import expert_maps
 from kinodit.launch.report.read import (
     ReportError,
@@ -104,6 +105,8 @@ def render(run: Run, now: float, max_media_mib: float) -> str:
         tiles=_tiles(run),
         spent=time_section(run),
         experts=expert_maps(run.train),
+        evaluation=evaluation_section(run),
+        embed=_embed,
         drawn=[_embed(file) for file in run.drawn],
         notes=notes,
         events=_event_rows(run.events),

@@ -28,6 +28,8 @@ class ReportError(UserError):
 
 MAX_MOTION_CLIPS = 24
 """Of the clips that `kinodit measure` sampled, how many the page shows."""
+MAX_EVALUATED_CLIPS = 6
+"""Of the clips of each task that `kinodit evaluate` drew, how many the page shows."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Run:
     """Everything a report shows. Rows are in the order of their steps, one per step and kind.
 
     samples: (step, files) of every sampling, oldest first; drawn: files of `kinodit sample` and
-    the first of `kinodit measure`; motion: what that measured; notes: what could not be read.
+    the first of `kinodit measure`; motion: what that measured; evaluation: the newest of `kinodit
+    evaluate`; evaluated: task ("" for none) -> the first clips that it drew; notes: what could not
+    be read.
     """
 
     folder: Path
@@ -59,6 +63,8 @@ class Run:
     samples: list[tuple[int, list[SampleFile]]]
     drawn: list[SampleFile]
     motion: dict[str, Any]
+    evaluation: dict[str, Any]
+    evaluated: dict[str, list[SampleFile]]
     notes: list[str]
 
     @property
@@ -111,6 +117,7 @@ def read_run(folder: Path) -> Run:
         )
     notes: list[str] = []
     rows = _rows(metrics_path, notes)
+    evaluation, evaluated = _evaluation(folder / "evaluation", notes)
     return Run(
         folder=folder,
         config=redact(_mapping(config_path, notes)),
@@ -124,6 +131,8 @@ def read_run(folder: Path) -> Run:
             *_files(folder / "samples" / "motion" / "index.json", notes)[:MAX_MOTION_CLIPS],
         ],
         motion=_mapping(folder / "motion.json", notes),
+        evaluation=evaluation,
+        evaluated=evaluated,
         notes=notes,
     )
 
@@ -210,6 +219,20 @@ def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     return content
 
 
+def _evaluation(
+    folder: Path, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, list[SampleFile]]]:
+    """Figures of the newest step that was evaluated, and its clips by task."""
+    steps = [path.parent for path in sorted(folder.glob("step-*/evaluation.json"))]
+    if not steps:
+        return {}, {}
+    figures = _mapping(steps[-1] / "evaluation.json", notes)
+    indexes = {"": steps[-1] / "index.json"}
+    indexes |= {p.parent.name: p for p in sorted((steps[-1] / "tasks").glob("*/index.json"))}
+    clips = {task: _files(path, notes)[:MAX_EVALUATED_CLIPS] for task, path in indexes.items()}
+    return figures, clips
+
+
 def _samples(folder: Path, notes: list[str]) -> list[tuple[int, list[SampleFile]]]:
     found = []
     for index_path in sorted(folder.glob("step-*/index.json")):
@@ -232,7 +255,8 @@ def _files(index_path: Path, notes: list[str]) -> list[SampleFile]:
     try:
         entries = json.loads(index_path.read_text(encoding="utf-8"))
     except ValueError:
-        notes.append(f"samples/{index_path.parent.name} could not be read and is left out.")
+        where = index_path.parent
+        notes.append(f"{where.parent.name}/{where.name} could not be read and is left out.")
         return []
     # Only plain names: an index must not make the report include other files.
     files = [

@@ -27,6 +27,7 @@ MEL = {"name": "mel", "hop": 125, "window": 500, "num_bands": 16, "rounds": 4}
 TASKS = {
     "joint": {"streams": {}},
     "sound_of_video": {"streams": {"video": {"use": "clean"}}},
+    "first_frame": {"streams": {"video": {"given": "prefix"}}},
 }
 
 
@@ -63,7 +64,8 @@ def two() -> Iterator[Ranks]:
 
 def evaluate(rank: int, world_size: int, run_dir: Path) -> None:
     topology = Topology(rank, world_size, rank)
-    evaluate_run(run_dir, load_run(run_dir), EvaluationConfig(), topology, CPU)
+    wanted = EvaluationConfig(tasks=("all",))
+    evaluate_run(run_dir, load_run(run_dir), wanted, topology, CPU)
 
 
 @pytest.mark.gloo
@@ -71,7 +73,7 @@ def test_figures_are_the_same_bits_on_any_number_of_ranks(
     run_dir: Path, two: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = run_dir / "evaluation" / "step-00000002"
-    monkeypatch.setattr("kinodit.trainer.evaluation.run.NUM_SHOWN", 3)
+    monkeypatch.setattr("kinodit.trainer.evaluation.drawn.NUM_SHOWN", 3)
     evaluate(0, 1, run_dir)
     assert len(list(folder.glob("*.mp4"))) == 3
     one = (folder / "evaluation.json").read_bytes()
@@ -88,6 +90,17 @@ def test_figures_are_the_same_bits_on_any_number_of_ranks(
     assert set(figures["loss"]["joint"]["audio"]) == {*(f"{t:g}" for t in levels), "mean"}
     for name in ("fid", "kid", "fvd", "fad"):
         assert set(figures[name]) == set(figures[f"{name}_of_halves"]) == {"embedded"}
+    by_task = figures["tasks"]
+    assert set(by_task) == set(TASKS)
+    assert {name: of_task["num_samples"] for name, of_task in by_task.items()} == dict.fromkeys(
+        TASKS, 5
+    )
+    assert "fvd" in by_task["joint"] and "fill" not in by_task["joint"]
+    assert "fad" in by_task["sound_of_video"] and "fvd" not in by_task["sound_of_video"]
+    fill = by_task["first_frame"]["fill"]
+    # The codec is lossless, and the first frame is not touched.
+    assert fill["kept_error"] == fill["codec_error"] == 0 < fill["copy_error"]
+    assert len(list((folder / "tasks" / "first_frame").glob("*.mp4"))) == 5
 
 
 def test_the_command_prints_a_table(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +108,12 @@ def test_the_command_prints_a_table(run_dir: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "step 2 of" in printed and "loss of audio, sound_of_video" in printed
     assert "FVD" not in printed
+    tasks = ["--losses-only", "--tasks", "first_frame"]
+    assert main(["evaluate", str(run_dir), "--samples", "2", *tasks]) == 0
+    printed = capsys.readouterr().out
+    assert "first_frame: error of what is filled in" in printed and "joint: " not in printed
+    assert main(["evaluate", str(run_dir), "--tasks", "upscale"]) == 2
+    assert "the recipe has first_frame, joint, sound_of_video" in capsys.readouterr().err
     assert main(["evaluate", str(run_dir), "--samples", "1"]) == 2
     assert "--samples 1: must be at least 2" in capsys.readouterr().err
     assert main(["evaluate", str(run_dir), "--step", "7"]) == 2

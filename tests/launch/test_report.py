@@ -23,6 +23,7 @@ from tests.support.fake_run import (
     LEVELS,
     PROMPTS,
     START_S,
+    add_evaluation,
     add_samples,
     make_run,
     train_row,
@@ -139,6 +140,48 @@ def test_clips_on_request_and_their_measured_directions_are_shown(tmp_path: Path
     assert f'src="data:video/mp4;base64,{clip}"' in html
     tile = html[html.index("Moves as told") :]
     assert re.search(r">\s*88\s*<", tile[:400]) and "of 32 clips; chance is 25 %" in tile[:400]
+
+
+def test_the_newest_evaluation_is_shown_by_task(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", total_steps=100, every=50)
+    assert 'id="evaluation"' not in write_report(run, now=LONG_AFTER).read_text()
+    add_evaluation(run, 50)
+    newest = add_evaluation(run, 100)
+    figures = json.loads((newest / "evaluation.json").read_text())
+    figures["tasks"]["first_frame"]["fill"]["fill_error"] = 0.0777
+    (newest / "evaluation.json").write_text(json.dumps(figures))
+    html = write_report(run, now=LONG_AFTER).read_text()
+    section = html[html.index('<section id="evaluation">') : html.index('<section id="training">')]
+    assert "step 100, on the validation set" in section
+    table = re.sub(r"\s+", " ", section[section.index("<tbody>") : section.index("</tbody>")])
+    cells = [re.findall(r"<td[^>]*>(?:<b>)?(.*?)(?:</b>)?</td>", r) for r in table.split("</tr>")]
+    assert [row[:3] for row in cells if row] == [
+        ["joint", "video", "0.4120"],
+        ["joint", "audio", "0.2310"],
+        ["first frame", "video", "0.2870"],
+        ["sound of video", "audio", "0.1540"],
+    ]
+    assert all(len(row) == 3 + len(LEVELS) for row in cells if row)
+    assert re.findall(r'evaluated-title"><b>(.*?)</b><small>(\d+)', section) == [
+        ("from captions", "64"), ("first frame", "64"), ("sound of video", "64"), ("example", "0"),
+    ]  # fmt: skip
+    assert "<b>0.0777</b><small>copy 0.134</small>" in section
+    assert "<b>0.31</b><small>data 0.07</small><small>chance 2.76</small>" in section
+    assert section.count("<video") == 6 + 3 + 3
+    assert "No sample of the validation set has what it is given" in section
+
+
+def test_an_evaluation_that_is_no_evaluation_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", total_steps=100, every=50)
+    folder = run / "evaluation" / "step-00000100"
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text("[1")
+    html = write_report(run, now=LONG_AFTER).read_text()
+    assert 'id="evaluation"' not in html and "evaluation.json could not be read" in html
+    odd = {"step": "<b>", "loss": {"<i>": {"video": {"mean": "nan", "0.5": None}}}, "tasks": [3]}
+    (folder / "evaluation.json").write_text(json.dumps(odd))
+    html = write_report(run, now=LONG_AFTER).read_text()
+    assert "step &lt;b&gt;" in html and "&lt;i&gt;" in html and "<td><i>" not in html
 
 
 def test_config_and_events_are_there_and_secrets_are_not(html: str) -> None:

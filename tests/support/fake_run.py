@@ -133,6 +133,65 @@ def write_samples(folder: Path, quality: float, prompts: Sequence[str]) -> None:
     (folder / "index.json").write_text(json.dumps(entries))
 
 
+def add_evaluation(run_dir: Path, step: int) -> Path:
+    """What `kinodit evaluate RUN --tasks all` leaves: two tasks and the captions."""
+    folder = run_dir / "evaluation" / f"step-{step:08d}"
+    write_samples(folder, 1.0, PROMPTS)
+    for task in ("first_frame", "sound_of_video"):
+        write_samples(folder / "tasks" / task, 1.0, PROMPTS[:3])
+    losses = {
+        task: {
+            stream: {**{f"{t:g}": scale * (0.2 + (t - 0.45) ** 2) for t in LEVELS}, "mean": scale}
+            for stream, scale in streams.items()
+        }
+        for task, streams in {
+            "joint": {"video": 0.412, "audio": 0.231},
+            "first_frame": {"video": 0.287},
+            "sound_of_video": {"audio": 0.154},
+        }.items()
+    }
+    embedded = {"embedded": 0.0412}
+    halves = {"embedded": 0.0105}
+    figures = {
+        "step": step,
+        "loss": losses,
+        "num_samples": 64,
+        **dict.fromkeys(("fid", "kid", "fvd", "fad"), embedded),
+        **{f"{name}_of_halves": halves for name in ("fid", "kid", "fvd", "fad")},
+        "truth": {"direction": 0.94, "direction_real": 1.0, "direction_chance": 0.25},
+        "tasks": {
+            "first_frame": {
+                "num_samples": 64,
+                "fvd": embedded,
+                "fvd_of_halves": halves,
+                "fill": {
+                    "fill_error": 0.0812,
+                    "copy_error": 0.1344,
+                    "nearer_than_copy": 0.953,
+                    "kept_error": 0.0,
+                    "codec_error": 0.0,
+                },
+            },
+            "sound_of_video": {
+                "num_samples": 64,
+                "fad": embedded,
+                "fad_of_halves": halves,
+                "synchrony": {
+                    "lag_frames": 0.31,
+                    "within_a_frame": 0.92,
+                    "lag_frames_real": 0.07,
+                    "within_a_frame_real": 1.0,
+                    "lag_frames_chance": 2.76,
+                    "within_a_frame_chance": 0.21,
+                },
+            },
+            "example": {"num_samples": 0},
+        },
+    }
+    (folder / "evaluation.json").write_text(json.dumps(figures))
+    return folder
+
+
 def make_run(
     run_dir: Path,
     *,

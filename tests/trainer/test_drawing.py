@@ -303,3 +303,21 @@ def test_blocks_reach_any_length(network: Counting) -> None:
     found = drawn(network, order(task, grids=grids, given={}))
     assert found["video"].shape == (6, 9, 2, 3)
     assert len(found["video"].flatten(2).permute(1, 0, 2).unique(dim=0)) == 9
+
+
+def test_what_is_given_is_told_in_latent_cells(network: Counting) -> None:
+    draw = drawing(network)
+    cells = draw.given_cells(order(TASKS["image to video"]))
+    assert set(cells) == {"video"} and cells["video"].shape == GRIDS["video"]
+    assert cells["video"][0].all() and not cells["video"][1:].any()
+    hole = TaskConfig(streams={"video": StreamTask(given="outside")})
+    wish = order(hole)
+    cells = draw.given_cells(wish)
+    # It is the hole that is drawn: what is given stays as it was, and nothing else does.
+    found = drawn(network, wish)
+    stays = (found["video"] == wish.given["video"]).all(dim=0)
+    assert torch.equal(stays, cells["video"]) and stays.any() and not stays.all()
+    assert not cells["audio"].any(), "nothing of it is given, all is drawn"
+    assert draw.given_cells(replace(order(hole), task=None)) == {}
+    assert draw.given_cells(order(TaskConfig(block_s=0.25))) == {}
+    assert draw.given_cells(replace(order(hole), prompt=None)) == {}

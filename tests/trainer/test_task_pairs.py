@@ -41,6 +41,7 @@ def clip(slot: int, name: str) -> EncodedSample:
 
 
 @pytest.mark.parametrize("ring", [2, 4, 8])
+@pytest.mark.tasks
 @pytest.mark.parametrize("name", TASKS)
 def test_pairs_of_a_task_are_shared_evenly(name: str, ring: int) -> None:
     layout = pack([clip(3, name)], SPEC).layout
@@ -71,6 +72,7 @@ def needed(sees: Tensor, batch: TokenBatch, ring: int) -> list[list[int]]:
     return [[int(sees[here][:, there].any(0).sum()) for there in held] for here in held]
 
 
+@pytest.mark.tasks
 @pytest.mark.parametrize("name", TASKS)
 def test_keys_are_sent_where_a_query_sees_them(name: str) -> None:
     batch = task_pack(0, [0, 1, 4, 5], STREAMS, CONDITIONS, torch.float32, {name: TASKS[name]}, 0)

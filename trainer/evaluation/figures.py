@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor
 from kinodit.models.encoders.features import Extractor
 from kinodit.trainer.evaluation import embedded
 from kinodit.trainer.evaluation.distance import Features, frechet, kernel_distance
-from kinodit.trainer.evaluation.losses import GENERATION, LossTable
+from kinodit.trainer.evaluation.fill import Filled, fill_figures
+from kinodit.trainer.evaluation.synchrony import Events, compare_events, events_of
 from kinodit.trainer.evaluation.truth import Seen, Told, compare, see
 
 EMBEDDED = "embedded"
@@ -24,6 +24,10 @@ DISTANCES = {
     "sound": {"fad": frechet},
 }
 """What is computed of features of each kind."""
+STREAM_OF = {"picture": "video", "video": "video", "sound": "audio"}
+"""Whose features these are."""
+BOUNCE = "bounce"
+"""The action of clips whose bounces and clicks are looked for."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Measured:
     place:    its place among its like
     features: (kind, extractor) -> [D]
     scores:   extractor -> agreement of picture and caption
+    events:   bounces and clicks, of clips that were to have them
+    filled:   of a real clip: how near the one is that was given a part of it
     """
 
     place: int
@@ -50,6 +56,8 @@ class Measured:
     scores: Mapping[str, float]
     told: Told = field(default_factory=Told)
     seen: Seen | None = None
+    events: Events | None = None
+    filled: Filled | None = None
 
 
 def measure(
@@ -75,21 +83,29 @@ def measure(
             scores[name] = extractor.agreement(video, caption)
         elif video is not None and (moves or kind == "picture"):
             features[kind, name] = extractor.of_video(video).numpy()
-    seen = None
+    seen = events = None
     if video is not None and moves:
         heard = None if sound is None else sound.numpy()
-        seen = see(video.numpy(), media.fps, heard, media.rate_hz)
-    return Measured(place, features, scores, told, seen)
+        if told.action != BOUNCE:
+            seen = see(video.numpy(), media.fps, heard, media.rate_hz)
+        elif heard is not None:
+            events = events_of(video.numpy(), media.fps, heard, media.rate_hz)
+    return Measured(place, features, scores, told, seen, events)
 
 
-def figures_of(made: Sequence[Measured], real: Sequence[Measured]) -> dict[str, Any]:
+def figures_of(
+    made: Sequence[Measured], real: Sequence[Measured], generated: Sequence[str]
+) -> dict[str, Any]:
     """Distances, scores and truth of generated clips against real ones.
 
     Beside each distance stands that of one half of the real clips to the other ("..._of_halves"):
-    how far apart two samples of one law are, at half the size.
+    how far apart two samples of one law are, at half the size. Streams that are not `generated` are
+    the real ones: they have no distance.
     """
     figures: dict[str, Any] = {}
     for kind, extractor in sorted({key for one in real for key in one.features}):
+        if STREAM_OF[kind] not in generated:
+            continue
         ours, theirs = (
             np.array([m.features[kind, extractor] for m in side if (kind, extractor) in m.features])
             for side in (made, real)
@@ -111,31 +127,12 @@ def figures_of(made: Sequence[Measured], real: Sequence[Measured]) -> dict[str, 
         truth = compare([t for t, _ in shown], [s for _, s in shown], known)
         if truth:
             figures["truth"] = truth
+    bounces = compare_events([m.events for m in made if m.events is not None])
+    if bounces:
+        of_data = compare_events([m.events for m in real if m.events is not None])
+        of_data = {f"{name}_real": of_data[name] for name in ("lag_frames", "within_a_frame")}
+        figures["synchrony"] = {**bounces, **of_data}
+    fill = fill_figures([m.filled for m in real if m.filled is not None])
+    if fill:
+        figures["fill"] = fill
     return figures
-
-
-def summary(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(figure, value) of everything that was measured, for a table."""
-    losses: LossTable = figures["loss"]
-    rows = []
-    for task, streams in losses.items():
-        for stream, by_level in streams.items():
-            label = f"loss of {stream}" + ("" if task == GENERATION else f", {task}")
-            levels = [f"{value:.3f} at {t}" for t, value in by_level.items() if t != "mean"]
-            rows.append((label, f"{by_level['mean']:.4f}  ({', '.join(levels)})"))
-    for name in ("fid", "kid", "fvd", "fad", "clip_score"):
-        for extractor, value in figures.get(name, {}).items():
-            beside = figures.get(f"{name}_of_halves") or figures.get(f"{name}_real") or {}
-            found = beside.get(extractor, math.nan)
-            shown = f"{value:.4g}  (of the data: {found:.4g})"
-            rows.append((f"{name.upper().replace('_', ' ')} ({extractor})", shown))
-    truth = figures.get("truth", {})
-    for name in ("object", "direction", "onset_within_a_frame", "onset_lag_frames", "colour_error"):
-        if name in truth:
-            told = [
-                f"{label} {truth[f'{name}_{key}']:.3g}"
-                for label, key in (("data", "real"), ("chance", "chance"), ("of others", "other"))
-                if f"{name}_{key}" in truth
-            ]
-            rows.append((name.replace("_", " "), f"{truth[name]:.3g}  ({', '.join(told)})"))
-    return rows

@@ -30,6 +30,7 @@ class Told:
 
     sprite: str = ""
     direction: str = ""
+    action: str = ""
 
 
 @dataclass(frozen=True)

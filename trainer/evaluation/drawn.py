@@ -1,0 +1,169 @@
+"""Clips drawn for the validation set, from captions alone or by a task, measured over all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinodit.data.decode import DecodedSample
+from kinodit.data.encode import AUDIO, TEXT, VIDEO, SampleEncoder
+from kinodit.models.encoders.features import Extractor
+from kinodit.trainer.config import RunConfig
+from kinodit.trainer.evaluation.figures import Measured, Media, figures_of, measure
+from kinodit.trainer.evaluation.fill import compare_fill, pixels_of
+from kinodit.trainer.evaluation.truth import Told
+from kinodit.trainer.gallery import save_gallery
+from kinodit.trainer.generate import Clip, SampleConfig, using_ema
+from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.setup import Parts, clip_shape, master_dtype, sampling_shift
+
+NUM_SHOWN = 64
+"""Samples that are kept as files."""
+
+
+@dataclass
+class DrawnSamples:
+    """Draws and measures. Every method is collective; figures are on rank 0.
+
+    own:    this rank's samples of the validation set
+    folder: for clips and their sheets
+    """
+
+    config: RunConfig
+    parts: Parts
+    encoder: SampleEncoder
+    own: Sequence[DecodedSample]
+    folder: Path
+
+    def from_captions(self) -> dict[str, Any]:
+        """Clips as `sample` of the recipe has them, for the captions of the validation set."""
+        return self._figures(list(self.own), self.config.sample, self.folder, [])
+
+    def by_task(self, task: str) -> dict[str, Any]:
+        """Clips of a task, which is given what it asks for of each sample that has it.
+
+        Of a video that is given in part, "fill" says how near the rest is, beside a copy.
+        """
+        config = self.config.tasks[task]
+        settings = dataclasses.replace(self.config.sample, task=task, given="")
+        if config.stream(TEXT, True).use == "absent":
+            settings = dataclasses.replace(settings, negative="")
+        grids = self.parts.generator(torch.float32).grids(clip_shape(self.config))
+        needed = [
+            name
+            for name in grids
+            if config.stream(name, False).use == "clean"
+            or config.stream(name, False).given != "none"
+        ]
+        fitting, given = [], []
+        for sample, encoded in zip(self.own, self.encoder.encode(self.own), strict=True):
+            if all(
+                name in encoded.latents and tuple(encoded.latents[name].shape[1:]) == grids[name]
+                for name in needed
+            ):
+                fitting.append(sample)
+                given.append((sample.key.slot, {n: encoded.latents[n].cpu() for n in needed}))
+        folder = self.folder / "tasks" / task
+        return self._figures(fitting, settings, folder, given)
+
+    def _figures(
+        self,
+        own: Sequence[DecodedSample],
+        settings: SampleConfig,
+        folder: Path,
+        own_given: Sequence[tuple[int, Mapping[str, Tensor]]],
+    ) -> dict[str, Any]:
+        mesh = self.parts.mesh
+        known = [(s.key.slot, s.caption, told(s)) for s in own]
+        every = sorted(_gathered(mesh, known), key=lambda row: row[0])
+        given = sorted(_gathered(mesh, own_given), key=lambda row: row[0])
+        if not every:
+            return {"num_samples": 0}
+        clips = self._clips([caption for _, caption, _ in every], settings, [g for _, g in given])
+        # What ten thousand samples are measured by is a few numbers each; their pixels stay where
+        # they are, but for those that are shown, and those that are compared with the real ones.
+        shown = _gathered(mesh, [clip for clip in clips if clip.index < NUM_SHOWN])
+        shown.sort(key=lambda clip: clip.index)
+        mesh.from_main(lambda: save_gallery(folder, shown, settings))
+        in_part = [c for c in clips if c.given is not None and bool(c.given.any())]
+        compared = {clip.index: clip for clip in _gathered(mesh, in_part)}
+        made = [
+            self._measured(clip.index, media_of(clip), clip.prompt, every[clip.index][2])
+            for clip in clips
+        ]
+        place = {slot: index for index, (slot, _, _) in enumerate(every)}
+        rate_hz = self.config.data.audio_rate
+        real = []
+        for sample in own:
+            index = place[sample.key.slot]
+            media = Media(sample.video, sample.fps, sample.audio, rate_hz)
+            measured = self._measured(index, media, sample.caption, told(sample))
+            real.append(self._with_fill(measured, compared.get(index), sample))
+        made, real = (sorted(_gathered(mesh, side), key=_place) for side in (made, real))
+        config = None if not settings.task else self.config.tasks[settings.task]
+        generated = [
+            name
+            for name in (VIDEO, AUDIO)
+            if config is None or config.stream(name, False).use == "target"
+        ]
+        figures = figures_of(made, real, generated) if mesh.is_main else {}
+        return {"num_samples": len(every), **figures}
+
+    def _clips(
+        self, captions: Sequence[str], settings: SampleConfig, given: Sequence[Mapping[str, Tensor]]
+    ) -> list[Clip]:
+        config, parts = self.config, self.parts
+        with using_ema(parts.emas, settings.ema):
+            return parts.generator(master_dtype(config))(
+                captions, clip_shape(config), settings, sampling_shift(config, parts), given
+            )
+
+    @cached_property
+    def _extractors(self) -> dict[str, Extractor]:
+        device = self.parts.mesh.device
+        return {name: e.build(device) for name, e in self.config.eval.extractors.items()}
+
+    def _measured(self, place: int, media: Media, caption: str, asked: Told) -> Measured:
+        return measure(place, media, caption, asked, self._extractors)
+
+    def _with_fill(self, measured: Measured, clip: Clip | None, sample: DecodedSample) -> Measured:
+        """With how near the clip is to the real one, if it was given a part of it."""
+        real = sample.video
+        if clip is None or clip.given is None or clip.video is None or real is None:
+            return measured
+        num_frames, height, width, _ = real.shape
+        given = pixels_of(clip.given, (num_frames, height, width))
+        if not bool(given.any()) or bool(given.all()):
+            return measured
+        codec = self.encoder.encoders.video
+        assert codec is not None
+        coded = codec.decode(codec.encode(real.to(self.parts.mesh.device))).cpu()
+        filled = compare_fill(clip.video, real, coded, given)
+        return dataclasses.replace(measured, filled=filled)
+
+
+def media_of(clip: Clip) -> Media:
+    """A generated clip as what is measured."""
+    return Media(clip.video, clip.fps, clip.sound, clip.rate_hz)
+
+
+def told(sample: DecodedSample) -> Told:
+    """What a sample's record says that it shows."""
+    extra = sample.meta.extra
+    return Told(extra.get("sprite", ""), extra.get("direction", ""), extra.get("action", ""))
+
+
+def _gathered(mesh: Mesh, own: Sequence[Any]) -> list[Any]:
+    """The items of all ranks; of those that share packs, one counts."""
+    return [row for part in mesh.gather_objects(list(own) if mesh.counts else []) for row in part]
+
+
+def _place(measured: Measured) -> int:
+    return measured.place

@@ -61,6 +61,7 @@ def all_packs(name: str) -> TokenBatch:
     return task_pack(0, SLOTS, STREAMS, CONDITIONS, torch.float32, {name: TASKS[name]}, 0)
 
 
+@pytest.mark.tasks
 @pytest.mark.parametrize("name", TASKS)
 def test_every_sample_has_something_to_learn_and_only_that_has_a_loss(name: str) -> None:
     batch = all_packs(name)
@@ -75,6 +76,7 @@ def test_every_sample_has_something_to_learn_and_only_that_has_a_loss(name: str)
     assert not batch.modalities["text"].weight.any()
 
 
+@pytest.mark.tasks
 @pytest.mark.parametrize("name", TASKS)
 def test_rows_of_clean_tokens_are_at_data_and_noise_is_at_noise(name: str) -> None:
     batch = all_packs(name)

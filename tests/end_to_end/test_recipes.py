@@ -27,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.tasks
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_tiny_recipe_trains_and_samples(
     recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -40,6 +40,7 @@ def model() -> MMDiT:
     return av_model()
 
 
+@pytest.mark.tasks
 @pytest.mark.parametrize("name", TASKS)
 def test_a_hidden_token_changes_no_output(model: MMDiT, name: str) -> None:
     batch = noised_pack(name)
@@ -62,6 +63,7 @@ def test_a_hidden_token_changes_no_output(model: MMDiT, name: str) -> None:
                 assert torch.equal(changed, allowed), (stream, row, other)
 
 
+@pytest.mark.tasks
 @pytest.mark.parametrize("name", TASKS)
 def test_packed_beside_other_tasks_a_sample_is_as_alone(model: MMDiT, name: str) -> None:
     alone = noised_pack(name, [1])

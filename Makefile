@@ -57,6 +57,7 @@ test: setup ## run the tests of the default set (no GPU, no Slurm; minutes)
 
 proof: setup certificates ## run the long proofs to their end and keep their figures (hours)
 	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --size full tests/data/test_fuzz.py
 	$(BIN)/pytest -m learning --size full
 	$(BIN)/pytest -m chaos --size full
 

@@ -18,6 +18,7 @@ DEMUXERS = {
     "mp4": "mov",
     "webm": "matroska",
     "jpg": "jpeg_pipe",
+    "jpeg": "jpeg_pipe",
     "png": "png_pipe",
     "webp": "webp_pipe",
     "flac": "flac",
@@ -74,12 +75,7 @@ def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
     # FFmpeg decodes a frame to learn a picture's format, so its limit holds from the first byte.
     limits = {"max_pixels": str(config.max_pixels)}
     try:
-        with av.open(
-            io.BytesIO(payload),
-            format=demuxer(name, payload),
-            options={"protocol_whitelist": ""},
-            stream_options=[limits] * 8,
-        ) as container:
+        with opened(payload, demuxer(name, payload), stream_options=[limits] * 8) as container:
             _check_limits(container, config)
             yield container
     except DecodeError as error:
@@ -93,6 +89,32 @@ def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
         ) from error
 
 
+def opened(payload: bytes, demuxer: str, **options: Any) -> Any:
+    """A medium as an open `av.container.InputContainer`, read from memory and nowhere else.
+
+    `demuxer` is FFmpeg's name of it, `options` those of `av.open`.
+
+    Raises:
+        DecodeError: it has no streams.
+        av.FFmpegError: FFmpeg cannot open it.
+    """
+    import av
+
+    try:
+        return av.open(
+            io.BytesIO(payload),
+            format=demuxer,
+            options={"protocol_whitelist": ""},
+            metadata_errors="replace",
+            **options,
+        )
+    except av.FFmpegError:
+        raise
+    except ValueError as error:
+        # PyAV's own, of a header that names no streams; FFmpeg's errors are ValueErrors, too.
+        raise DecodeError("no stream can be found in it: its header is damaged") from error
+
+
 def demuxer(name: str, payload: bytes) -> str:
     """FFmpeg's demuxer for a member: by its first bytes if they are known, else by its name."""
     for offset, signature, found in SIGNATURES:
@@ -101,14 +123,21 @@ def demuxer(name: str, payload: bytes) -> str:
     return DEMUXERS[name]
 
 
+def codec_of(stream: Any) -> Any:
+    """The stream's `av.codec.CodecContext`. Raises DecodeError where FFmpeg knows no codec."""
+    if stream.codec_context is None:
+        raise DecodeError(f"the codec of its {stream.type} is not known: its header is damaged")
+    return stream.codec_context
+
+
 def seek_to(container: Any, stream: Any, ticks: Fraction) -> None:
     """Moves to a keyframe at or before `ticks` of the stream's clock, counted from its start.
 
-    A container that cannot seek stays where it is; decoding then begins there.
+    A container that cannot seek, or not so far, stays where it is; decoding then begins there.
     """
     import av
 
-    with suppress(av.FFmpegError):
+    with suppress(av.FFmpegError, OverflowError):
         container.seek((stream.start_time or 0) + floor(ticks), stream=stream)
 
 
@@ -154,6 +183,8 @@ def _check_limits(container: Any, config: DecodeConfig) -> None:
             raise DecodeError(
                 f"it has {stream.frames} frames; data.max_frames allows {config.max_frames}"
             )
+        if stream.codec_context is None:
+            continue
         width, height = stream.codec_context.width, stream.codec_context.height
         if width < 1 or height < 1:
             raise DecodeError(

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from kinodit.data.colour import Planes
 from kinodit.data.config import DecodeConfig
-from kinodit.data.container import DecodeError, frames_of, open_medium, seek_to, within_limit
+from kinodit.data.container import (
+    DecodeError,
+    codec_of,
+    frames_of,
+    open_medium,
+    seek_to,
+    within_limit,
+)
 from kinodit.data.picture import CENTRE, Canvas, Crop
 from kinodit.data.plan import SampleRef
 from kinodit.data.record import Record, RecordMeta
@@ -209,8 +216,9 @@ def _video_stream(container: Any) -> Any:
         raise DecodeError("there is no picture in it")
     stream = container.streams.video[0]
     # One thread: samples are decoded side by side instead, and no bit depends on a thread count.
+    codec = codec_of(stream)
     stream.thread_type = "NONE"
-    stream.codec_context.thread_count = 1
+    codec.thread_count = 1
     return stream
 
 

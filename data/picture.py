@@ -17,6 +17,9 @@ from kinodit.data.container import DecodeError
 
 Crop = tuple[float, float]
 CENTRE: Crop = (0.5, 0.5)
+MAX_SPARE = 16
+"""How often the pixels of a recipe a picture that covers them may have, and be cropped: a header
+that claims pixels of any shape must not fill the memory."""
 
 _thread = threading.local()
 
@@ -77,8 +80,14 @@ class Canvas:
         source = (frame.height, round(frame.width * (aspect or 1)))
         if turns % 2:
             source = source[::-1]
-        scale = max(height / source[0], width / source[1])
-        return max(height, round(source[0] * scale)), max(width, round(source[1] * scale))
+        scale = max(height / source[0], width / max(1, source[1]))
+        rows, columns = max(height, round(source[0] * scale)), max(width, round(source[1] * scale))
+        if rows * columns > max(self.config.max_pixels, MAX_SPARE * height * width):
+            raise DecodeError(
+                f"it is shown as {source[0]} x {source[1]}, and would be {rows} x {columns} pixels "
+                f"to cover {height} x {width}"
+            )
+        return rows, columns
 
     def _put_rgb(self, row: int, upright: NDArray[np.uint8], scaled: tuple[int, int]) -> None:
         height, width = self.config.height, self.config.width

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kinodit.data.container import DEMUXERS
+from kinodit.data.container import DEMUXERS, DecodeError, codec_of, opened
 from kinodit.data.record import MAX_SIDE, MEDIA_MEMBERS, Modality, RecordMeta
 from kinodit.models.errors import MissingExtraError, UserError
 
@@ -61,11 +62,15 @@ def _probe_image(data: bytes) -> MediumFacts:
     except ImportError as error:
         raise MissingExtraError("Pillow", "media", "reading images") from error
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            _check_size(*image.size)
-            image.load()
-            return MediumFacts(width=image.width, height=image.height, num_frames=1)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+                _check_size(*image.size)
+                image.load()
+                return MediumFacts(width=image.width, height=image.height, num_frames=1)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise MediumError(f"it is too large: {error}") from error
+    except (OSError, SyntaxError) as error:
         raise MediumError(
             "it is damaged or not a JPEG, PNG or WebP image"
             + (f": {error}" if "BytesIO" not in str(error) else "")
@@ -78,11 +83,9 @@ def _probe_container(extension: str, data: bytes, modality: Modality) -> MediumF
     except ImportError as error:
         raise MissingExtraError("PyAV", "media", "reading video and sound") from error
     try:
-        with av.open(
-            io.BytesIO(data), format=DEMUXERS[extension], options={"protocol_whitelist": ""}
-        ) as container:
+        with opened(data, DEMUXERS[extension]) as container:
             sound = next(iter(container.streams.audio), None)
-            sample_rate = sound.codec_context.sample_rate if sound is not None else 0
+            sample_rate = codec_of(sound).sample_rate if sound is not None else 0
             streams = container.streams.video if modality == "video" else container.streams.audio
             if not streams:
                 raise MediumError(f"there is no {modality} stream in it")
@@ -92,16 +95,19 @@ def _probe_container(extension: str, data: bytes, modality: Modality) -> MediumF
             video = streams[0]
             if video.frames and count < video.frames:
                 raise MediumError(f"it is cut off: {count} of {video.frames} frames are there")
-            _check_size(video.codec_context.width, video.codec_context.height)
+            width, height = codec_of(video).width, codec_of(video).height
+            _check_size(width, height)
             return MediumFacts(
-                width=video.codec_context.width,
-                height=video.codec_context.height,
+                width=width,
+                height=height,
                 fps=float(video.average_rate or video.guessed_rate or 0),
                 num_frames=count,
                 duration_s=end_s,
                 has_audio=sound is not None,
                 sample_rate=sample_rate,
             )
+    except DecodeError as error:
+        raise MediumError(str(error)) from error
     except (OSError, av.FFmpegError) as error:
         raise MediumError(f"it cannot be opened or decoded: {error.strerror}") from error
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kinodit.data.config import DecodeConfig
-from kinodit.data.container import DecodeError, seek_to, within_limit
+from kinodit.data.container import DecodeError, codec_of, seek_to, within_limit
 from kinodit.data.window import recipe_rate
 
 PREROLL_S = 0.5
@@ -43,7 +43,7 @@ def decode_audio(container: Any, start_s: Fraction, config: DecodeConfig) -> Ten
     if not container.streams.audio:
         raise DecodeError("there is no sound in it")
     stream = container.streams.audio[0]
-    stream.codec_context.thread_count = 1
+    codec_of(stream).thread_count = 1
     rate, total = config.audio_rate, num_audio_samples(config)
     first = sample_at(start_s, rate)
     out: NDArray[np.float32] = np.zeros((config.audio_channels, total), dtype=np.float32)
@@ -52,12 +52,27 @@ def decode_audio(container: Any, start_s: Fraction, config: DecodeConfig) -> Ten
     layout = "mono" if config.audio_channels == 1 else "stereo"
     resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
     for source in chain(within_limit(container.decode(stream), config), [None]):
-        for frame in resampler.resample(source):
+        for frame in _resampled(resampler, source):
+            if frame.pts is None or frame.time_base is None:
+                raise DecodeError("its sound has no time stamps")
             start = sample_at(frame.pts * frame.time_base, rate) - first
             _place(out, frame.to_ndarray(), start)
             if start >= total:
                 return torch.from_numpy(out)
     return torch.from_numpy(out)
+
+
+def _resampled(resampler: Any, frame: Any) -> list[Any]:
+    import av
+
+    try:
+        frames: list[Any] = resampler.resample(frame)
+    except av.FFmpegError:
+        raise
+    except ValueError as error:
+        # PyAV's own; FFmpeg's errors are ValueErrors, too.
+        raise DecodeError("its sound changes rate, layout or format on the way") from error
+    return frames
 
 
 def _place(out: NDArray[np.float32], block: NDArray[np.float32], start: int) -> None:

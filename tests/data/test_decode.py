@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from kinodit.data.colour import MATRICES, Planes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.decode import DecodedMedia, DecodeError, decode, pick_view
+from kinodit.data.probe import MediumError, probe
 from kinodit.data.record import Record
 from kinodit.data.window import pick_window, source_rate
 from kinodit.models.errors import ConfigError
@@ -264,6 +265,7 @@ def test_what_cannot_be_decoded_is_named(clip: Record) -> None:
         "damaged or not mp4": broken(clip, b"not a clip at all" * 50),
         "data are damaged|are damaged or not mp4": broken(clip, whole[: len(whole) // 2]),
         "holds tensors only": replace(clip, members={"latent.safetensors": b""}),
+        "no stream can be found in it": broken(clip, whole.replace(b"trak", b"skip")),
         "frames of it can be decoded, but frame": replace(
             clip, meta=replace(clip.meta, num_frames=5000)
         ),
@@ -277,6 +279,39 @@ def test_what_cannot_be_decoded_is_named(clip: Record) -> None:
     for name in ("damaged or not mp4",):
         with pytest.raises(DecodeError, match="member 'mp4'"):
             decode(cases[name], CONFIG)
+
+
+def test_a_codec_that_is_not_known_is_named(clip: Record) -> None:
+    strange = broken(clip, clip.members["mp4"].replace(b"avc1", b"zzz1"))
+    with pytest.raises(DecodeError, match="codec of its video is not known"):
+        decode(strange, CONFIG)
+    sound = sound_bytes(0.5, 0, "wav")
+    place = sound.index(b"fmt ") + 8
+    bad = sound[:place] + b"\xee\xee" + sound[place + 2 :]
+    with pytest.raises(DecodeError, match="codec of its audio is not known"):
+        decode(sound_record("tone", bad, 0.5, "wav"), replace(CONFIG, use_audio=True))
+    with pytest.raises(MediumError, match="codec of its audio is not known"):
+        probe("wav", bad)
+
+
+def test_damage_within_a_sound_is_named_or_does_not_matter() -> None:
+    """Frames behind it may have lost their time."""
+    sound = sound_bytes(0.5, 100, "flac")
+    config, reasons = replace(CONFIG, use_audio=True, num_frames=2), list[str]()
+    for place in range(len(sound) // 2, len(sound), 97):
+        bad = bytearray(sound)
+        bad[place : place + 3] = b"\xd8\x5e\xf4"
+        try:
+            decode(sound_record("tone", bytes(bad), 0.5), config)
+        except DecodeError as error:
+            reasons.append(str(error))
+    assert any("its sound has no time stamps" in reason for reason in reasons)
+
+
+def test_pixels_of_another_shape_do_not_make_a_picture_of_any_size() -> None:
+    image = image_record("wide", image_bytes("png"))
+    with pytest.raises(DecodeError, match=r"would be \d+ x \d+ pixels to cover"):
+        decode(image, replace(CONFIG, height=64, width=4, max_pixels=48 * 64))
 
 
 def _sound_in_mp4() -> bytes:

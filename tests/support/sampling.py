@@ -16,8 +16,17 @@ def sampled(every: Sequence[T], count: int, size: str, purpose: str) -> list[T]:
     """`count` of them, drawn by the commit and `purpose`; all of them where size is "full"."""
     if size == "full":
         return list(every)
+    chosen = _drawn(purpose).sample(range(len(every)), min(count, len(every)))
+    return [every[index] for index in sorted(chosen)]
+
+
+def commit_seed(purpose: str) -> int:
+    """A number that changes with the commit: what fails at one fails there again."""
+    return _drawn(purpose).getrandbits(32)
+
+
+def _drawn(purpose: str) -> random.Random:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
-    chosen = random.Random(f"{commit} {purpose}").sample(range(len(every)), min(count, len(every)))
-    return [every[index] for index in sorted(chosen)]
+    return random.Random(f"{commit} {purpose}")

@@ -30,6 +30,11 @@ class Row:
         return cls(name, value, goal, value <= goal, size)
 
     @classmethod
+    def at_least(cls, name: str, value: float, goal: float, size: str = "") -> Row:
+        """A figure that must not be below `goal`."""
+        return cls(name, value, goal, value >= goal, size)
+
+    @classmethod
     def near(cls, name: str, value: float, goal: float, tolerance: float, size: str = "") -> Row:
         """A figure that may be off by `tolerance`, either way."""
         return cls(name, value, goal, abs(value - goal) <= tolerance, size)

@@ -14,7 +14,11 @@ from pathlib import Path
 
 from goals import Row, show
 
-FAMILIES = {"balance": "loader_balance", "reading": "loader_reading"}
+FAMILIES = {
+    "balance": "loader_balance",
+    "indexing": "loader_indexing",
+    "reading": "loader_reading",
+}
 """Name of a family -> its module beside this file."""
 
 

@@ -7,13 +7,15 @@ is made while a shard is written, or by reading any shard that meets the record 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.foreign import FailedSampleError
 from kinodit.data.probe import MediumError, probe, with_facts
 from kinodit.data.record import MODALITIES, Modality, Record, RecordError, RecordMeta, parse_record
 from kinodit.data.tar import TarError, TarMember, members
@@ -41,6 +43,15 @@ FLAG_AUDIO = 1
 
 class ManifestError(UserError):
     """A dataset on disk that is missing, damaged or not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A part of a shard that is left out: its first byte, the sample's key ("" unknown), why."""
+
+    offset: int
+    key: str
+    reason: str
 
 
 class Row(NamedTuple):
@@ -143,29 +154,52 @@ def index_row(meta: RecordMeta, start: int, data: memoryview) -> Row:
     )
 
 
-def build_index(tar_path: Path | str) -> NDArray[np.void]:
+def build_index(
+    tar_path: Path | str,
+    *,
+    seen: Callable[[int], None] = lambda offset: None,
+    left_out: Callable[[Damage], None] = lambda damage: None,
+    without: Collection[str] = (),
+) -> NDArray[np.void]:
     """The index of a shard, made by reading the shard itself: [samples] of `INDEX_DTYPE`.
 
     A medium is opened only where the record does not say its size and length.
 
-    Raises ManifestError that names the file and, where it has one, the byte offset of the fault.
+    Args:
+        tar_path: the shard.
+        seen: called with the byte after each sample.
+        left_out: called with samples that their own tool could not get.
+        without: keys of samples that are wanted in no index.
+
+    Raises:
+        ManifestError: it breaks the contract; names the file and, where it has one, the byte offset
+            of the fault.
     """
     path = Path(tar_path)
-    try:
-        num_bytes = path.stat().st_size
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error}") from error
-    if num_bytes == 0:
+    view = shard_bytes(path)
+    if not view:
         raise ManifestError(f"{path} is empty (0 bytes): it is not a tar archive")
-    view = np.memmap(path, np.uint8, "r").data
     rows: list[Row] = []
     try:
         for span in spans(view, whole=True):
-            meta = known_meta(read_span(view, span))
-            rows.append(index_row(meta, span.start, view[span.start : span.end]))
+            if span.key not in without:
+                try:
+                    meta = known_meta(read_span(view, span))
+                    rows.append(index_row(meta, span.start, view[span.start : span.end]))
+                except FailedSampleError as error:
+                    left_out(Damage(span.start, span.key, str(error)))
+            seen(span.end)
     except (TarError, RecordError, MediumError) as error:
         raise ManifestError(f"{path}: {error}") from error
     return np.array(rows, dtype=INDEX_DTYPE)
+
+
+def shard_bytes(path: Path) -> memoryview:
+    """The bytes of a shard, mapped. Raises ManifestError if it cannot be read."""
+    try:
+        return np.memmap(path, np.uint8, "r").data if path.stat().st_size else memoryview(b"")
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from error
 
 
 def known_meta(record: Record) -> RecordMeta:

@@ -34,7 +34,8 @@ _AUDIO_RATE = 16_000
 SILENT_PEAK, CLIPPED_PEAK = 1e-3, 0.999
 DARK_LEVEL, BRIGHT_LEVEL, STILL_LEVEL = 16.0, 245.0, 0.5
 _MIME = {
-    "mp4": "video/mp4", "webm": "video/webm", "jpg": "image/jpeg", "png": "image/png",
+    "mp4": "video/mp4", "webm": "video/webm", "jpg": "image/jpeg",
+    "jpeg": "image/jpeg", "png": "image/png",
     "webp": "image/webp", "flac": "audio/flac", "wav": "audio/wav", "opus": "audio/ogg",
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, cast
 
+from kinodit.data.foreign import foreign_meta, require_success
 from kinodit.data.meta import (
     MAX_SIDE,
     MODALITIES,
@@ -41,9 +42,11 @@ __all__ = [
 
 MEDIA_MEMBERS: Mapping[Modality, tuple[str, ...]] = {
     "video": ("mp4", "webm"),
-    "image": ("jpg", "png", "webp"),
+    "image": ("jpg", "jpeg", "png", "webp"),
     "audio": ("flac", "wav", "opus"),
 }
+UNUSED_MEMBERS = ("cls", "id", "url", "m4a", "mp3")
+"""What other tools add to a sample: a class, where it came from, the sound of its video again."""
 KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,128}")
 TENSOR_MEMBER_PATTERN = re.compile(r"[a-z0-9_]{1,32}\.safetensors")
 
@@ -87,7 +90,7 @@ def check_key(key: str) -> str:
 
 def check_member(key: str, name: str) -> str:
     """`name` itself. Raises RecordError if no sample may have a member of that name."""
-    allowed = {"json", "txt"}.union(*MEDIA_MEMBERS.values())
+    allowed = {"json", "txt", *UNUSED_MEMBERS}.union(*MEDIA_MEMBERS.values())
     if name not in allowed and not TENSOR_MEMBER_PATTERN.fullmatch(name):
         raise RecordError(
             f"sample {key!r}: member {name[:160]!r} is not allowed; allowed are "
@@ -99,8 +102,8 @@ def check_member(key: str, name: str) -> str:
 def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
     """The record of the members of one sample. Nothing is unpickled, decoded or hashed.
 
-    A sample without `json`, or whose JSON has no `schema`, comes from another tool: its caption is
-    its `txt` (or the JSON's "caption" or "text"), its geometry is left unknown (zero).
+    A sample without `json`, or whose JSON has no `schema`, comes from another tool
+    (`kinodit.data.foreign`). Members that such tools add and nobody needs are left out.
 
     Raises RecordError that names the key and what is wrong.
     """
@@ -119,7 +122,8 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
         meta = parse_meta(key, document)
     else:
         meta = _foreign_meta(key, members, document)
-    rest = {name: data for name, data in members.items() if name not in ("json", "txt")}
+    apart = {"json", "txt", *UNUSED_MEMBERS}
+    rest = {name: data for name, data in members.items() if name not in apart}
     _check_media(key, meta, rest)
     return Record(key, meta, rest)
 
@@ -181,6 +185,7 @@ def _is_deep(payload: bytes) -> bool:
 def _foreign_meta(
     key: str, members: Mapping[str, bytes], document: Mapping[str, Any]
 ) -> RecordMeta:
+    require_success(key, document)
     for modality in MODALITIES:
         if any(name in members for name in MEDIA_MEMBERS[modality]):
             break
@@ -189,16 +194,13 @@ def _foreign_meta(
             f"sample {key!r} has no medium and no JSON of schema {SCHEMA}; "
             f"its members are {sorted(members)}"
         )
+    text = None
     if "txt" in members:
         try:
-            caption = members["txt"].decode()
+            text = members["txt"].decode()
         except UnicodeDecodeError as error:
             raise RecordError(f"sample {key!r}: its txt is not UTF-8: {error}") from error
-    else:
-        found = document.get("caption", document.get("text", ""))
-        caption = found if isinstance(found, str) else ""
-    captions = (Caption(caption.strip()),) if caption.strip() else ()
-    return RecordMeta(id=key, modality=modality, captions=captions)
+    return foreign_meta(key, modality, text, document)
 
 
 def _check_media(key: str, meta: RecordMeta, members: Mapping[str, bytes]) -> None:

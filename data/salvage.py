@@ -6,7 +6,7 @@ samples that the damage touches are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,25 +15,17 @@ from numpy.typing import NDArray
 
 from kinodit.data.index import (
     INDEX_DTYPE,
-    ManifestError,
+    Damage,
     Row,
     Span,
     index_row,
     known_meta,
     read_span,
+    shard_bytes,
 )
 from kinodit.data.probe import MediumError
 from kinodit.data.record import KEY_PATTERN, RecordError
 from kinodit.data.tar import BLOCK, TarError, TarMember, members
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A part of a shard that is left out: its first byte, the sample's key ("" unknown), why."""
-
-    offset: int
-    key: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -45,16 +37,19 @@ class _Run:
     behind: bool
 
 
-def salvage(path: Path | str) -> tuple[NDArray[np.void], list[Damage]]:
+def salvage(
+    path: Path | str,
+    *,
+    seen: Callable[[int], None] = lambda offset: None,
+    without: Collection[str] = (),
+) -> tuple[NDArray[np.void], list[Damage]]:
     """(index of what is whole, [samples] of `INDEX_DTYPE`; what is not), by reading the shard.
+
+    `seen` is called with the byte after each sample, `without` are keys that are not wanted.
 
     Raises ManifestError if it cannot be read at all.
     """
-    try:
-        size = Path(path).stat().st_size
-        view = np.memmap(path, np.uint8, "r").data if size else memoryview(b"")
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error}") from error
+    view = shard_bytes(Path(path))
     found: list[Damage] = []
     runs = list(_runs(view, found))
     usual = {frozenset(run.span.members) for run in runs if not (run.before or run.behind)}
@@ -64,6 +59,9 @@ def salvage(path: Path | str) -> tuple[NDArray[np.void], list[Damage]]:
     rows: list[Row] = []
     for run in runs:
         span = run.span
+        seen(span.end)
+        if span.key in without:
+            continue
         if counts[span.key] > 1:
             reason = "its members are not adjacent, or its key is used twice"
         elif (run.before or run.behind) and not _is_whole(view, span, usual):

@@ -13,16 +13,15 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kinodit.data.index import INDEX_DTYPE, Row, build_index, index_row
+from kinodit.data.index import INDEX_DTYPE, Row, index_row
 from kinodit.data.manifest import Manifest, ShardEntry
 from kinodit.data.record import Record, RecordError, encode_record
 from kinodit.models.errors import UserError
@@ -65,7 +64,7 @@ class DatasetWriter:
         self.num_bytes = 0
 
     def __enter__(self) -> Self:
-        with _disk(self._partial):
+        with disk_errors(self._partial):
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
         return self
@@ -99,15 +98,15 @@ class DatasetWriter:
             self._close_shard()
         if self._shard is None:
             path = self._partial / f"{len(self._entries):06d}.tar"
-            with _disk(path):
+            with disk_errors(path):
                 self._shard = ShardFile(path)
-        with _disk(self._shard.path):
+        with disk_errors(self._shard.path):
             self._shard.append(record, data)
         self.num_bytes += len(data)
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            with _disk(self._shard.path):
+            with disk_errors(self._shard.path):
                 self._entries.append(self._shard.close())
             self._shard = None
 
@@ -115,7 +114,7 @@ class DatasetWriter:
         self._close_shard()
         if not self._entries:
             raise WriterError(f"nothing to write to {self._directory}: there are no samples")
-        with _disk(self._directory):
+        with disk_errors(self._directory):
             Manifest.of(self._name, self._entries).save(self._partial)
             self._partial.rename(self._directory)
 
@@ -191,46 +190,8 @@ def sample_bytes(sample: Mapping[str, str | bytes]) -> bytes:
     return stream.getvalue()
 
 
-def index_shards(
-    directory: Path | str,
-    name: str,
-    build: Callable[[Path], NDArray[np.void]] = build_index,
-) -> Manifest:
-    """Gives the shards (`*.tar`, in the order of their names) of a folder indexes and a manifest.
-
-    For shards made by other tools, and to repair a dataset of which a shard was replaced. Indexes
-    and manifest that are there are replaced, each file whole; shards are only read. `build` makes
-    the index of one shard.
-
-    Raises ManifestError for a shard that breaks the contract, WriterError if nothing can be done.
-    """
-    folder = Path(directory)
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
-        raise WriterError(f"{folder} has no shards (files NAME.tar) to index")
-    entries = []
-    for tar in shards:
-        index = build(tar).tobytes()
-        with _disk(folder), tar.open("rb") as file:
-            entry = ShardEntry(
-                file=tar.name,
-                num_samples=len(index) // INDEX_DTYPE.itemsize,
-                num_bytes=tar.stat().st_size,
-                sha256=hashlib.file_digest(file, "sha256").hexdigest(),
-                index_sha256=hashlib.sha256(index).hexdigest(),
-            )
-            temporary = folder / f"{entry.index_file}.tmp"
-            temporary.write_bytes(index)
-            temporary.replace(folder / entry.index_file)
-        entries.append(entry)
-    manifest = Manifest.of(name, entries)
-    with _disk(folder):
-        manifest.save(folder)
-    return manifest
-
-
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turns what a file system may refuse into a WriterError that names `path`."""
     try:
         yield

@@ -5,25 +5,54 @@ from __future__ import annotations
 import sys
 import time
 
+_BAR_CHARS = 24
+
 
 class ProgressLine:
-    """One line on stderr, rewritten at most ten times a second; nothing if that is no terminal."""
+    """One line on stderr, rewritten at most ten times a second; nothing if that is no terminal.
 
-    def __init__(self) -> None:
+    `unit` follows the counts ("MiB"), and a rate in it is shown.
+    """
+
+    def __init__(self, unit: str = "") -> None:
+        self._unit = unit
         self._start = self._last = time.monotonic()
+        self._first: int | None = None
         self._shown = False
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Shows how many of `total` are done and how long the rest will take."""
+        """Shows how many of `total` are done, how fast, and how long the rest will take."""
         now = time.monotonic()
+        if self._first is None:
+            # What an earlier run had done says nothing of this one's pace.
+            self._first = done if done < total and self._unit else 0
         if not sys.stderr.isatty() or (now - self._last < 0.1 and done < total):
             return
         self._last, self._shown = now, True
-        left_s = (now - self._start) / done * (total - done)
-        text = f"{done}/{total}  {note}  {left_s:.0f} s left"
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elapsed_s, fresh = now - self._start, done - self._first
+        parts = [f"{_bar(done, total)} {done}/{total}" + f" {self._unit}".rstrip()]
+        if self._unit and fresh:
+            parts.append(f"{fresh / elapsed_s:.0f} {self._unit}/s")
+        if note:
+            parts.append(note)
+        if fresh:
+            parts.append(f"{_duration(elapsed_s / fresh * (total - done))} left")
+        print(f"\r\x1b[K{'  '.join(parts)}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Clears the line."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _bar(done: int, total: int) -> str:
+    filled = _BAR_CHARS * done // total if total else _BAR_CHARS
+    return f"[{'#' * filled}{'.' * (_BAR_CHARS - filled)}]"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -7,8 +7,8 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from kinodit.launch.index_actions import add_index_actions
 from kinodit.launch.order_actions import PROBLEMS_FOUND, add_order_actions
 from kinodit.launch.progress_line import ProgressLine
 
@@ -20,15 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_pack(actions)
     _add_demo(actions)
-    action = actions.add_parser(
-        "index", help="give existing WebDataset shards (*.tar) an index and a manifest, in place"
-    )
-    action.add_argument("directory", type=Path, metavar="DIR")
-    action.add_argument("--name", default="", help="name of the dataset (default: the folder's)")
-    action.add_argument(
-        "--skip-bad", action="store_true", help="leave out what is damaged, and say what it was"
-    )
-    action.set_defaults(act=_index)
+    add_index_actions(actions)
     action = actions.add_parser("validate", help="check every byte of a dataset; 1 if it is bad")
     action.add_argument("directory", type=Path, metavar="DIR")
     action.add_argument("--decode", action="store_true", help="open every medium as well")
@@ -193,31 +185,6 @@ def _demo(args: argparse.Namespace) -> int:
     print(
         f"{args.destination}: {manifest.num_samples} samples in {len(manifest.shards)} shard(s) "
         "(credits: docs/media.md)"
-    )
-    return 0
-
-
-def _index(args: argparse.Namespace) -> int:
-    from kinodit.data.index import build_index
-    from kinodit.data.salvage import Damage, salvage
-    from kinodit.data.writer import index_shards
-
-    damages: list[tuple[str, Damage]] = []
-
-    def salvaged(path: Path) -> Any:
-        index, found = salvage(path)
-        damages.extend((path.name, damage) for damage in found)
-        return index
-
-    build = salvaged if args.skip_bad else build_index
-    manifest = index_shards(args.directory, args.name or args.directory.resolve().name, build)
-    for shard, damage in damages:
-        who = f"sample {damage.key!r}" if damage.key else "a sample"
-        print(f"left out: {shard}: {who} at byte {damage.offset}: {damage.reason}", file=sys.stderr)
-    left_out = f", {len(damages)} left out" if damages else ""
-    print(
-        f"{args.directory}: {manifest.num_samples} samples in {len(manifest.shards)} shard(s)"
-        f"{left_out}"
     )
     return 0
 

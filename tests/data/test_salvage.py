@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kinodit.data.index import ManifestError, build_index
+from kinodit.data.indexing import IndexOptions, index_shards
 from kinodit.data.manifest import Dataset
 from kinodit.data.reader import ShardReader
 from kinodit.data.salvage import salvage
 from kinodit.data.tar import members
-from kinodit.data.writer import index_shards
 from kinodit.launch.cli import main
 from tests.data.clips import small_records, write_dataset
 from tests.data.shards import picture, tar_bytes, write_tar
@@ -140,7 +140,7 @@ def test_the_command_says_what_it_left_out(
     assert "7 samples in 1 shard(s)" in captured.out
     dataset = Dataset(tmp_path)
     assert [ShardReader(dataset).read(i).key for i in range(7)] == [*KEYS[:1], *KEYS[2:]]
-    assert index_shards(tmp_path, "x", lambda p: salvage(p)[0]).num_samples == 7
+    assert index_shards(tmp_path, "x", IndexOptions(skip_bad=True)).manifest.num_samples == 7
 
 
 def test_a_sample_beside_damage_is_kept_though_no_other_has_its_members(tmp_path: Path) -> None:

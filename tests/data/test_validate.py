@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kinodit.data.indexing import index_shards
 from kinodit.data.manifest import Dataset, Manifest, ManifestError
 from kinodit.data.record import Record
 from kinodit.data.validate import ValidationReport, validate
-from kinodit.data.writer import DatasetWriter, index_shards
+from kinodit.data.writer import DatasetWriter
 from tests.data.clips import clip_bytes, video_record, write_dataset
 from tests.data.shards import image_record, picture, write_images, write_tar
 

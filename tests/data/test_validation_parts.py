@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kinodit.data.indexing import index_shards
 from kinodit.data.validate import validate
 from kinodit.data.validation_parts import ReportError, merge_reports, parse_part, save_report
-from kinodit.data.writer import index_shards
 from tests.data.shards import write_images
 
 

@@ -13,10 +13,11 @@ import pytest
 import webdataset
 
 from kinodit.data import writer as writer_module
+from kinodit.data.indexing import index_shards
 from kinodit.data.manifest import Dataset, ManifestError
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import Record, RecordError
-from kinodit.data.writer import DatasetWriter, WriterError, index_shards
+from kinodit.data.writer import DatasetWriter, WriterError
 from tests.data.shards import image_record, picture, write_images, write_tar
 
 
@@ -72,7 +73,7 @@ def test_a_shard_of_another_tool_is_indexed_and_read(tmp_path: Path) -> None:
             sink.write(
                 {"__key__": f"{number:08d}", "png": picture(number, side=20), "txt": "a square"}
             )
-    manifest = index_shards(tmp_path, "foreign")
+    manifest = index_shards(tmp_path, "foreign").manifest
     dataset = Dataset(tmp_path)
     assert (manifest.num_samples, dataset.name) == (5, "foreign")
     row = dataset.row(3)

@@ -52,7 +52,7 @@ def decode_audio(container: Any, start_s: Fraction, config: DecodeConfig) -> Ten
     layout = "mono" if config.audio_channels == 1 else "stereo"
     resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
     for source in chain(within_limit(container.decode(stream), config), [None]):
-        for frame in _resampled(resampler, source):
+        for frame in resampled(resampler, source):
             if frame.pts is None or frame.time_base is None:
                 raise DecodeError("its sound has no time stamps")
             start = sample_at(frame.pts * frame.time_base, rate) - first
@@ -62,7 +62,8 @@ def decode_audio(container: Any, start_s: Fraction, config: DecodeConfig) -> Ten
     return torch.from_numpy(out)
 
 
-def _resampled(resampler: Any, frame: Any) -> list[Any]:
+def resampled(resampler: Any, frame: Any) -> list[Any]:
+    """What `av.AudioResampler` makes of a frame, or of the end (None). Raises DecodeError."""
     import av
 
     try:

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     action.set_defaults(act=_validate)
     _add_encode(actions)
+    _add_curate(actions)
     action = actions.add_parser("stats", help="what is in a dataset, from its index alone")
     action.add_argument("directory", type=Path, metavar="DIR")
     action.add_argument("--json", action="store_true", help="print JSON")
@@ -123,6 +124,55 @@ def _add_demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     action.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     action.set_defaults(act=_demo)
+
+
+def _add_curate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    action = actions.add_parser(
+        "curate",
+        help="copy a small dataset with scores of its media, for recipes to filter on",
+        description="Measures motion, shot cuts, sharpness (clarity) and silence of every medium, "
+        "and how much of its picture is text.",
+    )
+    action.add_argument("source", type=Path, metavar="SRC")
+    action.add_argument("destination", type=Path, metavar="DST")
+    action.add_argument("--name", default="", help="name of the dataset (default: that of DST)")
+    action.add_argument(
+        "--text",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="measure how much is text: if the extra `ocr` is installed, always, never "
+        "(default: %(default)s)",
+    )
+    action.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    action.set_defaults(act=_curate)
+
+
+def _curate(args: argparse.Namespace) -> int:
+    from kinodit.data.curate import curate
+    from kinodit.data.ocr import is_there
+
+    with_text = args.text == "yes" or (args.text == "auto" and is_there())
+    line = ProgressLine("samples")
+    report = curate(
+        args.source,
+        args.destination,
+        with_text=with_text,
+        workers=args.workers,
+        name=args.name,
+        progress=lambda done, total: line.show(done, total, ""),
+    )
+    line.end()
+    for key, reason in report.left_out:
+        print(f"left out: {key}: {reason}", file=sys.stderr)
+    if args.text == "auto" and not with_text:
+        print(
+            "scores.ocr is not measured: its detector is not installed "
+            "(pip install 'kinodit[ocr]')",
+            file=sys.stderr,
+        )
+    left_out = f", {len(report.left_out)} left out" if report.left_out else ""
+    print(f"{args.destination}: {report.manifest.num_samples} samples with scores{left_out}")
+    return 0
 
 
 def _pack(args: argparse.Namespace) -> int:

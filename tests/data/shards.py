@@ -7,8 +7,11 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from kinodit.data.expression import parse
+from kinodit.data.filtering import by_expression
 from kinodit.data.manifest import Dataset
 from kinodit.data.record import Caption, Record, RecordMeta
 from kinodit.data.writer import DatasetWriter
@@ -42,6 +45,16 @@ def write_images(directory: Path, count: int = 12, shard_bytes: int = 12_000) ->
         for number in range(count):
             writer.write(image_record(number))
     return Dataset(directory)
+
+
+def passing(dataset: Dataset, text: str) -> list[int]:
+    """The samples that a filter lets pass."""
+    masks = [
+        by_expression(dataset, piece, parse(text), np.arange(len(piece)))
+        for piece in dataset.pieces()
+    ]
+    found: list[int] = np.flatnonzero(np.concatenate(masks)).tolist()
+    return found
 
 
 def tar_bytes(members: Sequence[tuple[str, bytes]] | Mapping[str, bytes], **kinds: bytes) -> bytes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from kinodit.launch import progress_line
 from kinodit.launch.progress_line import ProgressLine
 
 
@@ -19,7 +19,8 @@ class Terminal(io.StringIO):
 def shown(monkeypatch: pytest.MonkeyPatch, unit: str, steps: list[tuple[float, int]]) -> str:
     """The line after `steps` (seconds, done of 200)."""
     clock = iter([0.0, *(seconds for seconds, _ in steps)])
-    monkeypatch.setattr(progress_line.time, "monotonic", lambda: next(clock))
+    fake = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("kinodit.launch.progress_line.time", fake)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     line = ProgressLine(unit)

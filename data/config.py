@@ -48,6 +48,33 @@ class WhereConfig:
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    """Archives that cannot be read by offset: compressed ones, and those of servers without ranges.
+
+    They are read one after the other through webdataset, and the run is not exact: which samples
+    are used, and how often, depends on ranks, threads and restarts.
+
+    shards:         names of the archives below the dataset's path, {00..31} written out; .tar,
+                    .tar.gz, .tgz, .tar.bz2 or .tar.xz. Empty: the dataset is no stream
+    num_samples:    how many samples count as one time through it
+    modality:       of all its samples: what they cost is planned before any is read
+    has_audio:      whether its videos have sound
+    shuffle_buffer: samples among which the next one is drawn; they are held in memory
+    """
+
+    shards: tuple[str, ...] = ()
+    num_samples: int = 0
+    modality: Literal["video", "image", "audio"] = "video"
+    has_audio: bool = False
+    shuffle_buffer: int = 256
+
+    def __post_init__(self) -> None:
+        if self.shards:
+            _require_positive("datasets.*.stream.num_samples", self.num_samples)
+            _require_positive("datasets.*.stream.shuffle_buffer", self.shuffle_buffer)
+
+
+@dataclass(frozen=True)
 class DatasetConfig:
     """One dataset of the mixture.
 
@@ -61,6 +88,7 @@ class DatasetConfig:
     max_samples: take part at most so many, drawn once for all runs
     max_epochs:  it is an error if the run would go through it more often
     cache:  folder that `kinodit data encode` made of it: samples that are there are not decoded
+    stream: its archives, where they cannot be read by offset
     """
 
     path: str = ""
@@ -71,6 +99,7 @@ class DatasetConfig:
     max_samples: int | None = None
     max_epochs: float | None = None
     cache: str = ""
+    stream: StreamConfig = field(default_factory=StreamConfig)
 
     def __post_init__(self) -> None:
         for name in ("repeat", "max_samples", "max_epochs"):
@@ -84,6 +113,13 @@ class DatasetConfig:
             )
         if self.filter:
             parse(self.filter)
+        if self.stream.shards and (
+            self.where != WhereConfig() or self.filter or self.cache or self.max_samples
+        ):
+            raise ConfigError(
+                f"the dataset at {self.path} is streamed: where, filter, max_samples and cache "
+                "need an index (`kinodit data index`), so leave them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -305,6 +341,11 @@ class DataConfig(DecodeConfig):
         for name, dataset in self.datasets.items():
             if not dataset.path:
                 raise ConfigError(f"data.datasets.{name} has no path: give its folder of shards")
+            if dataset.stream.shards and self.sizes == "own":
+                raise ConfigError(
+                    f"data.datasets.{name} is streamed: with data.sizes=own the size of a sample "
+                    "must be known before it is read; use data.sizes=recipe, or index it"
+                )
 
 
 def _require_positive(name: str, value: float) -> None:

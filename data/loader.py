@@ -17,6 +17,7 @@ from kinodit.data.manifest import Dataset
 from kinodit.data.plan import assign, plan
 from kinodit.data.quarantine import Replacement
 from kinodit.data.samples import Loaded, LoadError, SampleSource, Settled
+from kinodit.data.shared_media import SharedMedia
 from kinodit.data.spec import PlanSpec
 
 __all__ = ["LoadError", "Loader", "StepData"]
@@ -54,6 +55,7 @@ class Loader:
         start_step: int = 0,
         end_step: int | None = None,
         settled: Settled | None = None,
+        shared: SharedMedia | None = None,
     ) -> None:
         """A loader of one rank.
 
@@ -67,13 +69,14 @@ class Loader:
             start_step: the first step to yield.
             end_step: the step before which to stop; None never stops.
             settled: replacements of the run so far, which steps that are loaded again repeat.
+            shared: where ranks of a node that share an index find what one of them has decoded.
         """
         self._spec = spec
         self._config = config
         self._dp = dp_index, dp_size
         self._next_step = start_step
         self._end_step = end_step
-        self._samples = SampleSource(spec, datasets, config, settled or {})
+        self._samples = SampleSource(spec, datasets, config, settled or {}, dp_index, shared)
         self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="decode")
         self._ahead: deque[_PendingStep] = deque()
 
@@ -92,6 +95,7 @@ class Loader:
         if not self._ahead:
             raise StopIteration
         pending = self._ahead.popleft()
+        self._samples.forget(pending.step)
         start = time.perf_counter()
         with ExitStack() as on_failure:
             on_failure.callback(self.close)

@@ -191,6 +191,11 @@ class Dataset:
         """The manifest's content hash."""
         return self.manifest.content_hash
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether which sample comes when is decided by the plan alone."""
+        return True
+
     def __len__(self) -> int:
         return self._ends[-1]
 

@@ -12,10 +12,9 @@ Format: Megatron-Energon 7.4, `flavors/webdataset/{structs,indexing,itar,prepare
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from kinodit.data.braces import BraceError, expanded
 from kinodit.data.index import ManifestError, spans
 from kinodit.data.indexing import IndexReport
 from kinodit.data.manifest import Dataset
@@ -31,8 +31,6 @@ from kinodit.data.tar import TarError
 from kinodit.data.writer import disk_errors
 
 FOLDER = ".nv-meta"
-MAX_NAMES = 1_000_000
-_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{},]*(?:,[^{},]*)+))\}")
 _TABLES = """
 CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL UNIQUE,
     sample_index INTEGER NOT NULL, byte_offset INTEGER, byte_size INTEGER);
@@ -92,8 +90,11 @@ def read_split(directory: Path, split: str) -> NvSplit:
         raise ManifestError(f"{folder} is not what `energon prepare` writes")
     if split not in parts or not _are_texts(parts[split]):
         raise ManifestError(f"{folder} has no split {split!r}; it has {', '.join(map(str, parts))}")
-    excluded = set(_expanded(excludes))
-    files = tuple(dict.fromkeys(name for name in _expanded(parts[split]) if name not in excluded))
+    try:
+        excluded, wanted = set(expanded(excludes)), list(expanded(parts[split]))
+    except BraceError as error:
+        raise ManifestError(f"{folder}: {error}") from error
+    files = tuple(dict.fromkeys(name for name in wanted if name not in excluded))
     for file in files:
         if Path(file).name != file or not file.endswith(".tar"):
             raise ManifestError(
@@ -209,33 +210,6 @@ def _document(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     raise ManifestError(
         f"{folder} has no {' or '.join(names)}: run `energon prepare`, or index without --split"
     )
-
-
-def _expanded(names: Iterable[str]) -> Iterator[str]:
-    """Names with {000..007} and {a,b} written out, as energon does, the leftmost first."""
-    count = 0
-    waiting = list(names)[::-1]
-    while waiting:
-        name = waiting.pop()
-        found = _BRACES.search(name)
-        if found is None:
-            count += 1
-            yield name
-            continue
-        first, last, several = found.groups()
-        values: Iterable[str] = (several or "").split(",")
-        if first is not None:
-            low, high = int(first), int(last)
-            width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
-            if abs(high - low) > MAX_NAMES:
-                count = MAX_NAMES + 1
-            else:
-                step = 1 if low <= high else -1
-                values = (f"{n:0{width}d}" for n in range(low, high + step, step))
-        if count + len(waiting) > MAX_NAMES:
-            raise ManifestError(f"{FOLDER} names more than {MAX_NAMES} shards and samples")
-        written = [name[: found.start()] + value + name[found.end() :] for value in values]
-        waiting += written[::-1]
 
 
 def _are_texts(value: object) -> bool:

@@ -101,23 +101,41 @@ class RemoteShards:
         return data
 
     def _tried(self, name: str, read: Callable[[], T]) -> T:
-        """What `read` returns, tried again with growing pauses while that may help."""
-        config, pause_s = self._config, self._config.wait_s
-        for attempt in range(1, config.attempts + 1):
-            try:
-                return read()
-            except TransientError as error:
-                if attempt == config.attempts:
-                    raise StorageError(
-                        f"{self.url}/{name}: {attempt} attempts failed; the last one: {error}. "
-                        "data.storage.attempts and attempt_limit_s say how long it is tried"
-                    ) from error
-                with self._lock:
-                    self.traffic.num_retries += 1
-                # Spread, so that the ranks of a large run do not come back together.
-                time.sleep(random.uniform(0.5, 1.0) * pause_s)
-                pause_s = min(2 * pause_s, config.max_wait_s)
-        raise AssertionError("attempts is at least 1")
+        return retried(f"{self.url}/{name}", read, self._config, self._count_retry)
+
+    def _count_retry(self) -> None:
+        with self._lock:
+            self.traffic.num_retries += 1
+
+
+def retried(
+    where: str,
+    read: Callable[[], T],
+    config: StorageConfig,
+    again: Callable[[], None] = lambda: None,
+) -> T:
+    """What `read` returns, tried again with growing pauses while that may help.
+
+    `again` is called before every further attempt.
+
+    Raises:
+        StorageError: it will not help, or `attempts` attempts did not.
+    """
+    pause_s = config.wait_s
+    for attempt in range(1, config.attempts + 1):
+        try:
+            return read()
+        except TransientError as error:
+            if attempt == config.attempts:
+                raise StorageError(
+                    f"{where}: {attempt} attempts failed; the last one: {error}. "
+                    "data.storage.attempts and attempt_limit_s say how long it is tried"
+                ) from error
+            again()
+            # Spread, so that the ranks of a large run do not come back together.
+            time.sleep(random.uniform(0.5, 1.0) * pause_s)
+            pause_s = min(2 * pause_s, config.max_wait_s)
+    raise AssertionError("attempts is at least 1")
 
 
 def _block_name(shard: ShardEntry, number: int, length: int) -> str:

@@ -21,7 +21,9 @@ from kinodit.data.quarantine import Fault, QuarantineError, Replacement, instead
 from kinodit.data.reader import SampleError, ShardError, ShardReader
 from kinodit.data.record import Record, RecordMeta
 from kinodit.data.shapes import Shape
+from kinodit.data.shared_media import DecodedRecord, SharedMedia
 from kinodit.data.spec import PlanSpec
+from kinodit.data.stream import StreamedDataset, StreamReader
 from kinodit.data.worker import DecodeWorker
 from kinodit.models.errors import UserError
 from kinodit.models.random import sample_generator, uniform
@@ -56,7 +58,11 @@ class SampleSource:
         datasets: Mapping[str, Dataset],
         config: DataConfig,
         settled: Settled,
+        dp_index: int = 0,
+        shared: SharedMedia | None = None,
     ) -> None:
+        """Arguments as of `kinodit.data.loader.Loader`."""
+        self._shared = shared
         self._spec = spec
         self._datasets = datasets
         self._config = config
@@ -65,8 +71,13 @@ class SampleSource:
             **{part.name: getattr(config, part.name) for part in fields(DecodeConfig)}
         )
         self._settled = settled
-        self._readers = {name: ShardReader(dataset) for name, dataset in datasets.items()}
-        self._cache = BoundedCache[str, _CachedSample](
+        self._readers: dict[str, ShardReader | StreamReader] = {
+            name: StreamReader(dataset, spec.seed, dp_index)
+            if isinstance(dataset, StreamedDataset)
+            else ShardReader(dataset)
+            for name, dataset in datasets.items()
+        }
+        self._cache = BoundedCache[str, DecodedRecord](
             config.cache_mib * MIB, lambda cached: cached.media.num_bytes
         )
         self._caches = {
@@ -115,8 +126,15 @@ class SampleSource:
         found = Replacement(step, ref.slot, ref.dataset, ref.index, now.index, tuple(faults))
         return Loaded(sample, found)
 
+    def forget(self, before_step: int) -> None:
+        """Lets go of what is shared for earlier steps."""
+        if self._shared is not None:
+            self._shared.forget(before_step)
+
     def close(self) -> None:
         """Closes files and ends worker processes; no thread may be loading any more."""
+        if self._shared is not None:
+            self._shared.close()
         for reader in self._readers.values():
             reader.close()
         for cache in self._caches.values():
@@ -169,9 +187,9 @@ class SampleSource:
             return DecodedSample(key, ref, caption, None, None, *place, meta, encoded)
         found = self._cache.get(ref.sample_id)
         if found is None or found.media.view != pick_view(found.meta, config, window_u, crop_u):
-            record = self._readers[ref.dataset].read(ref.index)
-            found = _CachedSample(record.meta, self._decode(record, config, window_u, crop_u))
-            self._cache.put(ref.sample_id, found)
+            found = self._decoded(step, ref, config, window_u, crop_u)
+            if self._datasets[ref.dataset].is_exact:
+                self._cache.put(ref.sample_id, found)
         return DecodedSample(
             key=key,
             ref=ref,
@@ -184,6 +202,19 @@ class SampleSource:
             meta=found.meta,
             planes=found.media.planes,
         )
+
+    def _decoded(
+        self, step: int, ref: SampleRef, config: DecodeConfig, window_u: float, crop_u: Crop
+    ) -> DecodedRecord:
+        def make() -> DecodedRecord:
+            record = self._readers[ref.dataset].read(ref.index)
+            return DecodedRecord(record.meta, self._decode(record, config, window_u, crop_u))
+
+        if self._shared is None:
+            return make()
+        content = self._datasets[ref.dataset].content_hash
+        key = content, ref.index, config, window_u, crop_u
+        return self._shared.sample(step, key, make)
 
     def _from_cache(
         self, ref: SampleRef, config: DecodeConfig, window_u: float, crop_u: Crop
@@ -219,11 +250,3 @@ def sized(config: DecodeConfig, shape: Shape) -> DecodeConfig:
     if not num_frames:
         return config
     return replace(config, num_frames=num_frames, height=height, width=width)
-
-
-@dataclass(frozen=True)
-class _CachedSample:
-    """The view of a sample that was decoded last."""
-
-    meta: RecordMeta
-    media: DecodedMedia

@@ -27,13 +27,14 @@ from kinodit.data.record import MODALITIES
 from kinodit.data.remote import open_dataset
 from kinodit.data.shapes import Shape
 from kinodit.data.spec import CostModel, DatasetSpec, PlanError, PlanSpec
+from kinodit.data.stream import StreamedDataset
 
 
 def open_datasets(config: DataConfig) -> dict[str, Dataset]:
     """The recipe's datasets, by name.
 
     Raises:
-        PlanError: the recipe names none.
+        PlanError: the recipe names none, or a stream of what is no archive.
         ManifestError: a folder is not a dataset, or its files are not what its manifest says.
         StorageError: a remote one cannot be read.
     """
@@ -43,7 +44,10 @@ def open_datasets(config: DataConfig) -> dict[str, Dataset]:
             "data.datasets.clips.path=PATH"
         )
     return {
-        name: open_dataset(entry.path, config.storage) for name, entry in config.datasets.items()
+        name: StreamedDataset(name, entry, config.storage)
+        if entry.stream.shards
+        else open_dataset(entry.path, config.storage)
+        for name, entry in config.datasets.items()
     }
 
 
@@ -111,6 +115,7 @@ def _dataset_spec(name: str, dataset: Dataset, config: DataConfig, cost: CostMod
         shapes=shapes,
         shape_of=shape_of,
         chunk=_chunk(dataset, len(chosen), entry.path, config),
+        is_exact=dataset.is_exact,
         block_chunks=config.block_shards if _chunk(dataset, 1, entry.path, config) else 0,
     )
 

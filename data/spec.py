@@ -66,6 +66,7 @@ class DatasetSpec:
     shape_of:     [n] integers, the row of `shapes` of each eligible sample
     chunk:        samples that stay close to each other in an epoch, about a shard; 0: none do
     block_chunks: chunks that are mixed with each other
+    is_exact:     false of a stream: its samples are only counted, any may take any place
     """
 
     name: str
@@ -79,6 +80,7 @@ class DatasetSpec:
     shape_of: NDArray[np.integer] | None = None
     chunk: int = 0
     block_chunks: int = 0
+    is_exact: bool = True
 
     def __post_init__(self) -> None:
         if self.num_eligible == 0:
@@ -299,7 +301,7 @@ _PIECE = 1 << 20
 
 _LATER = (
     "packing", "cost_budget", "window_steps", "grid", "parity_tokens", "shapes", "shape_of",
-    "chunk", "block_chunks",
+    "chunk", "block_chunks", "is_exact",
 )  # fmt: skip
 """Fields that came later: left out of descriptions at their defaults, so that fingerprints of
 specs that do not use them are what they were."""

@@ -10,9 +10,10 @@ import http.client
 import ssl
 import threading
 import urllib.parse
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from kinodit.models.errors import MissingExtraError, UserError
@@ -21,7 +22,10 @@ HTTP_SCHEMES = ("http", "https")
 FSSPEC_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "hdfs", "webhdfs", "hf")
 """Stores that fsspec has a driver for. Its local, shell and chained ones are left out."""
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS = 4
+PIECE_BYTES = 1 << 20
+_AS_IT_IS = {"Accept-Encoding": "identity"}
 MAX_WHOLE_BYTES = 1 << 32
 
 
@@ -46,6 +50,9 @@ class Storage(Protocol):
 
     def read_whole(self, name: str, limit_s: float) -> bytes:
         """All bytes of a small file. Raises as `read`."""
+
+    def pieces(self, name: str, limit_s: float) -> Iterator[bytes]:
+        """A file from its beginning to its end; each piece within `limit_s`. Raises as `read`."""
 
     def close(self) -> None:
         """Ends connections."""
@@ -94,7 +101,10 @@ class HttpStorage:
         status, headers, body = self._get(name, {"Range": wanted}, limit_s, size)
         where = f"{self._url}/{name}"
         if status == 200:
-            raise StorageError(f"{where}: the server does not answer range requests")
+            raise StorageError(
+                f"{where}: the server does not answer range requests. Copy the shards to one that "
+                "does, or stream them, which is not exact (data.datasets.NAME.stream.shards)"
+            )
         if status == 416:
             raise StorageError(
                 f"{where} has no bytes at {offset}: it is shorter than its index says"
@@ -113,6 +123,35 @@ class HttpStorage:
             raise TransientError(f"{self._url}/{name}: status {status}, {len(body)} of {expected}")
         return body
 
+    def pieces(self, name: str, limit_s: float) -> Iterator[bytes]:
+        """See `Storage.pieces`. Over a connection of its own: it may be given up half way."""
+        url = f"{self._url}/{urllib.parse.quote(name)}"
+        for _ in range(MAX_REDIRECTS):
+            parts = urllib.parse.urlsplit(url)
+            connection = _connect(parts.scheme, parts.netloc, limit_s)
+            try:
+                with _deadline(connection, url, limit_s):
+                    connection.request("GET", _path_of(parts), headers=_AS_IT_IS)
+                    answer = connection.getresponse()
+                if answer.status in REDIRECTS:
+                    url = self._redirected(name, url, answer.headers)
+                    continue
+                _require_found(url, answer.status, (200,))
+                expected, found = answer.headers.get("Content-Length"), 0
+                while True:
+                    with _deadline(connection, url, limit_s):
+                        piece = answer.read(PIECE_BYTES)
+                    if not piece:
+                        break
+                    found += len(piece)
+                    yield piece
+                if expected is not None and found != int(expected):
+                    raise TransientError(f"{url} was cut off after {found} of {expected} bytes")
+                return
+            finally:
+                connection.close()
+        raise StorageError(f"{url}: it was led elsewhere {MAX_REDIRECTS} times")
+
     def close(self) -> None:
         """Ends connections."""
         with self._lock:
@@ -126,29 +165,29 @@ class HttpStorage:
         url = f"{self._url}/{urllib.parse.quote(name)}"
         for _ in range(MAX_REDIRECTS):
             status, answer, body = self._ask(url, headers, limit_s, size)
-            if status not in (301, 302, 303, 307, 308):
+            if status not in REDIRECTS:
                 break
-            url = urllib.parse.urljoin(url, answer.get("Location", ""))
-            if url.split(":", 1)[0] not in HTTP_SCHEMES:
-                raise StorageError(f"{self._url}/{name} leads to {url[:200]!r}")
-        if status in RETRIED_STATUS:
-            raise TransientError(f"{url}: the server answered {status}")
-        if status not in (200, 206, 416):
-            raise StorageError(f"{url} cannot be read: the server answered {status}")
+            url = self._redirected(name, url, answer)
+        _require_found(url, status, (200, 206, 416))
         return status, answer, body
+
+    def _redirected(self, name: str, url: str, answer: http.client.HTTPMessage) -> str:
+        url = urllib.parse.urljoin(url, answer.get("Location", ""))
+        if url.split(":", 1)[0] not in HTTP_SCHEMES:
+            raise StorageError(f"{self._url}/{name} leads to {url[:200]!r}")
+        return url
 
     def _ask(
         self, url: str, headers: dict[str, str], limit_s: float, size: int
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
         """One request within `limit_s`, though a server may send a byte now and then."""
         parts = urllib.parse.urlsplit(url)
-        path = f"{parts.path}?{parts.query}" if parts.query else parts.path
         connection, is_kept = self._connection(parts.scheme, parts.netloc, limit_s)
         timer = threading.Timer(limit_s, _cut, [connection])
         timer.start()
         is_whole = False
         try:
-            connection.request("GET", path, headers={"Accept-Encoding": "identity", **headers})
+            connection.request("GET", _path_of(parts), headers={**_AS_IT_IS, **headers})
             answer = connection.getresponse()
             # Never more than was asked for, whatever a server sends.
             body = answer.read(size)
@@ -174,15 +213,43 @@ class HttpStorage:
         kept = self._own.__dict__.setdefault("kept", {})
         connection = kept.get((scheme, host))
         if connection is None:
-            if scheme == "https":
-                context = ssl.create_default_context()
-                connection = http.client.HTTPSConnection(host, timeout=limit_s, context=context)
-            else:
-                connection = http.client.HTTPConnection(host, timeout=limit_s)
+            connection = _connect(scheme, host, limit_s)
             kept[scheme, host] = connection
             with self._lock:
                 self._open.append(connection)
         return connection, connection.sock is not None
+
+
+def _connect(scheme: str, host: str, limit_s: float) -> http.client.HTTPConnection:
+    if scheme == "https":
+        context = ssl.create_default_context()
+        return http.client.HTTPSConnection(host, timeout=limit_s, context=context)
+    return http.client.HTTPConnection(host, timeout=limit_s)
+
+
+def _path_of(parts: urllib.parse.SplitResult) -> str:
+    return f"{parts.path}?{parts.query}" if parts.query else parts.path
+
+
+def _require_found(url: str, status: int, allowed: tuple[int, ...]) -> None:
+    if status in RETRIED_STATUS:
+        raise TransientError(f"{url}: the server answered {status}")
+    if status not in allowed:
+        raise StorageError(f"{url} cannot be read: the server answered {status}")
+
+
+@contextmanager
+def _deadline(connection: http.client.HTTPConnection, url: str, limit_s: float) -> Iterator[None]:
+    """Cuts the connection after `limit_s`, though a server may send a byte now and then."""
+    timer = threading.Timer(limit_s, _cut, [connection])
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        late = "" if timer.is_alive() else f" (nothing more in {limit_s:g} s)"
+        raise TransientError(f"{url}: {str(error) or type(error).__name__}{late}") from error
+    finally:
+        timer.cancel()
 
 
 def _cut(connection: http.client.HTTPConnection) -> None:
@@ -219,6 +286,21 @@ class FsspecStorage:
     def read_whole(self, name: str, limit_s: float) -> bytes:
         """See `Storage.read_whole`."""
         return self._ask(name, limit_s)
+
+    def pieces(self, name: str, limit_s: float) -> Iterator[bytes]:
+        """See `Storage.pieces`."""
+        where = f"{self._url}/{name}"
+        try:
+            path = f"{self._root.rstrip('/')}/{name}"
+            with self._pool.submit(self._files.open, path, "rb").result(limit_s) as file:
+                while piece := self._pool.submit(file.read, PIECE_BYTES).result(limit_s):
+                    yield piece
+        except FutureTimeout as error:
+            raise TransientError(f"{where}: no answer in {limit_s:g} s") from error
+        except (FileNotFoundError, PermissionError) as error:
+            raise StorageError(f"{where} cannot be read: {error}") from error
+        except OSError as error:
+            raise TransientError(f"{where}: {error}") from error
 
     def close(self) -> None:
         """Ends connections."""

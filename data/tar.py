@@ -8,7 +8,7 @@ Header layout: POSIX.1-2017, `pax`, "ustar Interchange Format".
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kinodit.data.record import MAX_MEMBER_BYTES
@@ -63,7 +63,7 @@ def _read_member(view: memoryview, start: int) -> TarMember:
     offset = start
     pax: dict[str, str] = {}
     while True:
-        header = _header(view, offset)
+        header = _header(bytes(view[offset : offset + BLOCK]), offset)
         size = int(pax.get("size", "0")) or _octal(header[124:136], "size", offset)
         if size > MAX_MEMBER_BYTES:
             raise TarError(
@@ -90,8 +90,45 @@ def _read_member(view: memoryview, start: int) -> TarMember:
         return TarMember(name, start, data, size, end)
 
 
-def _header(view: memoryview, offset: int) -> bytes:
-    header = bytes(view[offset : offset + BLOCK])
+def next_member(read: Callable[[int], bytes], offset: int) -> bytes:
+    """The headers, bytes and padding of the member that a stream goes on with; b"" at its end.
+
+    `read` gives so many bytes, fewer where the stream ends; `offset` is where it is, for messages.
+
+    Raises TarError as `members` does; nothing is set aside for a size above `MAX_MEMBER_BYTES`.
+    """
+    parts: list[bytes] = []
+    while True:
+        block = read(BLOCK)
+        if block == _ZERO_BLOCK and not parts:
+            if read(BLOCK) != _ZERO_BLOCK:
+                raise TarError(f"its end-of-archive marker at byte {offset} is damaged")
+            return b""
+        if not block and not parts:
+            raise TarError(
+                f"it ends at byte {offset} without an end-of-archive marker: it was cut off there"
+            )
+        header = _header(block, offset + sum(map(len, parts)))
+        size = _octal(header[124:136], "size", offset)
+        if size > MAX_MEMBER_BYTES:
+            raise TarError(
+                f"the header at byte {offset} claims {size} bytes; {MAX_MEMBER_BYTES} are allowed"
+            )
+        is_pax = header[156:157] == b"x"
+        if is_pax and (size > _MAX_PAX_BYTES or parts):
+            raise TarError(f"the PAX header at byte {offset} has {size} bytes, or is a second one")
+        padded = -(-size // BLOCK) * BLOCK
+        payload = read(padded)
+        if len(payload) < padded:
+            raise TarError(
+                f"the member at byte {offset} is cut off: {len(payload)} of {size} bytes"
+            )
+        parts += [block, payload]
+        if not is_pax:
+            return b"".join(parts)
+
+
+def _header(header: bytes, offset: int) -> bytes:
     if len(header) < BLOCK:
         raise TarError(f"it is cut off within the header at byte {offset}")
     claimed = _octal(header[148:156], "checksum", offset)

@@ -56,6 +56,7 @@ def _plan(args: argparse.Namespace) -> int:
     from kinodit.launch.order_table import table
     from kinodit.models.errors import ConfigError
     from kinodit.trainer.config import load_config
+    from kinodit.trainer.streams import not_exact, streamed
 
     config = load_config(args.config, args.overrides)
     ranks = config.data.packs_per_step if args.ranks is None else args.ranks
@@ -71,12 +72,15 @@ def _plan(args: argparse.Namespace) -> int:
         print(json.dumps({**document, "notes": order.notes}, indent=2))
     else:
         print(table(report, order.notes, config.run.steps))
+        if said := not_exact(streamed(config)):
+            print(said)
     return 0
 
 
 def _verify_ledger(args: argparse.Namespace) -> int:
     from kinodit.launch.data_order import data_order
     from kinodit.trainer.config import CONFIG_FILE, load_config
+    from kinodit.trainer.streams import not_exact
     from kinodit.trainer.verify_consumed import verify
 
     line = ProgressLine()
@@ -100,4 +104,6 @@ def _verify_ledger(args: argparse.Namespace) -> int:
             print(f"  {count} {text}")
     for fault in verdict.faults:
         print(f"  {fault}")
+    if verdict.streams:
+        print(not_exact(list(verdict.streams)))
     return 0 if verdict.is_exact else PROBLEMS_FOUND

@@ -52,6 +52,8 @@ def encode_dataset(
         raise ConfigError(
             f"--dataset {name!r}: the recipe has {', '.join(raw) or 'none'}; name one of them"
         )
+    if config.data.datasets[name].stream.shards:
+        raise ConfigError(f"dataset {name!r} is streamed: only one that has an index is encoded")
     datasets = open_datasets(config.data)
     with tempfile.TemporaryDirectory() as folder:
         encoders = fitted_encoders(config, Path(folder), datasets, Mesh(device))

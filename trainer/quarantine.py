@@ -12,6 +12,7 @@ from kinodit.data.config import DataConfig
 from kinodit.data.loader import Loader, StepData
 from kinodit.data.manifest import Dataset
 from kinodit.data.quarantine import LEDGER_FILE, QuarantineError, Quotas, Replacement
+from kinodit.data.shared_media import SharedMedia, shared_folder
 from kinodit.data.spec import PlanSpec
 from kinodit.trainer.jsonl import cut_torn_line, read_rows
 from kinodit.trainer.parallel.mesh import Mesh
@@ -70,7 +71,10 @@ class Quarantine:
         self._written = set(settled)
         self._tell = tell
         place = mesh.dp_index, mesh.dp_size
-        self._loader = Loader(spec, datasets, config, *place, start_step, settled=settled)
+        self._loader = Loader(
+            spec, datasets, config, *place, start_step, settled=settled,
+            shared=_shared(run_dir, mesh, spec),
+        )  # fmt: skip
 
     def __iter__(self) -> Self:
         return self
@@ -138,3 +142,14 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
             f"{path} cannot be written ({error.strerror}): what replaces a bad sample must be on "
             "disk before it is trained on"
         ) from error
+
+
+def _shared(run_dir: Path, mesh: Mesh, spec: PlanSpec) -> SharedMedia | None:
+    """Where the ranks of a pack that are on one node share what they decode. Collective."""
+    if mesh.world_size == mesh.dp_size:
+        return None
+    folder = shared_folder(str(run_dir.absolute()), spec.fingerprint, mesh.dp_index)
+    shared = SharedMedia(folder)
+    shared.clear()
+    mesh.barrier()
+    return shared

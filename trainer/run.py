@@ -64,6 +64,7 @@ from kinodit.trainer.setup import (
 from kinodit.trainer.sinks import Sinks, require_extras
 from kinodit.trainer.state import TrainState
 from kinodit.trainer.step import Step
+from kinodit.trainer.streams import check_streams, not_exact, streamed
 from kinodit.trainer.topology import Topology
 from kinodit.trainer.validation import build_evaluator
 
@@ -120,6 +121,7 @@ def _train(
     pulse.watch(topology.rank, topology.world_size, reports, *limits)
     signals.limit(topology.job.ends_at_s, config.resilience.save_margin_s)
     warning = mesh.from_main(lambda: certificate_warning(config, topology.world_size))
+    check_streams(config)
     datasets = open_datasets(config.data)
     encoders = fitted_encoders(config, run_dir, datasets, mesh)
     check_encoders(config.data, encoders.fingerprints)
@@ -133,7 +135,8 @@ def _train(
     )
     placement = placement_warning(config.parallel, topology.ranks_per_node)
     armed_faults = armed and f"faults are armed: {armed}"
-    warnings = tuple(filter(None, (*leftovers, warning, placement, armed_faults)))
+    streams = not_exact(streamed(config))
+    warnings = tuple(filter(None, (*leftovers, warning, placement, streams, armed_faults)))
     setting = Setting(config, topology, mesh, datasets, spec, encoder, signals, marker, stream)
     began_s = process_start_s()
     while True:

@@ -26,6 +26,7 @@ class Verdict:
     substituted: places at which another sample stood in for a damaged one
     passed_over: steps of the plan that the run went past after going back to a checkpoint
     faults:      the first of each kind, in words
+    streams:     datasets of which nothing is proven: their places were only counted
     """
 
     num_lives: int
@@ -38,11 +39,13 @@ class Verdict:
     passed_over: int
     redone: int
     faults: tuple[str, ...]
+    streams: tuple[str, ...] = ()
 
     @property
     def is_exact(self) -> bool:
-        """Nothing lost, nothing twice, nothing else."""
-        return not (self.lost or self.duplicated or self.unplanned or self.faults)
+        """Nothing lost, nothing twice, nothing else; and no samples that nobody can name."""
+        found = self.lost or self.duplicated or self.unplanned or self.faults
+        return not (found or self.streams)
 
 
 def verify(
@@ -92,6 +95,7 @@ def verify(
         passed_over=_passed_over(steps),
         redone=steps.redone,
         faults=tuple(faults),
+        streams=tuple(part.name for part in spec.datasets if not part.is_exact),
     )
 
 

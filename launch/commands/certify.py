@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from kinodit.trainer.certify.run import certify
     from kinodit.trainer.certify.twin import twin
     from kinodit.trainer.config import load_config
+    from kinodit.trainer.streams import not_exact, streamed
 
     config = load_config(args.config, args.overrides)
     small = twin(config)
@@ -102,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     path = args.certificate or config.run.folder / FILE
     Certificate.of(small, rows).save(path)
     print(f"certificate: {path}")
+    if said := not_exact(streamed(config)):
+        print(f"{said}. The certificate is of the model, not of the order of this data")
     return 0 if num_ok == len(rows) else FAILED
 
 

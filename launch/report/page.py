@@ -30,6 +30,7 @@ from kinodit.launch.report.read import (
 )
 from kinodit.launch.report.series import mean, train_columns, validation_columns
 from kinodit.trainer.progress import duration
+from kinodit.trainer.streams import NOT_EXACT, streamed_in
 
 MEDIA_TYPES = {
     ".mp4": "video/mp4",
@@ -141,6 +142,8 @@ def _facts(run: Run, now: float) -> list[tuple[str, str]]:
         facts.append(("started", _clock(started)))
     if run.last_sign_s:
         facts.append(("last sign", _clock(run.last_sign_s)))
+    if streams := streamed_in(run.config):
+        facts.append(("data order", f"{NOT_EXACT}: {', '.join(streams)}"))
     if resumes:
         facts.append(("resumed", "once" if resumes == 1 else f"{resumes} times"))
     if "device" in environment:

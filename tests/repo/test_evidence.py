@@ -16,6 +16,7 @@ CLAIMED = {
     "consumed_count",
     "direction",
     "floor",
+    "fuzz",
     "kill_points",
     "mutants",
     "replay",

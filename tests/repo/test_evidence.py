@@ -15,6 +15,7 @@ CLAIMED = {
     "consumed_budget",
     "consumed_count",
     "direction",
+    "experts",
     "floor",
     "fuzz",
     "kill_points",

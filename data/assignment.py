@@ -27,7 +27,7 @@ CONDITION, CONTEXT, NOISED = 0, 1, 2
 class Shape(NamedTuple):
     """Where the tokens of a stream are.
 
-    frame:    [N] int64, the frame of each token
+    frame:    [N] int64, the frame of each token; below 0 of reference pictures
     position: [N, 3] float32, seconds, row, column
     is_text:  whether they are features of a caption
     """
@@ -141,11 +141,15 @@ def _tokens(task: DrawnTask, name: str, shape: Shape, index: int, key: SampleKey
     if stream.use != "target":
         return _Tokens(everything, kinds, block, torch.zeros_like(everything))
     kinds.fill_(NOISED)
+    own = shape.frame >= 0
+    if stream.references == "clean":
+        kinds[~own] = CONDITION
     if config.block_s:
         block = torch.floor(shape.position[:, 0] / config.block_s + BLOCK_SLACK).to(torch.int64)
     elif clean_is_left:
         source = sample_generator(task.seed, key, f"task/given/{name}")
-        kinds[given_tokens(stream, shape.frame, shape.position, source)] = CONDITION
+        given = given_tokens(stream, shape.frame[own], shape.position[own], source)
+        kinds[everything[own][given]] = CONDITION
     lot = {"sample": block, "stream": block, "frame": shape.frame}[config.levels]
     lot = lot if config.levels == "sample" else lot + (index << 32)
     if config.block_s and count:
@@ -154,6 +158,8 @@ def _tokens(task: DrawnTask, name: str, shape: Shape, index: int, key: SampleKey
         everything = torch.cat([context, everything])
         kinds = torch.cat([torch.full((len(context),), CONTEXT), kinds])
         block, lot = block[everything], lot[everything]
+    if stream.references == "clean" and not clean_is_left:
+        return _Tokens(everything[own], kinds[own], block[own], lot[own])
     return _Tokens(everything, kinds, block, lot)
 
 

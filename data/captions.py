@@ -9,6 +9,16 @@ from kinodit.models.random import sample_generator, uniform
 from kinodit.models.tokens import SampleKey
 
 
+def with_references(references: Sequence[str], caption: str) -> str:
+    """A caption after those of its reference pictures, each by its number: one merged prompt.
+
+    As in-context LoRA has it (Huang et al., arXiv 2410.23775, section 3.2). Pictures without a
+    caption are left out, and of a sample without any the caption is what it was.
+    """
+    parts = [f"[{number}] {text}" for number, text in enumerate(references, 1) if text]
+    return " ".join([*parts, caption]).strip() if parts else caption
+
+
 def choose_caption(captions: Sequence[Caption], seed: int, key: SampleKey) -> str:
     """The text of one caption, drawn by weight and by the sample's key; "" if there are none.
 

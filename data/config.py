@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from kinodit.data.expression import parse
+from kinodit.data.meta import MAX_REFERENCES
 from kinodit.models.errors import ConfigError
 
 
@@ -138,6 +139,9 @@ class DecodeConfig:
     use_audio:        decode the sound of videos and audio-only samples; off, it is never opened
     audio_rate:       Hz
     audio_channels:   1 or 2
+    max_references:   reference pictures that a sample may bring along, decoded to its own height
+                      and width; 0: they are not decoded. A sample with more is refused. Every
+                      sample is planned as if it had so many
     max_pixels:       largest source picture, height x width; larger ones are refused unread
     max_duration_s:   longest source, seconds; likewise
     max_frames:       most frames of a source; likewise
@@ -155,6 +159,7 @@ class DecodeConfig:
     use_audio: bool = False
     audio_rate: int = 16_000
     audio_channels: int = 1
+    max_references: int = 0
     max_pixels: int = 8192 * 8192
     max_duration_s: float = 3600.0
     max_frames: int = 1_000_000
@@ -173,6 +178,11 @@ class DecodeConfig:
             )
         if not 1000 <= self.audio_rate <= 192_000:
             raise ConfigError(f"data.audio_rate is {self.audio_rate} Hz; it must be 1000 to 192000")
+        if not 0 <= self.max_references <= (MAX_REFERENCES if self.use_video else 0):
+            raise ConfigError(
+                f"data.max_references is {self.max_references}; it must be 0 to {MAX_REFERENCES}, "
+                "and 0 with data.use_video=false"
+            )
         if self.audio_channels not in (1, 2):
             raise ConfigError(f"data.audio_channels is {self.audio_channels}; it must be 1 or 2")
 

@@ -53,8 +53,10 @@ class DecodeError(UserError):
 
 
 @contextmanager
-def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
-    """The record's medium as an open `av.container.InputContainer`.
+def open_medium(
+    record: Record, config: DecodeConfig, medium: tuple[str, bytes] | None = None
+) -> Iterator[Any]:
+    """The record's medium, or another one of its members, as an open `av` container.
 
     Whatever goes wrong within the block is raised as DecodeError with the sample's name.
 
@@ -67,7 +69,7 @@ def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
         import av
     except ImportError as error:
         raise MissingExtraError("PyAV", "media", "decoding clips") from error
-    medium = record.medium
+    medium = medium or record.medium
     if medium is None:
         raise DecodeError(f"sample {record.key!r} has no medium: it holds tensors only", record.key)
     name, payload = medium
@@ -75,7 +77,8 @@ def open_medium(record: Record, config: DecodeConfig) -> Iterator[Any]:
     # FFmpeg decodes a frame to learn a picture's format, so its limit holds from the first byte.
     limits = {"max_pixels": str(config.max_pixels)}
     try:
-        with opened(payload, demuxer(name, payload), stream_options=[limits] * 8) as container:
+        kind = demuxer(name.rpartition(".")[2], payload)
+        with opened(payload, kind, stream_options=[limits] * 8) as container:
             _check_limits(container, config)
             yield container
     except DecodeError as error:

@@ -6,11 +6,12 @@ Shape legend: T frames, H rows, W columns; pixels are uint8 RGB.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from kinodit.data.colour import Planes
@@ -58,6 +59,7 @@ class DecodedMedia:
     start_s: where in the source the window begins, seconds
     view:    the same, exactly, and the crop
     planes:  the video, where the recipe leaves it as it is coded; `video` is None then
+    references: [R, H, W, 3] uint8, the reference pictures; None if there are none
     """
 
     video: Tensor | None
@@ -66,11 +68,12 @@ class DecodedMedia:
     start_s: float
     view: View
     planes: Planes | None = None
+    references: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory of pixels and sound."""
-        whole = (x for x in (self.video, self.audio) if x is not None)
+        whole = (x for x in (self.video, self.audio, self.references) if x is not None)
         planes = self.planes.num_bytes if self.planes is not None else 0
         return planes + sum(x.numel() * x.element_size() for x in whole)
 
@@ -84,7 +87,7 @@ class DecodedSample:
     caption: the one that was drawn for this step
     meta:    of its record
     view:    the part of the source that was decoded; with `ref.sample_id` it names the pixels
-    video, audio, planes, fps, start_s: as in `DecodedMedia`; media are None where
+    video, audio, planes, fps, start_s, references: as in `DecodedMedia`; media are None where
     encoded: has what they were encoded to before
     """
 
@@ -99,6 +102,7 @@ class DecodedSample:
     meta: RecordMeta
     encoded: Encoded | None = None
     planes: Planes | None = None
+    references: Tensor | None = None
 
 
 def decode(
@@ -121,11 +125,29 @@ def decode(
             uses; the message has the sample's key, the member and the reason.
     """
     crop = CENTRE if config.crop == "centre" else crop_u
+    if config.max_references:
+        references = _decode_references(record, config)
+        media = decode(record, replace(config, max_references=0), window_u, crop_u)
+        return replace(media, references=references)
     if record.meta.modality == "image" and config.use_video:
-        return _decode_image(record, config, crop)
+        video = _decode_picture(record, config, crop)
+        return DecodedMedia(video, None, config.fps, 0.0, View(0, crop))
     if record.meta.modality == "audio" or not config.use_video:
         return _decode_sound(record, config, window_u)
     return _decode_video(record, config, window_u, crop)
+
+
+def _decode_references(record: Record, config: DecodeConfig) -> Tensor | None:
+    pictures = record.references
+    if len(pictures) > config.max_references:
+        raise DecodeError(
+            f"sample {record.key!r} has {len(pictures)} reference pictures; data.max_references "
+            f"allows {config.max_references}",
+            record.key,
+        )
+    if not pictures:
+        return None
+    return torch.cat([_decode_picture(record, config, CENTRE, one) for one in pictures])
 
 
 def pick_view(meta: RecordMeta, config: DecodeConfig, window_u: float, crop_u: Crop) -> View | None:
@@ -142,15 +164,19 @@ def pick_view(meta: RecordMeta, config: DecodeConfig, window_u: float, crop_u: C
     return View(wanted[0], crop) if wanted else None
 
 
-def _decode_image(record: Record, config: DecodeConfig, crop: Crop) -> DecodedMedia:
-    with open_medium(record, config) as container:
+def _decode_picture(
+    record: Record, config: DecodeConfig, crop: Crop, medium: tuple[str, bytes] | None = None
+) -> Tensor:
+    """The record's picture, or another one of its members, [1, H, W, 3]."""
+    with open_medium(record, config, medium) as container:
         stream = _video_stream(container)
         frame = next(iter(container.decode(stream)), None)
         if frame is None:
             raise DecodeError("there is no picture in it")
         canvas = Canvas(1, config, crop)
         canvas.put(0, frame, stream.sample_aspect_ratio)
-    return DecodedMedia(canvas.pixels, None, config.fps, 0.0, View(0, crop))
+    assert canvas.pixels is not None
+    return canvas.pixels
 
 
 def _decode_sound(record: Record, config: DecodeConfig, window_u: float) -> DecodedMedia:

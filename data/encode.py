@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from kinodit.data.cache import BoundedCache
 from kinodit.data.colour import Planes
 from kinodit.data.decode import DecodedSample, View
-from kinodit.data.latents import Encoded
+from kinodit.data.latents import REFERENCE, Encoded
 from kinodit.data.packing import EncodedSample
+from kinodit.data.tasks import pooled_name
 from kinodit.models.encoders.base import (
     AudioCodec,
     Posterior,
@@ -25,9 +26,9 @@ from kinodit.models.encoders.base import (
 from kinodit.models.errors import ConfigError
 from kinodit.models.random import sample_generator, uniform
 
-__all__ = ["EncodedSample", "Encoders", "SampleEncoder"]
+__all__ = ["EncodedSample", "Encoders", "SampleEncoder", "pooled_name"]
 
-TEXT, VIDEO, AUDIO, POOLED = "text", "video", "audio", "text_pooled"
+TEXT, VIDEO, IMAGE, AUDIO, POOLED = "text", "video", "image", "audio", "text_pooled"
 MIB = 1 << 20
 
 
@@ -36,7 +37,10 @@ class Encoders:
     """The frozen encoders of a run.
 
     text:        captions to features
+    more:        stream -> another encoder of the same captions
     video:       pixels to latents; None: pictures are not decoded
+    has_image:   still images are a stream of their own beside clips; else they are clips of one
+                 frame
     audio:       sound to latents; None: sound is not decoded
     audio_patch: latent frames of a token: sound is padded with silence to whole tokens
     """
@@ -45,27 +49,44 @@ class Encoders:
     video: VideoCodec | None = None
     audio: AudioCodec | None = None
     audio_patch: int = 1
+    has_image: bool = False
+    more: Mapping[str, TextEncoder] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> dict[str, TextEncoder]:
+        """Stream -> encoder of captions."""
+        return {TEXT: self.text, **self.more}
 
     def seconds(self, fps: float) -> dict[str, float]:
         """Stream -> seconds from one latent frame to the next, of clips of `fps`."""
         seconds = {}
         if self.video is not None:
             seconds[VIDEO] = self.video.stride[0] / fps
+            if self.has_image:
+                seconds[IMAGE] = seconds[VIDEO]
         if self.audio is not None:
             seconds[AUDIO] = self.audio.hop / self.audio.format.rate_hz
         return seconds
 
     @property
+    def pictured(self) -> tuple[str, ...]:
+        """The streams of pictures."""
+        if self.video is None:
+            return ()
+        return (VIDEO, IMAGE) if self.has_image else (VIDEO,)
+
+    @property
     def all(self) -> tuple[TextEncoder | VideoCodec | AudioCodec, ...]:
         """Those that there are."""
-        return tuple(e for e in (self.text, self.video, self.audio) if e is not None)
+        every = (self.text, self.video, self.audio, *self.more.values())
+        return tuple(e for e in every if e is not None)
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Stream -> what names its encoder in a cache."""
-        found = {TEXT: self.text.fingerprint}
+        found = {name: encoder.fingerprint for name, encoder in self.texts.items()}
         if self.video is not None:
-            found[VIDEO] = self.video.fingerprint
+            found |= dict.fromkeys(self.pictured, self.video.fingerprint)
         if self.audio is not None:
             found[AUDIO] = f"{self.audio.fingerprint} patch {self.audio_patch}"
         return found
@@ -90,6 +111,7 @@ class SampleEncoder:
         condition_dropout: float,
         caption_cache_mib: int = 256,
         latent_cache_mib: int = 0,
+        text_dropout: Mapping[str, float] | None = None,
     ) -> None:
         """An encoder of samples.
 
@@ -101,13 +123,16 @@ class SampleEncoder:
             caption_cache_mib: memory for features of captions, on the encoder's device, MiB.
             latent_cache_mib: memory for latents of clips and sounds that are seen again in the same
                 window and crop, on the codecs' device, MiB; 0 is none.
+            text_dropout: stream -> share of samples in which its encoder alone is given the empty
+                caption; drawn for each by itself.
         """
         if not 0 <= condition_dropout <= 1:
             raise ConfigError(f"condition_dropout is {condition_dropout}; it must be 0 to 1")
         self.encoders = encoders
         self._seed = seed
         self._condition_dropout = condition_dropout
-        self._captions = BoundedCache[str, TextFeatures](
+        self._text_dropout = text_dropout or {}
+        self._captions = BoundedCache[tuple[str, str], TextFeatures](
             caption_cache_mib * MIB, lambda f: _num_bytes(f.tokens) + _num_bytes(f.pooled)
         )
         self._latents = BoundedCache[tuple[str, str, View], Posterior](
@@ -125,15 +150,17 @@ class SampleEncoder:
         return [self._encode(sample) for sample in pack]
 
     def text(self, caption: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Token features {"text": [L, D]} and conditions {"text_pooled": [D]} of a caption."""
-        features = self._features(caption)
-        return {TEXT: features.tokens}, {POOLED: features.pooled}
+        """Token features {"text": [L, D]} and conditions {"text_pooled": [D]} of a caption.
 
-    def _features(self, caption: str) -> TextFeatures:
-        features = self._captions.get(caption)
+        Of each encoder: stream NAME has the condition NAME_pooled.
+        """
+        return _named({name: self._features(caption, name) for name in self.encoders.texts})
+
+    def _features(self, caption: str, name: str = TEXT) -> TextFeatures:
+        features = self._captions.get((name, caption))
         if features is None:
-            (features,) = self.encoders.text.encode([caption])
-            self._captions.put(caption, features)
+            (features,) = self.encoders.texts[name].encode([caption])
+            self._captions.put((name, caption), features)
         return features
 
     def encode_whole(self, sample: DecodedSample) -> Encoded:
@@ -141,26 +168,33 @@ class SampleEncoder:
         texts = {}
         for caption in sample.meta.captions:
             texts[caption.text] = self._features(caption.text)
-        return Encoded(self._posteriors(sample), texts, sample.view, sample.fps, sample.start_s)
+        place = sample.view, sample.fps, sample.start_s
+        return Encoded(self._posteriors(sample), texts, *place, tuple(self._pictures(sample)))
+
+    def pictures(self, references: Tensor) -> list[Tensor]:
+        """Latents [C, 1, h, w] of each of the pictures [R, H, W, 3] that a clip is drawn after."""
+        assert self.encoders.video is not None
+        return [self.encoders.video.encode(picture) for picture in references.split(1)]
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         """That of the encoders."""
         return self._features("").tokens.device
 
     def _encode(self, sample: DecodedSample) -> EncodedSample:
         draw = uniform(sample_generator(self._seed, sample.key, "condition_dropout"))
         caption = "" if draw < self._condition_dropout else sample.caption
-        kept = sample.encoded.texts.get(caption) if sample.encoded is not None else None
-        if kept is None:
-            text, conditions = self.text(caption)
-        else:
-            kept = kept.to(self._device)
-            text, conditions = {TEXT: kept.tokens}, {POOLED: kept.pooled}
+        text, conditions = _named(
+            {name: self._given(sample, name, caption) for name in self.encoders.texts}
+        )
         latents = {
             stream: posterior.draw(sample_generator(self._seed, sample.key, f"posterior/{stream}"))
             for stream, posterior in self._posteriors(sample).items()
         }
+        pictures = [
+            one.draw(sample_generator(self._seed, sample.key, f"posterior/{REFERENCE}{number}"))
+            for number, one in enumerate(self._pictures(sample))
+        ]
         seconds = self.encoders.seconds(sample.fps)
         return EncodedSample(
             key=sample.key,
@@ -168,12 +202,37 @@ class SampleEncoder:
             seconds={name: seconds[name] for name in latents},
             text=text,
             conditions=conditions,
+            references={self._pictured(sample): pictures} if pictures else {},
         )
+
+    def _given(self, sample: DecodedSample, name: str, caption: str) -> TextFeatures:
+        """What one encoder makes of a sample's caption, or of the empty one where it is dropped."""
+        dropout = self._text_dropout.get(name, 0.0)
+        source = sample_generator(self._seed, sample.key, f"condition_dropout/{name}")
+        if dropout and uniform(source) < dropout:
+            caption = ""
+        kept = sample.encoded.texts.get(caption) if sample.encoded and name == TEXT else None
+        return self._features(caption, name) if kept is None else kept.to(self.device)
+
+    def _pictures(self, sample: DecodedSample) -> list[Posterior]:
+        """What is known of the latents of its reference pictures."""
+        if sample.encoded is not None:
+            return [kept.to(self.device) for kept in sample.encoded.references]
+        if sample.references is None:
+            return []
+        codec = self.encoders.video
+        if codec is None:
+            raise _unwanted(sample, "reference pictures", "data.max_references=0")
+        encode = partial(posterior_of, codec)
+        return [
+            self._cached(sample, f"{REFERENCE}{number}", picture, encode)
+            for number, picture in enumerate(sample.references.split(1))
+        ]
 
     def _posteriors(self, sample: DecodedSample) -> dict[str, Posterior]:
         """Stream -> what is known of its latents."""
         if sample.encoded is not None:
-            device = self._device
+            device = self.device
             return {name: kept.to(device) for name, kept in sample.encoded.latents.items()}
         found: dict[str, Posterior] = {}
         video: Tensor | Planes | None = sample.planes if sample.video is None else sample.video
@@ -181,12 +240,17 @@ class SampleEncoder:
             codec = self.encoders.video
             if codec is None:
                 raise _unwanted(sample, "pictures", "data.use_video=false")
-            found[VIDEO] = self._cached(sample, VIDEO, video, partial(posterior_of, codec))
+            stream = self._pictured(sample)
+            found[stream] = self._cached(sample, stream, video, partial(posterior_of, codec))
         if sample.audio is not None:
             if self.encoders.audio is None:
                 raise _unwanted(sample, "sound", "data.use_audio=false")
             found[AUDIO] = self._cached(sample, AUDIO, sample.audio, self._sound)
         return found
+
+    def _pictured(self, sample: DecodedSample) -> str:
+        """The stream of a sample's pictures."""
+        return IMAGE if self.encoders.has_image and sample.meta.modality == "image" else VIDEO
 
     def _sound(self, sound: Tensor) -> Posterior:
         audio = self.encoders.audio
@@ -205,10 +269,20 @@ class SampleEncoder:
         name = stream, sample.ref.sample_id, sample.view
         posterior = self._latents.get(name)
         if posterior is None:
-            whole = media.to_rgb(self._device) if isinstance(media, Planes) else media
+            whole = media.to_rgb(self.device) if isinstance(media, Planes) else media
             posterior = encode(whole)
             self._latents.put(name, posterior)
         return posterior
+
+
+def _named(
+    features: Mapping[str, TextFeatures],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Streams of tokens and the condition vectors that come with them."""
+    return (
+        {name: one.tokens for name, one in features.items()},
+        {pooled_name(name): one.pooled for name, one in features.items()},
+    )
 
 
 def _unwanted(sample: DecodedSample, what: str, setting: str) -> ConfigError:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from kinodit.data.config import DecodeConfig
 from kinodit.data.decode import DecodedSample, DecodeError, decode
@@ -18,6 +22,26 @@ from kinodit.models.tokens import SampleKey
 
 class GivenError(UserError):
     """A file that cannot be read as what a task is given."""
+
+
+def read_references(paths: Sequence[Path], config: DecodeConfig) -> Tensor:
+    """[R, H, W, 3] uint8: pictures that a clip is drawn after, of its size; of clips the first.
+
+    Raises:
+        GivenError: one cannot be read, is a sound, or there are more than `config.max_references`.
+    """
+    if len(paths) > config.max_references:
+        raise GivenError(
+            f"{len(paths)} reference pictures are given, but the run was trained with up to "
+            f"{config.max_references} (data.max_references): leave some out"
+        )
+    pictures = []
+    for path in paths:
+        video = read_given(path, replace(config, num_frames=1, use_audio=False)).video
+        if video is None:
+            raise GivenError(f"{path}: a reference is a picture; it has none")
+        pictures.append(video[:1])
+    return torch.cat(pictures)
 
 
 def read_given(path: Path, config: DecodeConfig) -> DecodedSample:

@@ -4,7 +4,8 @@
     DIR/cache.json                                what they were made of, and which samples lack
 
 A record has KEY.json (the source's), KEY.latent.safetensors with `STREAM.mean` (and `STREAM.logvar`
-where the codec has one: then every epoch draws anew) and `view`, the part of the source, and
+where the codec has one: then every epoch draws anew), the same of `referenceN` for reference
+pictures, and `view`, the part of the source, and
 KEY.text.safetensors with `tokens.N` and `pooled.N` of caption N. All float32.
 """
 
@@ -35,6 +36,8 @@ from kinodit.models.errors import UserError
 CACHE_FILE = "cache.json"
 SCHEMA = 1
 LATENT, TEXT = "latent.safetensors", "text.safetensors"
+REFERENCE = "reference"
+"""Before the number of a reference picture; no stream has such a name."""
 
 
 class StaleCacheError(UserError):
@@ -47,6 +50,7 @@ class Encoded:
 
     latents: stream -> mean [C, t, h, w] and log-variance
     texts:   caption -> its features
+    references: the same as `latents` of each reference picture
     """
 
     latents: Mapping[str, Posterior]
@@ -54,6 +58,7 @@ class Encoded:
     view: View
     fps: float
     start_s: float
+    references: tuple[Posterior, ...] = ()
 
     def to_members(self, meta: RecordMeta) -> dict[str, bytes]:
         """Members of a record."""
@@ -61,7 +66,8 @@ class Encoded:
             [self.view.first, *self.view.crop, self.fps, self.start_s], dtype=torch.float64
         )
         latents = {"view": place}
-        for stream, posterior in self.latents.items():
+        pictures = {f"{REFERENCE}{n}": one for n, one in enumerate(self.references)}
+        for stream, posterior in {**self.latents, **pictures}.items():
             latents[f"{stream}.mean"] = posterior.mean.cpu().contiguous()
             if posterior.logvar is not None:
                 latents[f"{stream}.logvar"] = posterior.logvar.cpu().contiguous()
@@ -79,12 +85,12 @@ class Encoded:
             latents = load_safetensors(record.members[LATENT])
             texts = load_safetensors(record.members[TEXT])
             first, row, column, fps, start_s = latents.pop("view").tolist()
-            streams = {name.partition(".")[0] for name in latents}
+            known = {
+                name: Posterior(latents[f"{name}.mean"], latents.get(f"{name}.logvar"))
+                for name in sorted({name.partition(".")[0] for name in latents})
+            }
             return cls(
-                {
-                    name: Posterior(latents[f"{name}.mean"], latents.get(f"{name}.logvar"))
-                    for name in sorted(streams)
-                },
+                {name: one for name, one in known.items() if not name.startswith(REFERENCE)},
                 {
                     caption.text: TextFeatures(texts[f"tokens.{n}"], texts[f"pooled.{n}"])
                     for n, caption in enumerate(record.meta.captions)
@@ -92,6 +98,7 @@ class Encoded:
                 View(int(first), (row, column)),
                 fps,
                 start_s,
+                tuple(one for name, one in known.items() if name.startswith(REFERENCE)),
             )
         except (KeyError, ValueError, SafetensorError) as error:
             raise SampleError(
@@ -141,6 +148,8 @@ def decoding_of(config: DataConfig) -> dict[str, Any]:
     document["lengths"] = list(config.lengths)
     if not config.use_audio:
         del document["audio_rate"], document["audio_channels"]
+    if config.max_references:
+        document["max_references"] = config.max_references
     return document
 
 

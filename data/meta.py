@@ -16,6 +16,8 @@ SCHEMA = 1
 MAX_SIDE = 16_384
 MAX_FRAMES = 10_000_000
 MAX_DURATION_S = 4_000_000.0
+MAX_REFERENCES = 8
+"""Reference pictures that a sample may bring along."""
 
 
 class RecordError(UserError):
@@ -38,7 +40,8 @@ class RecordMeta:
 
     fps is frames per second, duration_s seconds, sample_rate Hz (of the sound). `scores` are
     numbers to filter on (motion, aesthetic, onset_s, ...), `extra` are strings that describe the
-    sample's origin, `sha256` maps a member name to the hex digest of its bytes.
+    sample's origin, `sha256` maps a member name to the hex digest of its bytes. `references` are
+    the captions of the reference pictures in their order, "" for one without.
     """
 
     id: str
@@ -56,6 +59,7 @@ class RecordMeta:
     source: str = ""
     licence: str = ""
     sha256: dict[str, str] = field(default_factory=dict)
+    references: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property
@@ -106,6 +110,7 @@ def parse_meta(key: str, document: Mapping[str, Any]) -> RecordMeta:
         source=read.text("source", ""),
         licence=read.text("licence", ""),
         sha256=read.strings("sha256"),
+        references=read.references(),
     )
 
 
@@ -155,6 +160,15 @@ class _Fields:
             if not isinstance(value, str):
                 self._refuse(f"{field_name}.{name}", value, "a string")
         return dict(items)
+
+    def references(self) -> tuple[str, ...]:
+        value = self._document.get("references", [])
+        if not isinstance(value, list) or len(value) > MAX_REFERENCES:
+            self._refuse("references", value, f"a list of at most {MAX_REFERENCES} captions")
+        for caption in value:
+            if not isinstance(caption, str):
+                self._refuse("references", caption, "strings, one for each reference picture")
+        return tuple(value)
 
     def captions(self) -> tuple[Caption, ...]:
         value = self._document.get("captions", [])

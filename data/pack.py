@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kinodit.data.manifest import Manifest
+from kinodit.data.meta import MAX_REFERENCES
 from kinodit.data.probe import MediumError, modality_of, probe, with_facts
 from kinodit.data.record import MAX_MEMBER_BYTES, Record, RecordError, RecordMeta
 from kinodit.data.remux import remux
@@ -109,6 +110,8 @@ def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
         facts = probe(extension, data)
     except (OSError, MediumError) as error:
         raise PackError(f"{item.name}: {error}") from error
+    references = _references(item)
+    members = {extension: data, **references}
     meta = RecordMeta(
         id=item.name,
         modality=modality_of(extension),
@@ -117,6 +120,26 @@ def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
         extra=item.extra,
         source=item.source,
         licence=item.licence,
-        sha256={extension: hashlib.sha256(data).hexdigest()},
+        sha256={name: hashlib.sha256(part).hexdigest() for name, part in members.items()},
+        references=tuple(reference.caption for reference in item.references),
     )
-    return Record(item.key, with_facts(meta, facts), {extension: data})
+    return Record(item.key, with_facts(meta, facts), members)
+
+
+def _references(item: SourceItem) -> dict[str, bytes]:
+    """Members of its reference pictures, each opened once."""
+    if len(item.references) > MAX_REFERENCES:
+        raise PackError(
+            f"{item.name}: it has {len(item.references)} reference pictures; {MAX_REFERENCES} are "
+            "allowed"
+        )
+    members = {}
+    for number, reference in enumerate(item.references):
+        extension = MEMBER_OF_SUFFIX[reference.path.suffix.lower()]
+        try:
+            data = reference.path.read_bytes()
+            probe(extension, data)
+        except (OSError, MediumError) as error:
+            raise PackError(f"{item.name}: {reference.name}: {error}") from error
+        members[f"ref{number}.{extension}"] = data
+    return members

@@ -78,8 +78,9 @@ class EncodedSample:
     text:       stream -> [L, C] float, features of the caption
     conditions: name -> [D] float
     task:       what its tokens are for; None: everything is generated from the text
-    groups:     modality -> latents [C, t, h, w] of pictures of any sizes, one after the other in
-                time, in the place of one in `latents`
+    references: modality -> latents [C, t, h, w] of pictures of any sizes, which come one after the
+                other before the first frame, in negative time; they take part where the task says
+                so. A modality that is in `latents`
     """
 
     key: SampleKey
@@ -88,12 +89,14 @@ class EncodedSample:
     text: Mapping[str, Tensor]
     conditions: Mapping[str, Tensor]
     task: DrawnTask | None = None
-    groups: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    references: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
-    @property
-    def media(self) -> list[str]:
-        """The modalities that the sample has."""
-        return [*self.latents, *self.groups]
+    def pictures(self, name: str) -> list[Tensor]:
+        """The latents of a modality, after those of its references that take part."""
+        own = self.latents[name]
+        if self.task is None or self.task.config.stream(name, False).references == "absent":
+            return [own]
+        return [*self.references.get(name, ()), own]
 
 
 def patch_grid(shape: Sequence[int], patch: Patch) -> tuple[int, int, int]:
@@ -263,16 +266,17 @@ def _tokens(sample: EncodedSample, stream: StreamSpec) -> tuple[Tensor, Tensor, 
         _check_channels(sample, stream, found.shape[-1])
         zeros = torch.zeros(len(found), 3)
         return found, zeros, torch.zeros(len(found), dtype=torch.int64)
-    if stream.name not in sample.media:
+    if stream.name not in sample.latents:
         empty = torch.zeros(0, stream.token_channels)
         return empty, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
-    pictures = sample.groups.get(stream.name) or [sample.latents[stream.name]]
+    pictures = sample.pictures(stream.name)
     patch_s = sample.seconds[stream.name] * stream.patch[0]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    first = 0
     for picture in pictures:
         _check_channels(sample, stream, picture.shape[0])
-        grid = patch_grid(picture.shape, stream.patch)
+    grids = [patch_grid(picture.shape, stream.patch) for picture in pictures]
+    first = -sum(grid[0] for grid in grids[:-1])
+    for picture, grid in zip(pictures, grids, strict=True):
         place = positions(grid, patch_s)
         times = torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2])
         if first:

@@ -144,11 +144,13 @@ def _draw(card: Card, record: Record, meta: RecordMeta) -> None:
         use_audio=meta.has_audio,
         audio_rate=_AUDIO_RATE,
         max_duration_s=float("3e7"),
+        max_references=len(record.references),
     )
     media = decode(record, config)
     if media.video is not None:
         frames = media.video.numpy()
-        card.strip = _strip(frames)
+        before = [] if media.references is None else [media.references.numpy()]
+        card.strip = _strip(np.concatenate([*before, frames]))
         card.flags += _picture_flags(frames, is_video=meta.modality == "video")
     if media.audio is not None and meta.has_audio:
         sound = media.audio.numpy()
@@ -216,6 +218,7 @@ def _details(record: Record, meta: RecordMeta) -> list[tuple[str, str]]:
         ("source", meta.source),
         ("licence", meta.licence),
     ]
+    found += [(f"reference {number}", text) for number, text in enumerate(meta.references, 1)]
     found += [(name, f"{value:g}") for name, value in meta.scores.items()]
     found += list(meta.extra.items())
     return [(name, value) for name, value in found if value]

@@ -2,8 +2,9 @@
 
 A sample is a run of adjacent tar members `KEY.EXTENSION` with one key: one medium (or cached
 tensors as safetensors), `KEY.json` (`RecordMeta`) and `KEY.txt` (its first caption, so that any
-WebDataset reader finds it). Members are an allow-list: nothing that could execute code when it is
-parsed is read, and no name from a shard is ever used as a path.
+WebDataset reader finds it). A video or an image may bring reference pictures along, `KEY.ref0.png`,
+`KEY.ref1.jpg`, ... in their order. Members are an allow-list: nothing that could execute code when
+it is parsed is read, and no name from a shard is ever used as a path.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn, cast
 
 from kinodit.data.foreign import foreign_meta, require_success
 from kinodit.data.meta import (
+    MAX_REFERENCES,
     MAX_SIDE,
     MODALITIES,
     SCHEMA,
@@ -49,6 +51,9 @@ UNUSED_MEMBERS = ("cls", "id", "url", "m4a", "mp3")
 """What other tools add to a sample: a class, where it came from, the sound of its video again."""
 KEY_PATTERN = re.compile(r"[a-z0-9_-]{1,128}")
 TENSOR_MEMBER_PATTERN = re.compile(r"[a-z0-9_]{1,32}\.safetensors")
+REFERENCE_PATTERN = re.compile(
+    rf"ref([0-{MAX_REFERENCES - 1}])\.({'|'.join(MEDIA_MEMBERS['image'])})"
+)
 
 MAX_MEMBERS = 16
 MAX_MEMBER_BYTES = 1 << 30
@@ -77,6 +82,11 @@ class Record:
                 return name, self.members[name]
         return None
 
+    @property
+    def references(self) -> list[tuple[str, bytes]]:
+        """(member name, bytes) of the reference pictures, in their order."""
+        return [(name, self.members[name]) for name in _reference_members(self.members)]
+
 
 def check_key(key: str) -> str:
     """`key` itself. Raises RecordError if it is not a valid sample key."""
@@ -91,10 +101,12 @@ def check_key(key: str) -> str:
 def check_member(key: str, name: str) -> str:
     """`name` itself. Raises RecordError if no sample may have a member of that name."""
     allowed = {"json", "txt", *UNUSED_MEMBERS}.union(*MEDIA_MEMBERS.values())
-    if name not in allowed and not TENSOR_MEMBER_PATTERN.fullmatch(name):
+    patterns = (TENSOR_MEMBER_PATTERN, REFERENCE_PATTERN)
+    if name not in allowed and not any(pattern.fullmatch(name) for pattern in patterns):
         raise RecordError(
             f"sample {key!r}: member {name[:160]!r} is not allowed; allowed are "
-            f"{', '.join(sorted(allowed))} and NAME.safetensors"
+            f"{', '.join(sorted(allowed))}, NAME.safetensors, and ref0 to "
+            f"ref{MAX_REFERENCES - 1} with {', '.join(MEDIA_MEMBERS['image'])}"
         )
     return name
 
@@ -134,6 +146,9 @@ def encode_record(record: Record) -> dict[str, str | bytes]:
     The same record gives the same bytes. Raises RecordError if it would not parse again.
     """
     document = {item.name: getattr(record.meta, item.name) for item in fields(record.meta)}
+    if not record.meta.references:
+        # Records without any keep the bytes that they had before there were references.
+        del document["references"]
     document["captions"] = [vars(caption) for caption in record.meta.captions]
     try:
         text = json.dumps(
@@ -200,7 +215,13 @@ def _foreign_meta(
             text = members["txt"].decode()
         except UnicodeDecodeError as error:
             raise RecordError(f"sample {key!r}: its txt is not UTF-8: {error}") from error
-    return foreign_meta(key, modality, text, document)
+    meta = foreign_meta(key, modality, text, document)
+    return replace(meta, references=("",) * len(_reference_members(members)))
+
+
+def _reference_members(members: Mapping[str, bytes]) -> list[str]:
+    """Names of the reference pictures, by number."""
+    return sorted(name for name in members if REFERENCE_PATTERN.fullmatch(name))
 
 
 def _check_media(key: str, meta: RecordMeta, members: Mapping[str, bytes]) -> None:
@@ -211,4 +232,20 @@ def _check_media(key: str, meta: RecordMeta, members: Mapping[str, bytes]) -> No
         raise RecordError(
             f"sample {key!r} is of modality {meta.modality!r} and must have exactly one of "
             f"{', '.join(allowed)}; its members are {sorted(members)}"
+        )
+    references = _reference_members(members)
+    if references and meta.modality == "audio":
+        raise RecordError(f"sample {key!r} is a sound and has reference pictures: {references}")
+    if [name.partition(".")[0] for name in references] != [
+        f"ref{number}" for number in range(len(references))
+    ]:
+        raise RecordError(
+            f"sample {key!r} must have one picture each of ref0, ref1, ... without a gap; it has "
+            f"{references}"
+        )
+    # Cached tensors hold what the pictures were encoded to.
+    if len(references) != len(meta.references) and (references or media):
+        raise RecordError(
+            f"sample {key!r} has {len(references)} reference pictures, its JSON speaks of "
+            f"{len(meta.references)}"
         )

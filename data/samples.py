@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock, local
 
 from kinodit.data.cache import BoundedCache
-from kinodit.data.captions import choose_caption
+from kinodit.data.captions import choose_caption, with_references
 from kinodit.data.config import DataConfig, DecodeConfig
 from kinodit.data.container import DecodeError
 from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
@@ -27,6 +27,7 @@ from kinodit.data.stream import StreamedDataset, StreamReader
 from kinodit.data.worker import DecodeWorker
 from kinodit.models.errors import UserError
 from kinodit.models.random import sample_generator, uniform
+from kinodit.models.tokens import SampleKey
 
 MIB = 1 << 20
 Settled = Mapping[tuple[int, int], Replacement]
@@ -182,7 +183,7 @@ class SampleSource:
         kept = self._from_cache(ref, config, window_u, crop_u)
         if kept is not None:
             meta, encoded = kept
-            caption = choose_caption(meta.captions, seed, key)
+            caption = self._caption(meta, key)
             place = (encoded.fps, encoded.start_s, encoded.view)
             return DecodedSample(key, ref, caption, None, None, *place, meta, encoded)
         found = self._cache.get(ref.sample_id)
@@ -193,7 +194,7 @@ class SampleSource:
         return DecodedSample(
             key=key,
             ref=ref,
-            caption=choose_caption(found.meta.captions, seed, key),
+            caption=self._caption(found.meta, key),
             video=found.media.video,
             audio=found.media.audio,
             fps=found.media.fps,
@@ -201,6 +202,7 @@ class SampleSource:
             view=found.media.view,
             meta=found.meta,
             planes=found.media.planes,
+            references=found.media.references,
         )
 
     def _decoded(
@@ -215,6 +217,11 @@ class SampleSource:
         content = self._datasets[ref.dataset].content_hash
         key = content, ref.index, config, window_u, crop_u
         return self._shared.sample(step, key, make)
+
+    def _caption(self, meta: RecordMeta, key: SampleKey) -> str:
+        """The one that is drawn for a step; with reference pictures, theirs before it."""
+        caption = choose_caption(meta.captions, self._spec.seed, key)
+        return with_references(meta.references, caption) if self._config.max_references else caption
 
     def _from_cache(
         self, ref: SampleRef, config: DecodeConfig, window_u: float, crop_u: Crop

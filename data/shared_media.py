@@ -146,7 +146,7 @@ def _sweep(root: Path) -> None:
 def _write(path: Path, made: DecodedRecord) -> None:
     """A line of JSON that says what follows, then the arrays, each at a multiple of 64 bytes."""
     media, planes = made.media, made.media.planes
-    arrays = {"video": media.video, "audio": media.audio}
+    arrays = {"video": media.video, "audio": media.audio, "references": media.references}
     if planes is not None:
         arrays |= {"y": planes.y, "uv": planes.uv}
     there = {name: array for name, array in arrays.items() if array is not None}
@@ -202,6 +202,6 @@ def _read(path: Path) -> DecodedRecord | None:
         parse_meta(said["meta"]["id"], said["meta"]),
         DecodedMedia(
             arrays.get("video"), arrays.get("audio"), said["fps"], said["start_s"],
-            View(first, (row, column)), planes,
+            View(first, (row, column)), planes, arrays.get("references"),
         ),
     )  # fmt: skip

@@ -1,11 +1,13 @@
 """What a user has before packing: a folder of media with sidecar captions, or a table of them.
 
 Folder: every medium below it; `clip.txt` beside `clip.mp4` is its caption, `clip.json` its caption
-and more. Table: CSV, TSV or JSON lines with a `path` (relative to the table) and a `caption`.
+and more, `clip.ref0.png`, `clip.ref1.jpg`, ... are its reference pictures and `clip.ref0.txt` the
+caption of one. Table: CSV, TSV or JSON lines with a `path` (relative to the table) and a `caption`.
 Fields other than those below are kept with the record: numbers as scores, text as extra.
 
     caption or text   one caption
     captions          several (JSON only): strings, or objects {text, lang, source, weight}
+    references        pictures (JSON only): paths, or objects {path, caption}
     lang, source, licence (or license), key
 """
 
@@ -37,10 +39,12 @@ MEMBER_OF_SUFFIX: Mapping[str, str] = {
     ".m4v": "mp4",
     **dict.fromkeys(REMUXED, "mp4"),
 }
+_PICTURES = {s for s, member in MEMBER_OF_SUFFIX.items() if member in MEDIA_MEMBERS["image"]}
 _UNSUPPORTED = "mp3 m4a aac ogg wma gif bmp tif tiff heic avif wmv flv mpg mpeg ts 3gp"
 UNSUPPORTED_SUFFIXES = frozenset(f".{name}" for name in _UNSUPPORTED.split())
 _PATH, _CAPTION, _LICENCE = ("path", "file"), ("caption", "text"), ("licence", "license")
-_NAMED = {*_PATH, *_CAPTION, *_LICENCE, "captions", "lang", "source", "key"}
+_NAMED = {*_PATH, *_CAPTION, *_LICENCE, "captions", "references", "lang", "source", "key"}
+_REFERENCE_STEM = re.compile(r"(.*)\.ref(\d+)", re.DOTALL)
 
 
 class SourceError(UserError):
@@ -59,6 +63,16 @@ class SourceItem:
     extra: dict[str, str]
     source: str
     licence: str
+    references: tuple[SourceReference, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceReference:
+    """A reference picture of an item; `caption` may be empty."""
+
+    path: Path
+    name: str
+    caption: str
 
 
 class Source:
@@ -72,8 +86,10 @@ class Source:
         self.path = Path(path)
         self.ignored: Counter[str] = Counter()
         self._keys: set[str] = set()
+        self._references: dict[Path, list[Path]] = {}
         if self.path.is_dir():
             self._entries: list[tuple[str, Path | Mapping[str, Any]]] = list(self._scan_folder())
+            self._check_references()
         elif self.path.is_file() and self.path.suffix in TABLE_SUFFIXES:
             self._entries = list(_read_table(self.path))
         else:
@@ -104,7 +120,9 @@ class Source:
             if path.is_dir() or any(part.startswith(".") for part in relative.parts):
                 continue
             suffix = path.suffix.lower()
-            if suffix in MEMBER_OF_SUFFIX or suffix in UNSUPPORTED_SUFFIXES:
+            if suffix in _PICTURES and _REFERENCE_STEM.fullmatch(path.stem):
+                self._references.setdefault(_medium_of(path), []).append(path)
+            elif suffix in MEMBER_OF_SUFFIX or suffix in UNSUPPORTED_SUFFIXES:
                 yield str(relative), path
             elif suffix not in (".txt", ".json"):
                 self.ignored[suffix or path.name] += 1
@@ -125,6 +143,7 @@ class Source:
             )
         if not path.is_file():
             raise SourceError(f"{name}: there is no such file")
+        beside = self._references.get(path.with_suffix(""), []) if isinstance(entry, Path) else []
         scores, extra = _kept(name, columns)
         return SourceItem(
             path=path,
@@ -135,7 +154,27 @@ class Source:
             extra=extra,
             source=str(columns.get("source") or ""),
             licence=str(_first(columns, _LICENCE) or ""),
+            references=(
+                _references_beside(name, beside)
+                if beside
+                else _references_named(name, columns, self._root(entry))
+            ),
         )
+
+    def _root(self, entry: Path | Mapping[str, Any]) -> Path:
+        """What paths of reference pictures are relative to: the table's folder, or the medium's."""
+        return entry.parent if isinstance(entry, Path) else self.path.parent
+
+    def _check_references(self) -> None:
+        """Pictures that belong to no medium would be left out without a word."""
+        media = {entry.with_suffix("") for _, entry in self._entries if isinstance(entry, Path)}
+        lost = sorted(self._references.keys() - media)
+        if lost:
+            picture = self._references[lost[0]][0].relative_to(self.path)
+            raise SourceError(
+                f"{picture} is a reference picture by its name, but beside it is no medium "
+                f"{lost[0].name}.*: add that, or give the picture another name"
+            )
 
     def _unique_key(self, name: str) -> str:
         stem = name[: -len(Path(name).suffix)] if Path(name).suffix else name
@@ -189,6 +228,60 @@ def _sidecars(name: str, path: Path) -> Mapping[str, Any]:
             raise
         raise SourceError(f"{name}: its caption file cannot be read: {error}") from error
     return columns
+
+
+def _medium_of(picture: Path) -> Path:
+    """The path, without its suffix, of the medium that a reference picture is named after."""
+    found = _REFERENCE_STEM.fullmatch(picture.stem)
+    assert found is not None
+    return picture.with_name(found[1])
+
+
+def _references_beside(name: str, pictures: list[Path]) -> tuple[SourceReference, ...]:
+    """Reference pictures of a folder, by their numbers: from 0 without a gap."""
+    found: dict[int, Path] = {}
+    for path in pictures:
+        number = int(path.stem.rpartition(".ref")[2])
+        if number in found:
+            raise SourceError(f"{name}: there are both {found[number].name} and {path.name}")
+        found[number] = path
+    if sorted(found) != list(range(len(found))):
+        raise SourceError(
+            f"{name}: its reference pictures have the numbers {sorted(found)}; they begin with 0 "
+            "and have no gap"
+        )
+    references = []
+    for _, path in sorted(found.items()):
+        caption = str(_sidecars(path.name, path).get("caption") or "")
+        references.append(SourceReference(path, path.name, " ".join(caption.split())))
+    return tuple(references)
+
+
+def _references_named(
+    name: str, columns: Mapping[str, Any], root: Path
+) -> tuple[SourceReference, ...]:
+    """Reference pictures that a table or a JSON file names."""
+    found = columns.get("references") or []
+    if not isinstance(found, list):
+        raise SourceError(f"{name}: 'references' must be a list")
+    references = []
+    for item in found:
+        parts = {"path": item} if isinstance(item, str) else item
+        if (
+            not isinstance(parts, dict)
+            or set(parts) - {"path", "caption"}
+            or not isinstance(parts.get("path"), str)
+        ):
+            raise SourceError(f"{name}: a reference must be a path or an object {{path, caption}}")
+        path = root / parts["path"]
+        if path.suffix.lower() not in _PICTURES or not path.is_file():
+            raise SourceError(
+                f"{name}: its reference {parts['path']!r} is not a file of "
+                f"{', '.join(sorted(_PICTURES))}"
+            )
+        caption = " ".join(str(parts.get("caption") or "").split())
+        references.append(SourceReference(path, parts["path"], caption))
+    return tuple(references)
 
 
 def _captions(name: str, columns: Mapping[str, Any]) -> tuple[Caption, ...]:

@@ -106,15 +106,21 @@ def _sample(
 ) -> EncodedSample:
     noised = [name for name, stream in streams.items() if stream.is_noised]
     name = list(tasks)[(step * SLOTS_PER_STEP + slot) % len(tasks)]
-    if slot % 3 == 2 and tasks[name].fits(noised[:-1]):
+    wanting = tasks[name].wanting
+    if slot % 3 == 2 and tasks[name].fits(noised[:-1], wanting):
         noised = noised[:-1]
-    latents, seconds = {}, {}
+    latents, seconds, references = {}, {}, {}
     frames = 2 + slot % 3
     for index, stream in enumerate(noised):
         grid = (2 * frames - 1, 1, 1) if index else (frames, 3, 1 + slot % 4)
         source = generator("synthetic", step, slot, stream)
         latents[stream] = normal(source, (streams[stream].channels, *grid)).to(dtype)
         seconds[stream] = SECONDS_PER_FRAME / (2 if index else 1)
+        if stream in wanting:
+            references[stream] = [
+                normal(source, (streams[stream].channels, 1, 1 + slot % 2, 1 + number)).to(dtype)
+                for number in range(1 + slot % 3)
+            ]
     return EncodedSample(
         key=SampleKey(step, slot, f"synthetic:{slot}"),
         latents=latents,
@@ -128,6 +134,7 @@ def _sample(
         },
         conditions={c: _vector(step, slot, c, dim).to(dtype) for c, dim in conditions.items()},
         task=DrawnTask(name, tasks[name], seed),
+        references=references,
     )
 
 

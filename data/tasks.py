@@ -20,6 +20,8 @@ from kinodit.models.tokens import SampleKey
 Use = Literal["target", "clean", "noise", "absent"]
 Given = Literal["none", "prefix", "suffix", "ends", "every", "random", "at", "inside", "outside"]
 Levels = Literal["sample", "stream", "frame"]
+References = Literal["absent", "clean", "target"]
+Features = Mapping[str, Tensor]
 
 
 class TaskError(UserError):
@@ -48,6 +50,9 @@ class StreamTask:
                  absent then, what is given of a target is generated. What guidance needs; of text
                  it comes on top of objective.condition_dropout
     loss_weight: of the stream's targets; 0: noised, without a loss
+    references:  the pictures that a sample brings along, before the stream's first frame: left out;
+                 given whatever else is (in-context editing; `dropout` leaves them out, too); or
+                 generated with it, as a group. Of the last two, the task is for samples with some
     """
 
     use: Use = "target"
@@ -58,8 +63,14 @@ class StreamTask:
     box: tuple[float, ...] = ()
     dropout: float = 0.0
     loss_weight: float = 1.0
+    references: References = "absent"
 
     def __post_init__(self) -> None:
+        if self.references != "absent" and self.use != "target":
+            raise ConfigError(
+                f"references: {self.references} belong to what is generated, but use: {self.use} "
+                "generates nothing: leave one of them out"
+            )
         if self.given != "none" and self.use != "target":
             raise ConfigError(
                 f"given: {self.given} is a part of what is generated, but use: {self.use} has the "
@@ -92,6 +103,11 @@ class StreamTask:
             raise ConfigError(f"dropout: {self.dropout} must be 0 to 1")
         if not self.loss_weight >= 0:
             raise ConfigError(f"loss_weight: {self.loss_weight} must not be negative")
+
+
+def pooled_name(text: str) -> str:
+    """The condition vector that comes with a stream of text."""
+    return f"{text}_pooled"
 
 
 TARGET, CLEAN = StreamTask(), StreamTask(use="clean")
@@ -136,6 +152,12 @@ class TaskConfig:
                 f"block_s: {self.block_s} with streams.{given[0]}.given: blocks are given by the "
                 "blocks before them; leave one of them out"
             )
+        after = [name for name, stream in self.streams.items() if stream.references != "absent"]
+        if self.block_s and after:
+            raise ConfigError(
+                f"block_s: {self.block_s} with streams.{after[0]}.references: blocks begin with "
+                "the clip; leave one of them out"
+            )
         alone = [name for name, others in self.hidden.items() if name in others]
         if alone:
             raise ConfigError(f"hidden: {alone[0]} must see itself")
@@ -154,12 +176,20 @@ class TaskConfig:
         """What the task makes of a stream."""
         return self.streams.get(name, CLEAN if is_text else TARGET)
 
-    def fits(self, media: Iterable[str]) -> bool:
-        """Whether a sample with these streams has something to generate, and all that is given."""
+    def fits(self, media: Iterable[str], references: Iterable[str] = ()) -> bool:
+        """Whether a sample with these streams has something to generate, and all that is given.
+
+        `references`: the streams of which it brings reference pictures along.
+        """
         present = set(media)
         has_target = any(self.stream(name, False).use == "target" for name in present)
         clean = {name for name, stream in self.streams.items() if stream.use == "clean"}
-        return has_target and clean <= present
+        return has_target and clean <= present and self.wanting <= set(references)
+
+    @property
+    def wanting(self) -> set[str]:
+        """Streams of which it takes reference pictures."""
+        return {name for name, stream in self.streams.items() if stream.references != "absent"}
 
 
 @dataclass(frozen=True)
@@ -172,18 +202,25 @@ class DrawnTask:
 
 
 def draw_task(
-    tasks: Mapping[str, TaskConfig], seed: int, key: SampleKey, media: Iterable[str]
+    tasks: Mapping[str, TaskConfig],
+    seed: int,
+    key: SampleKey,
+    media: Iterable[str],
+    references: Iterable[str] = (),
 ) -> DrawnTask:
-    """One of the tasks that fit a sample with the streams `media`, by weight: a pure function.
+    """One of the tasks that fit a sample with these streams, by weight: a pure function.
+
+    `references`: the streams of which it brings reference pictures along.
 
     Raises:
         TaskError: none fits.
     """
-    media = sorted(media)
-    fitting = {name: task for name, task in tasks.items() if task.fits(media)}
+    media, references = sorted(media), sorted(references)
+    fitting = {name: task for name, task in tasks.items() if task.fits(media, references)}
     if not fitting:
         raise TaskError(
-            f"no task of the recipe fits sample {key.sample}, which has {', '.join(media)}: of "
+            f"no task of the recipe fits sample {key.sample}, which has {', '.join(media)} and "
+            f"{'some' if references else 'no'} reference pictures: of "
             f"{', '.join(tasks)} none generates one of these and is given only these. Add a task, "
             "or leave such samples out by data.datasets.NAME.where"
         )
@@ -221,7 +258,8 @@ def check_tasks(tasks: Mapping[str, TaskConfig], outputs: Mapping[str, bool]) ->
                     f"tasks.{name}.streams.{stream}.use: {use} needs a stream that is generated, "
                     f"but model.streams.{stream}.output is false: use clean or absent"
                 )
-        if not task.fits([stream for stream, has_head in outputs.items() if has_head]):
+        generated = [stream for stream, has_head in outputs.items() if has_head]
+        if not task.fits(generated, generated):
             raise ConfigError(f"tasks.{name} generates nothing: give one stream use: target")
 
 
@@ -237,9 +275,11 @@ class TaskMix:
     seed: int
     empty: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
 
-    def draw(self, key: SampleKey, media: Iterable[str]) -> DrawnTask | None:
+    def draw(
+        self, key: SampleKey, media: Iterable[str], references: Iterable[str] = ()
+    ) -> DrawnTask | None:
         """The task of a sample; None if the recipe has none."""
-        return draw_task(self.tasks, self.seed, key, media) if self.tasks else None
+        return draw_task(self.tasks, self.seed, key, media, references) if self.tasks else None
 
     def captions(
         self,
@@ -251,14 +291,20 @@ class TaskMix:
         """Text features and condition vectors as the task has them.
 
         A text stream that is absent or dropped has those of the empty caption, and so have the
-        vectors that come with it (`STREAM_...`).
+        vectors that come with it (`STREAM_pooled`).
         """
         for name in text:
             stream = task.config.stream(name, True)
             if stream.use != "absent" and not is_dropped(task, key, name, stream.dropout):
                 continue
-            empty_text, empty_conditions = self.empty()
-            text = {**text, name: empty_text[name]}
-            own = {c: v for c, v in empty_conditions.items() if c.startswith(f"{name}_")}
-            conditions = {**conditions, **own}
+            text, conditions = with_empty(name, text, conditions, self.empty())
         return text, conditions
+
+
+def with_empty(
+    name: str, text: Features, conditions: Features, empty: tuple[Features, Features]
+) -> tuple[Features, Features]:
+    """Text features and condition vectors with one stream's own of the empty caption."""
+    empty_text, empty_conditions = empty
+    own = {c: v for c, v in empty_conditions.items() if c == pooled_name(name)}
+    return {**text, name: empty_text[name]}, {**conditions, **own}

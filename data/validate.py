@@ -179,6 +179,7 @@ def _check_sample(
         ]
     if decode and not faults and record.medium is not None:
         faults += _check_medium(file, record)
+        faults += _check_references(file, record)
     return key, faults
 
 
@@ -206,6 +207,14 @@ def _check_medium(file: str, record: Record) -> Iterator[Problem]:
         said, found = getattr(record.meta, name), facts[name]
         if not _close(said, found):
             yield Problem(file, record.key, f"{member} {name}", str(said), str(found))
+
+
+def _check_references(file: str, record: Record) -> Iterator[Problem]:
+    for member, data in record.references:
+        try:
+            probe(member.rpartition(".")[2], data)
+        except MediumError as error:
+            yield Problem(file, record.key, member, "a picture that opens", str(error))
 
 
 def _close(said: Any, found: Any) -> bool:

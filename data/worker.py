@@ -167,6 +167,12 @@ class DecodeWorker:
             raise DecodeError(f"its decoder answered with a video of {video}")
         if audio not in (None, [config.audio_channels, num_audio_samples(config)]):
             raise DecodeError(f"its decoder answered with a sound of {audio}")
+        references = answer["references"]
+        numbers = range(1, config.max_references + 1)
+        if references is not None and references not in [
+            [number, config.height, config.width, 3] for number in numbers
+        ]:
+            raise DecodeError(f"its decoder answered with reference pictures of {references}")
         first, row, column = answer["view"]
         return DecodedMedia(
             video=self._copy(video, 0, torch.uint8),
@@ -175,6 +181,7 @@ class DecodeWorker:
             start_s=float(answer["start_s"]),
             view=View(int(first), (float(row), float(column))),
             planes=self._planes(answer["planes"], config),
+            references=self._copy(references, sum(_sizes(config)[:2]), torch.uint8),
         )
 
     def _planes(self, said: list[Any] | None, config: DecodeConfig) -> Planes | None:
@@ -199,11 +206,12 @@ class DecodeWorker:
         return out
 
 
-def _sizes(config: DecodeConfig) -> tuple[int, int]:
-    """Bytes of pixels and of sound, at most."""
+def _sizes(config: DecodeConfig) -> tuple[int, int, int]:
+    """Bytes of pixels, of sound and of reference pictures, at most."""
     sound = num_audio_samples(config) * config.audio_channels * _FLOAT_BYTES
-    pixels = config.num_frames * config.height * config.width * 3
-    return -(-pixels // _FLOAT_BYTES) * _FLOAT_BYTES, max(sound, _FLOAT_BYTES)
+    picture = config.height * config.width * 3
+    pixels = -(-config.num_frames * picture // _FLOAT_BYTES) * _FLOAT_BYTES
+    return pixels, max(sound, _FLOAT_BYTES), config.max_references * picture
 
 
 def _serve(link: Connection) -> None:
@@ -223,7 +231,7 @@ def _serve(link: Connection) -> None:
             return
         assert memory is not None
         try:
-            answer = _answer(decode(record, config, window_u, crop_u), memory, _sizes(config)[0])
+            answer = _answer(decode(record, config, window_u, crop_u), memory, _sizes(config))
         except DecodeError as error:
             answer = {"refused": str(error)[:4000]}
         except Exception:
@@ -233,9 +241,9 @@ def _serve(link: Connection) -> None:
         link.send_bytes(json.dumps(answer).encode())
 
 
-def _answer(media: DecodedMedia, memory: mmap.mmap, video_bytes: int) -> dict[str, Any]:
-    planes = media.planes
-    parts = [(media.video, 0), (media.audio, video_bytes)]
+def _answer(media: DecodedMedia, memory: mmap.mmap, sizes: tuple[int, int, int]) -> dict[str, Any]:
+    planes, references = media.planes, media.references
+    parts = [(media.video, 0), (media.audio, sizes[0]), (references, sizes[0] + sizes[1])]
     if planes is not None:
         parts += [(planes.y, 0), (planes.uv, planes.y.numel())]
     for tensor, offset in parts:
@@ -246,6 +254,7 @@ def _answer(media: DecodedMedia, memory: mmap.mmap, video_bytes: int) -> dict[st
         "video": list(media.video.shape) if media.video is not None else None,
         "audio": list(media.audio.shape) if media.audio is not None else None,
         "planes": [planes.matrix, planes.is_full] if planes is not None else None,
+        "references": list(references.shape) if references is not None else None,
         "fps": media.fps,
         "start_s": media.start_s,
         "view": [media.view.first, *media.view.crop],

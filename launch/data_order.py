@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from kinodit.data.manifest import Dataset
 from kinodit.data.select import open_datasets, plan_spec
 from kinodit.data.spec import CostModel, PlanSpec
-from kinodit.launch.plan.workload import Given, audio_sizes, codec_shapes, text_sizes
+from kinodit.launch.plan.workload import Given, audio_sizes, codec_shapes, text_tokens
 from kinodit.trainer.batches import AUDIO, VIDEO
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.encoders import cost_of_latents, parity_tokens
@@ -32,13 +32,13 @@ def data_order(config: RunConfig) -> DataOrder:
         UserError: datasets, sizes or budgets do not fit.
     """
     notes: list[str] = []
-    text_tokens, _, _ = text_sizes(config, Given(), notes)
+    num_text_tokens = text_tokens(config, notes)
     if VIDEO in config.model.streams:
         codec = codec_shapes(config, Given(), notes)
-        cost = cost_of_latents(config, codec.latent_shape, codec.stride, text_tokens)
+        cost = cost_of_latents(config, codec.latent_shape, codec.stride, num_text_tokens)
     else:
         parity = parity_tokens(config.model) if config.data.packing != "count" else 0
-        cost = CostModel(0, 0, text_tokens=text_tokens, parity_tokens=parity)
+        cost = CostModel(0, 0, text_tokens=num_text_tokens, parity_tokens=parity)
     if AUDIO in config.model.streams:
         growth = max((task.most_tokens for task in config.tasks.values()), default=1)
         cost = replace(cost, audio_tokens=growth * audio_sizes(config, notes)[0])

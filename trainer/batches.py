@@ -6,32 +6,48 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.distributed import ProcessGroup
 
-from kinodit.data.encode import AUDIO, POOLED, TEXT, VIDEO, EncodedSample, Encoders, SampleEncoder
+from kinodit.data.encode import (
+    AUDIO,
+    IMAGE,
+    POOLED,
+    TEXT,
+    VIDEO,
+    EncodedSample,
+    Encoders,
+    SampleEncoder,
+    pooled_name,
+)
 from kinodit.data.loader import StepData
 from kinodit.data.packing import PackSpec, StreamSpec, concatenate, pack
 from kinodit.data.tasks import TaskMix
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import ConditionConfig, MMDiTConfig
 from kinodit.models.tokens import TokenBatch
+from kinodit.trainer.shared_encoding import encode_together
 
-__all__ = ["AUDIO", "POOLED", "TEXT", "VIDEO", "BatchSource", "fit_model", "pack_spec"]
+__all__ = ["AUDIO", "IMAGE", "POOLED", "TEXT", "VIDEO", "BatchSource", "fit_model", "pack_spec"]
 
 
 def pack_spec(streams: Sequence[str], encoders: Encoders, patch: tuple[int, int, int]) -> PackSpec:
     """What packs of a run look like: the streams that its encoders fill, in the model's order.
 
-    `patch` is that of pictures; a stream that no encoder fills is left out.
+    `patch` is that of pictures; a stream that no encoder fills is left out. Of a further encoder of
+    text that is no stream of the model there is the condition vector alone.
     """
     known = {TEXT: StreamSpec(TEXT, encoders.text.token_dim)}
+    known |= {n: StreamSpec(n, e.token_dim) for n, e in encoders.more.items() if n in streams}
     if encoders.video is not None:
-        known[VIDEO] = StreamSpec(VIDEO, encoders.video.latent_channels, patch)
+        channels = encoders.video.latent_channels
+        known |= {name: StreamSpec(name, channels, patch) for name in encoders.pictured}
     if encoders.audio is not None:
         sound = encoders.audio.latent_channels, (encoders.audio_patch, 1, 1)
         known[AUDIO] = StreamSpec(AUDIO, *sound)
     ordered = [name for name in streams if name in known]
     ordered += [name for name in known if name not in streams]
-    return PackSpec(tuple(known[name] for name in ordered), {POOLED: encoders.text.pooled_dim})
+    pooled = {pooled_name(name): encoder.pooled_dim for name, encoder in encoders.texts.items()}
+    return PackSpec(tuple(known[name] for name in ordered), pooled)
 
 
 def fit_model(config: MMDiTConfig, spec: PackSpec) -> MMDiTConfig:
@@ -66,6 +82,8 @@ class BatchSource:
     micro_batches: forward passes that this rank's packs are merged into; 0: one for each pack
     dtype:         of the clean latents
     tasks:         what samples are for; None: everything is generated from the text
+    sharing:       the ranks that encode a part of every pack each, since they all have it; None:
+                   this rank encodes its packs alone
     """
 
     encoder: SampleEncoder
@@ -73,14 +91,17 @@ class BatchSource:
     micro_batches: int
     dtype: torch.dtype
     tasks: TaskMix | None = None
+    sharing: ProcessGroup | None = None
 
     def batches(self, data: StepData) -> list[TokenBatch]:
-        """This rank's micro-batches of a step.
+        """This rank's micro-batches of a step. Collective with `sharing`.
 
         Raises:
             ConfigError: the rank's packs do not divide into `micro_batches`.
         """
-        packs = [self._pack(self.encoder.encode(part)) for part in data.packs]
+        packs = [
+            self._pack(encode_together(self.encoder, part, self.sharing)) for part in data.packs
+        ]
         if not self.micro_batches:
             return packs
         if len(packs) % self.micro_batches:
@@ -113,7 +134,7 @@ class BatchSource:
 
 def with_task(sample: EncodedSample, tasks: TaskMix) -> EncodedSample:
     """The sample with a task that is drawn for it."""
-    task = tasks.draw(sample.key, sample.media)
+    task = tasks.draw(sample.key, sample.latents, sample.references)
     if task is None:
         return sample
     text, conditions = tasks.captions(task, sample.key, sample.text, sample.conditions)

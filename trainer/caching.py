@@ -72,7 +72,15 @@ def encode_dataset(
             return str(error)
         place = (media.fps, media.start_s, media.view)
         sample = DecodedSample(
-            ref.key(0), ref, "", media.video, media.audio, *place, record.meta, planes=media.planes
+            ref.key(0),
+            ref,
+            "",
+            media.video,
+            media.audio,
+            *place,
+            record.meta,
+            planes=media.planes,
+            references=media.references,
         )
         return record.key, record.meta, encoder.encode_whole(sample)
 

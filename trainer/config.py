@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from kinodit.data.config import DataConfig
+from kinodit.data.encode import AUDIO, IMAGE, TEXT, VIDEO, pooled_name
 from kinodit.data.tasks import TaskConfig, check_tasks
 from kinodit.models.diffusion.objective import OBJECTIVES, ObjectiveConfig, RectifiedFlowConfig
 from kinodit.models.diffusion.timesteps import SHIFTS, TIMESTEPS
@@ -69,18 +70,53 @@ class AudioModality:
 
 @dataclass(frozen=True)
 class TextModality:
-    """encoder: captions -> features."""
+    """Captions -> features, by one encoder or several.
+
+    encoder: of the stream "text" and its condition vector "text_pooled"
+    more:    NAME -> another encoder of the same captions, for the stream NAME, the condition
+             NAME_pooled, or both: those that the model has (SD3 has both of two encoders and the
+             stream of a third, FLUX the stream of one and the condition of another)
+    dropout: NAME -> share of samples in which that encoder alone is given the empty caption, drawn
+             for each by itself, on top of objective.condition_dropout (Esser et al., arXiv
+             2403.03206, section 5.1.2: 46.4 % of each)
+    """
 
     encoder: TextEncoderConfig = field(default_factory=TEXT_ENCODERS["bytes"])
+    more: dict[str, TextEncoderConfig] = field(default_factory=dict)
+    dropout: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[str, TextEncoderConfig]:
+        """Name -> encoder."""
+        return {TEXT: self.encoder, **self.more}
+
+    def __post_init__(self) -> None:
+        for name in self.more:
+            if name in (TEXT, VIDEO, IMAGE, AUDIO) or not name.replace("_", "a").isalnum():
+                raise ConfigError(
+                    f"modalities.text.more.{name}: the name must be letters, digits and _, and not "
+                    f"{TEXT}, {VIDEO}, {IMAGE} or {AUDIO}"
+                )
+        for name, share in self.dropout.items():
+            if name not in (TEXT, *self.more) or not 0 <= share <= 1:
+                raise ConfigError(
+                    f"modalities.text.dropout.{name}={share}: it must be 0 to 1, of one of "
+                    f"{', '.join((TEXT, *self.more))}"
+                )
 
 
 @dataclass(frozen=True)
 class ModalitiesConfig:
-    """How each modality becomes tokens. Which of them there are, model.streams says."""
+    """How each modality becomes tokens. Which of them there are, model.streams says.
+
+    share_encoding: ranks that share a pack (parallel.cp x parallel.tp) encode a part of it each and
+                    exchange what they made; else each encodes all of it
+    """
 
     video: VideoModality = field(default_factory=VideoModality)
     audio: AudioModality = field(default_factory=AudioModality)
     text: TextModality = field(default_factory=TextModality)
+    share_encoding: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,11 +151,23 @@ class RunConfig:
                 )
         check_tasks(self.tasks, {name: s.output for name, s in self.model.streams.items()})
         self._check_routers()
+        self._check_references()
+        for name in self.modalities.text.more:
+            stream = self.model.streams.get(name)
+            if stream is not None and stream.output:
+                raise ConfigError(
+                    f"model.streams.{name} is fed by modalities.text.more.{name} and is generated: "
+                    "set its output to false"
+                )
         if self.engine.micro_batches and self.data.packing != "count":
             raise ConfigError(
                 f"engine.micro_batches={self.engine.micro_batches} merges packs, which "
                 f"data.packing={self.data.packing} has filled up to the budget: set it to 0"
             )
+
+    def uses_text(self, name: str) -> bool:
+        """Whether the model has the stream, or the condition, of an encoder of text."""
+        return name in self.model.streams or pooled_name(name) in self.model.conditions
 
     def _check_routers(self) -> None:
         """Tokens that compete for experts tell each other what a task may not let them see."""
@@ -133,6 +181,17 @@ class RunConfig:
                     "router.choice: token and router.capacity_factor: 0"
                 )
 
+    def _check_references(self) -> None:
+        for name, task in self.tasks.items():
+            for stream in task.wanting:
+                if stream not in (VIDEO, IMAGE) or not self.data.max_references:
+                    raise ConfigError(
+                        f"tasks.{name}.streams.{stream}.references needs pictures that samples of "
+                        f"the stream {VIDEO!r} or {IMAGE!r} bring along, data.max_references of "
+                        "them at most: "
+                        "set it to 1 or more"
+                    )
+
 
 CHOICES: dict[str, Mapping[str, type]] = {
     "objective": OBJECTIVES,
@@ -145,10 +204,14 @@ CHOICES: dict[str, Mapping[str, type]] = {
     "engine": ENGINES,
 }
 
+NAMED_CHOICES: dict[str, Mapping[str, type]] = {"modalities.text.more": TEXT_ENCODERS}
+"""Mappings of names of one's own to choices."""
+
 CONFIG_FILE = "config.yaml"
 """The resolved recipe, in the run's folder."""
 
 MAY_CHANGE_ON_RESUME = (
+    "modalities.share_encoding",
     "run.out_dir",
     "run.deadline_s",
     "run.require_certificate",
@@ -191,8 +254,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _build(raw: DictConfig) -> RunConfig:
     """Merge `raw` against the schema that its choices and its model preset select."""
     schema = OmegaConf.structured(RunConfig)
-    for key, options in CHOICES.items():
+    choices = dict(CHOICES)
+    for key, options in NAMED_CHOICES.items():
+        named = OmegaConf.select(raw, key)
+        choices |= {f"{key}.{name}": options for name in named or {}}
+    for key, options in choices.items():
         name = OmegaConf.select(raw, f"{key}.name")
+        if name is None and key not in CHOICES:
+            raise ConfigError(f"{key} has no name: there is {', '.join(sorted(options))}")
         if name is None:
             continue
         if name not in options:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kinodit.data.encode import SampleEncoder
 from kinodit.data.packing import EncodedSample, PackSpec, filler, pack, patch_grid, unpatchify
-from kinodit.data.tasks import DrawnTask, StreamTask, TaskConfig
+from kinodit.data.tasks import DrawnTask, Features, StreamTask, TaskConfig, with_empty
 from kinodit.models.diffusion.field import Network, velocity_field
 from kinodit.models.diffusion.guidance import TEXT, GuidanceConfig, guided, guiding
 from kinodit.models.diffusion.objective import Objective
@@ -29,6 +29,8 @@ from kinodit.models.tokens import Role, SampleKey, TokenBatch
 Grid = tuple[int, int, int]
 ALL = ""
 """The batch from which no condition is taken away."""
+REFERENCES = "references"
+"""The condition of reference pictures, beside those of streams."""
 PROMPT_SEPARATOR = "|"
 """Between prompts of a clip that is drawn in windows."""
 
@@ -47,6 +49,8 @@ class Order:
     task:    None: everything from the prompt
     given:   stream -> latents [C, t, h, w], of which the task takes what it is given
     seed:    of the noise; with index and prompt it decides the sample
+    references: stream -> latents [C, t, h, w] of pictures before its first frame; of those that the
+             task draws, the shapes
     """
 
     prompt: str | None
@@ -56,6 +60,7 @@ class Order:
     task: DrawnTask | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    references: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
     def stream(self, name: str, is_text: bool = False) -> StreamTask:
         """What the task makes of a stream."""
@@ -88,8 +93,10 @@ class Drawing:
     def __call__(self, order: Order) -> dict[str, Tensor]:
         """Stream -> latents [C, t, h, w], generated or given; nothing without a prompt. Collective.
 
+        Reference pictures that were drawn with a stream are named "STREAM/0", "STREAM/1", ...
+
         Raises:
-            GivenMediaError: the task is given a stream that `order.given` lacks.
+            GivenMediaError: the task is given a stream or pictures that `order` lacks.
         """
         is_idle = order.prompt is None
         if is_idle and (order.task is not None or self.window.length_s):
@@ -118,6 +125,12 @@ class Drawing:
             name: velocity_field(self.network, self.objective, batch)
             for name, batch in batches.items()
         }
+        if REFERENCES in passes:
+            counts = {
+                name: tokens.num_tokens - batches[REFERENCES].modalities[name].num_tokens
+                for name, tokens in batches[ALL].modalities.items()
+            }
+            passes[REFERENCES] = _padded(passes[REFERENCES], counts)
         return guided(passes.pop(ALL), passes, self.guidance, batches[ALL])
 
     def _by_blocks(
@@ -143,6 +156,11 @@ class Drawing:
                 f"{order.task.config.block_s:g}: blocks reach any length by themselves; set "
                 "sample.window.length_s=0"
             )
+        if len(starts_s) > 1 and order.references:
+            raise GivenMediaError(
+                f"sample.window.length_s={self.window.length_s:g} with reference pictures, which "
+                "are before the first window alone: set sample.window.length_s=0"
+            )
         return [
             cut_of(order, self.spec, start_s, self.window.length_s, total_s) for start_s in starts_s
         ]
@@ -150,7 +168,16 @@ class Drawing:
     def _batches(self, order: Order, cut: Cut) -> dict[str, TokenBatch]:
         """The batch of a window under every condition (`ALL`), and without each that is guided."""
         generated = [name for name in order.grids if order.stream(name).use == "target"]
+        known = {stream.name for stream in self.spec.streams if stream.patch is not None}
+        unknown = self.guidance.conditions.keys() - known - {REFERENCES}
+        if unknown:
+            raise GivenMediaError(
+                f"sample.guidance.conditions names {min(unknown)!r}; conditions with a scale there "
+                f"are {', '.join(sorted(known))} and {REFERENCES}"
+            )
         without = guiding(self.guidance, generated)
+        if not any(order.stream(name).references == "clean" for name in generated):
+            without = [name for name in without if name != REFERENCES]
         if order.task is not None and order.task.config.stream(TEXT, True).use == "absent":
             without = [name for name in without if name != TEXT]
         return {name: self._batch(order, cut, name) for name in (ALL, *without)}
@@ -160,9 +187,17 @@ class Drawing:
         if order.prompt is None:
             return filler(self.spec).to(self.device)
         task = order.task
-        has_text = order.stream(TEXT, True).use != "absent"
-        prompt = self.negative if without == TEXT else cut.prompt
-        text, conditions = self.encoder.text(prompt if has_text else "")
+        caption = self.negative if without == TEXT else cut.prompt
+        text: Features
+        conditions: Features
+        empty, (text, conditions) = self.encoder.text(""), self.encoder.text(caption)
+        for name in tuple(text):
+            if order.stream(name, True).use == "absent":
+                text, conditions = with_empty(name, text, conditions, empty)
+        if without == REFERENCES:
+            assert task is not None
+            alone = {n: replace(s, references="absent") for n, s in task.config.streams.items()}
+            task = replace(task, config=replace(task.config, streams=alone))
         if without in cut.grids:
             config = TaskConfig() if task is None else task.config
             streams = {**config.streams, without: StreamTask(use=self.guidance.without)}
@@ -183,6 +218,10 @@ class Drawing:
             text=text,
             conditions=conditions,
             task=task,
+            references={
+                name: [picture.cpu() for picture in order.references.get(name, ())]
+                for name in latents
+            },
         )
         return pack([encoded], self.spec).to(self.device)
 
@@ -247,9 +286,33 @@ class Drawing:
             found = tokens.get(stream.name, all_tokens.latents)
             if use == "target" and order.task is not None and order.task.config.block_s:
                 found = found[all_tokens.role == int(Role.NOISED)]
-            grid = patch_grid((stream.channels, *order.grids[stream.name]), stream.patch)
-            latents[stream.name] = unpatchify(found, grid, stream.patch)
+            shapes: list[Sequence[int]] = [(stream.channels, *order.grids[stream.name])]
+            if order.stream(stream.name).references != "absent":
+                pictures = order.references[stream.name]
+                shapes = [*(picture.shape for picture in pictures), *shapes]
+            grids = [patch_grid(shape, stream.patch) for shape in shapes]
+            parts = found.split([math.prod(grid) for grid in grids])
+            latents[stream.name] = unpatchify(parts[-1], grids[-1], stream.patch)
+            if order.stream(stream.name).references == "target":
+                for number, (part, grid) in enumerate(zip(parts[:-1], grids, strict=False)):
+                    latents[f"{stream.name}/{number}"] = unpatchify(part, grid, stream.patch)
         return latents
+
+
+def _padded(velocity: VelocityFn, counts: Mapping[str, int]) -> VelocityFn:
+    """The velocity of tokens of which the first ones, so many of each stream, are not in a pass.
+
+    They are clean, and stand still.
+    """
+
+    def padded(x: Mapping[str, Tensor], t: float) -> Mapping[str, Tensor]:
+        found = velocity({name: part[counts[name] :] for name, part in x.items()}, t)
+        return {
+            name: torch.cat([torch.zeros_like(x[name][: counts[name]]), part])
+            for name, part in found.items()
+        }
+
+    return padded
 
 
 @dataclass(frozen=True)
@@ -301,8 +364,21 @@ def _key(order: Order) -> SampleKey:
 
 
 def _check_given(order: Order) -> None:
+    taken = [name for name in order.grids if order.stream(name).references != "absent"]
+    if order.references and not taken:
+        name = "" if order.task is None else f" {order.task.name!r}"
+        raise GivenMediaError(
+            f"there are reference pictures, but the task{name} takes none: name a task with "
+            "references (sample.task, or --task NAME), or leave them out"
+        )
     if order.task is None or order.prompt is None:
         return
+    missing = [name for name in taken if not order.references.get(name)]
+    if missing:
+        raise GivenMediaError(
+            f"the task {order.task.name!r} is given reference pictures, but there are none: name "
+            "them (sample.references, or --reference FILE)"
+        )
     for name in order.grids:
         stream = order.stream(name)
         if (stream.use == "clean" or stream.given != "none") and name not in order.given:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kinodit.data.encode import Encoders
+from kinodit.data.encode import IMAGE, Encoders, pooled_name
 from kinodit.data.loader import Loader
 from kinodit.data.manifest import Dataset
 from kinodit.data.select import plan_spec
@@ -45,6 +45,18 @@ def build_encoders(config: RunConfig, run_dir: Path, device: torch.device) -> En
         EncoderError: an encoder cannot be built, or takes another kind of sound.
     """
     streams, data = config.model.streams, config.data
+    if IMAGE in streams and VIDEO not in streams:
+        raise ConfigError(
+            f"model.streams has {IMAGE!r}, which is for still images beside clips, but no "
+            f"{VIDEO!r}: add it, or call the stream {VIDEO!r}, an image alone being a clip of one "
+            "frame"
+        )
+    if IMAGE in streams and config.modalities.video.patch[0] > 1:
+        raise ConfigError(
+            f"modalities.video.patch={list(config.modalities.video.patch)} joins latent frames, of "
+            f"which an image has one: set its first number to 1, or leave {IMAGE!r} out of "
+            "model.streams"
+        )
     for stream, key, used in (
         (VIDEO, "use_video", data.use_video),
         (AUDIO, "use_audio", data.use_audio),
@@ -59,6 +71,12 @@ def build_encoders(config: RunConfig, run_dir: Path, device: torch.device) -> En
                 f"data.{key} is {str(used).lower()}, but model.streams are {', '.join(streams)}: "
                 + change
             )
+    idle = [name for name in config.modalities.text.more if not config.uses_text(name)]
+    if idle:
+        raise ConfigError(
+            f"modalities.text.more.{idle[0]} is neither a stream of the model nor a condition: add "
+            f"model.streams.{idle[0]} (output: false), or model.conditions.{pooled_name(idle[0])}"
+        )
     modalities, sound = config.modalities, SoundFormat(data.audio_rate, data.audio_channels)
     return Encoders(
         text=build_text_encoder(modalities.text.encoder, device),
@@ -67,6 +85,8 @@ def build_encoders(config: RunConfig, run_dir: Path, device: torch.device) -> En
             build_audio_codec(modalities.audio.codec, device, sound) if AUDIO in streams else None
         ),
         audio_patch=modalities.audio.patch,
+        has_image=IMAGE in streams,
+        more={name: build_text_encoder(e, device) for name, e in modalities.text.more.items()},
     )
 
 
@@ -129,7 +149,8 @@ def _first_videos(
 def cost_model(config: RunConfig, encoders: Encoders) -> CostModel:
     """Tokens of a sample at most: what the plan balances and budgets."""
     parts = [encoder.fingerprint for encoder in encoders.all]
-    text_tokens, tokenizer = encoders.text.max_tokens, " ".join(parts)
+    texts = (e for name, e in encoders.texts.items() if name in config.model.streams)
+    text_tokens, tokenizer = sum(encoder.max_tokens for encoder in texts), " ".join(parts)
     if encoders.video is None:
         parity = parity_tokens(config.model) if config.data.packing != "count" else 0
         cost = CostModel(0, 0, text_tokens=text_tokens, tokenizer=tokenizer, parity_tokens=parity)
@@ -158,15 +179,21 @@ def cost_of_latents(
     data, (pt, ph, pw) = config.data, config.modalities.video.patch
 
     growth = max((task.most_tokens for task in config.tasks.values()), default=1)
+    pictures = data.max_references  # of the sample's own size, one latent frame each
 
     def tokens(num_frames: int, height: int, width: int) -> int | None:
         try:
             t, h, w = latent_shape(num_frames, height, width)
         except EncoderError:
             return None
-        return growth * t * h * w // (pt * ph * pw)
+        return (growth * t * h * w + pictures * h * w) // (pt * ph * pw)
 
     latent_shape(data.num_frames, data.height, data.width)  # the recipe's own size must fit
+    if pictures and tokens(1, data.height, data.width) is None:
+        raise ConfigError(
+            f"data.max_references={pictures}: the video codec takes no single pictures; set its "
+            "first_frame_alone=true, or data.max_references=0"
+        )
     tile = stride[1] * ph, stride[2] * pw
 
     def layers(num_frames: int) -> int | None:
@@ -174,7 +201,7 @@ def cost_of_latents(
             t = latent_shape(num_frames, *tile)[0]
         except EncoderError:
             return None
-        return None if t % pt else growth * t // pt
+        return None if t % pt else growth * t // pt + pictures
 
     return CostModel(
         video_tokens=tokens(data.num_frames, data.height, data.width) or 0,

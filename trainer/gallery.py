@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kinodit.data.given import read_given
+from kinodit.data.encode import IMAGE, VIDEO
+from kinodit.data.given import read_given, read_references
 from kinodit.data.media import Pixels, contact_sheet, write_mp4, write_png
 from kinodit.data.sound_file import spectrogram, write_sound
+from kinodit.data.tasks import TaskConfig
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.generate import Clip, SampleConfig, using_ema
 from kinodit.trainer.setup import Parts, clip_shape, sampling_shift
@@ -40,13 +42,19 @@ def save_gallery(folder: Path, clips: Sequence[Clip], config: SampleConfig) -> l
     if clips:
         below = [None if clip.video is None else _spectrogram(clip, SHEET_ROWS) for clip in clips]
         sheet = contact_sheet(
-            [_spectrogram_video(c) if c.video is None else c.video for c in clips],
+            [_spectrogram_video(c) if c.video is None else _all_frames(c) for c in clips],
             [clip.prompt for clip in clips],
             below=below,
         )
         write_png(folder / "sheet.png", torch.tensor(sheet))
     (folder / "index.json").write_text(json.dumps(entries, indent=1))
     return entries
+
+
+def _all_frames(clip: Clip) -> Tensor:
+    """The frames of a clip, after the pictures that were drawn with it: uint8 [T, H, W, 3]."""
+    assert clip.video is not None
+    return clip.video if clip.pictures is None else torch.cat([clip.pictures, clip.video])
 
 
 def _save_clip(folder: Path, clip: Clip, config: SampleConfig) -> Entry:
@@ -75,6 +83,10 @@ def _save_clip(folder: Path, clip: Clip, config: SampleConfig) -> Entry:
         write_mp4(folder / f"{name}.mp4", clip.video, clip.fps, sound)
     else:
         write_png(folder / f"{name}.png", clip.video[0])
+    if clip.pictures is not None:
+        entry["pictures"] = [f"{name}.ref{number}.png" for number in range(len(clip.pictures))]
+        for number, picture in enumerate(clip.pictures):
+            write_png(folder / f"{name}.ref{number}.png", picture)
     return entry | {
         "fps": clip.fps,
         "num_frames": num_frames,
@@ -113,13 +125,30 @@ class Gallery:
         if settings.given:
             (sample,) = parts.encoder.encode([read_given(Path(settings.given), self.config.data)])
             given = [sample.latents]
+        pictures = self._references(settings)
         with using_ema(parts.emas, settings.ema):
-            clips = generator(prompts, shape, settings, shift, given)
+            clips = generator(
+                prompts, shape, settings, shift, given, [pictures] if pictures else []
+            )
         gathered = parts.mesh.gather_objects(clips if parts.mesh.counts else [])
         if not parts.mesh.is_main:
             return []
         everything = sorted((c for part in gathered for c in part), key=lambda clip: clip.index)
         return save_gallery(folder, everything, settings)
+
+    def _references(self, settings: SampleConfig) -> list[Tensor]:
+        """Latents of the pictures that the settings name, or zeros for those that are drawn."""
+        data, codec = self.config.data, self.parts.encoder.encoders.video
+        task = self.config.tasks.get(settings.task, TaskConfig())
+        if settings.references:
+            files = [Path(file) for file in settings.references]
+            return self.parts.encoder.pictures(read_references(files, data))
+        wanted = {task.stream(name, False).references for name in (VIDEO, IMAGE)}
+        if "target" not in wanted:
+            return []
+        assert codec is not None
+        grid = codec.latent_shape(1, data.height, data.width)
+        return [torch.zeros(codec.latent_channels, *grid)] * data.max_references
 
     def at_step(self, step: int) -> list[Entry]:
         """The recipe's prompts, written to RUN/samples/step-N; none on a full disk. Collective."""

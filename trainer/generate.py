@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kinodit.data.encode import AUDIO, TEXT, VIDEO, SampleEncoder
+from kinodit.data.encode import AUDIO, IMAGE, TEXT, VIDEO, SampleEncoder
 from kinodit.data.packing import PackSpec
 from kinodit.data.tasks import DrawnTask, TaskConfig
 from kinodit.models.diffusion.guidance import GuidanceConfig
@@ -38,6 +38,7 @@ class SampleConfig:
     window:       a longer clip is drawn in overlapping windows; its prompt may be several, "|"
                   between them, that follow each other
     negative:     what clips are guided away from: the caption of the pass without the prompt
+    references:   files of the pictures that a clip is drawn after, in their order
     """
 
     every_steps: int = 0
@@ -51,6 +52,7 @@ class SampleConfig:
     given: str = ""
     window: WindowConfig = field(default_factory=WindowConfig)
     negative: str = ""
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
@@ -81,6 +83,7 @@ class Clip:
     video: uint8 [T, H, W, 3]; None: there is only sound
     sound: float32 [A, N] in [-1, 1] at `rate_hz`; None: there is none
     given: bool [t, h, w], which latent cells of a generated video the task gave; None: no task
+    pictures: [R, H, W, 3], drawn together with it as a group; None: it was drawn alone
     """
 
     index: int
@@ -91,6 +94,7 @@ class Clip:
     sound: Tensor | None = None
     rate_hz: int = 0
     given: Tensor | None = None
+    pictures: Tensor | None = None
 
 
 @contextmanager
@@ -125,6 +129,7 @@ class Generator:
         config: SampleConfig,
         shift: float,
         given: Sequence[Mapping[str, Tensor]] = (),
+        references: Sequence[Sequence[Tensor]] = (),
     ) -> list[Clip]:
         """This rank's clips: prompts rank, rank + num_ranks, ...
 
@@ -136,6 +141,8 @@ class Generator:
 
         given: of each prompt, stream -> latents [C, t, h, w] that a task takes what it is given
                from; one serves all prompts, and without any nothing is given
+        references: of each prompt, latents [C, 1, h, w] of the pictures that it is given, or of the
+               same shapes, of a task that draws them as a group; one serves all
 
         Raises:
             ConfigError: there is no task of the name in `config`.
@@ -169,7 +176,14 @@ class Generator:
                 index = turn * self.num_ranks + self.rank
                 prompt = prompts[index] if index < len(prompts) else None
                 own = given[index % len(given)] if given else {}
-                wish = replace(order, prompt=prompt, index=index, given=own)
+                pictures = references[index % len(references)] if references else ()
+                wish = replace(
+                    order,
+                    prompt=prompt,
+                    index=index,
+                    given=own,
+                    references={self._pictured(shape): pictures} if pictures else {},
+                )
                 made = draw(wish)
                 if prompt is not None:
                     clip = self._clip(made, prompt, index, shape, config.seed)
@@ -182,16 +196,23 @@ class Generator:
         """Latents turned into pixels and sound, on the host."""
         encoders = self.encoder.encoders
         video = sound = None
-        if VIDEO in latents:
+        stream = self._pictured(shape)
+        if stream in latents:
             assert encoders.video is not None
-            video = encoders.video.decode(latents[VIDEO].to(torch.float32)).cpu()
+            video = encoders.video.decode(latents[stream].to(torch.float32)).cpu()
+        names = [name for name in latents if name.startswith(f"{stream}/")]
+        pictures = None
+        if names:
+            assert encoders.video is not None
+            each = [encoders.video.decode(latents[name].to(torch.float32)).cpu() for name in names]
+            pictures = torch.cat(each)
         rate_hz = 0
         if AUDIO in latents:
             assert encoders.audio is not None
             sound = encoders.audio.decode(latents[AUDIO].to(torch.float32)).cpu()
             sound = sound[:, : shape.num_samples]
             rate_hz = encoders.audio.format.rate_hz
-        return Clip(index, prompt, seed, shape.fps, video, sound, rate_hz)
+        return Clip(index, prompt, seed, shape.fps, video, sound, rate_hz, pictures=pictures)
 
     def _task(self, config: SampleConfig) -> DrawnTask | None:
         """The task that is asked for, with nothing dropped; what it leaves open is drawn."""
@@ -211,11 +232,16 @@ class Generator:
         streams = {name: replace(stream, dropout=0.0) for name, stream in task.streams.items()}
         return DrawnTask(config.task, replace(task, streams=streams), config.seed)
 
+    def _pictured(self, shape: ClipShape) -> str:
+        """The stream of its pictures."""
+        return IMAGE if self.encoder.encoders.has_image and shape.num_frames == 1 else VIDEO
+
     def grids(self, shape: ClipShape) -> dict[str, tuple[int, int, int]]:
         """Stream -> latent frames, rows and columns; a stream that the clip lacks is left out."""
         encoders, grids = self.encoder.encoders, {}
         if encoders.video is not None:
-            grids[VIDEO] = encoders.video.latent_shape(shape.num_frames, shape.height, shape.width)
+            grid = encoders.video.latent_shape(shape.num_frames, shape.height, shape.width)
+            grids[self._pictured(shape)] = grid
         if encoders.audio is not None and shape.num_samples:
             grids[AUDIO] = encoders.num_audio_frames(shape.num_samples), 1, 1
         return grids

@@ -132,6 +132,7 @@ def _train(
         config.run.seed,
         config.objective.condition_dropout,
         latent_cache_mib=config.data.cache_mib,
+        text_dropout=config.modalities.text.dropout,
     )
     placement = placement_warning(config.parallel, topology.ranks_per_node)
     armed_faults = armed and f"faults are armed: {armed}"
@@ -190,6 +191,7 @@ def _attempt(
         config.engine.micro_batches,
         master_dtype(config),
         task_mix(config, setting.encoder, config.run.seed),
+        mesh.pack if config.modalities.share_encoding else None,
     )
     with ExitStack() as stack:
         sinks = ledger = progress = None

@@ -11,16 +11,15 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from PIL import Image
-
 from kinodit.data.demo import bounce
 from kinodit.data.demo.clips import LICENCES, PARTS, Reel, Window, windows
+from kinodit.data.demo.edits import make_edit
 from kinodit.data.demo.mux import encode_image, encode_mp4, encode_sound
 from kinodit.data.demo.sounds import PITCHES, SOUNDS, place
 from kinodit.data.demo.stamps import with_article
@@ -54,12 +53,20 @@ class DemoOptions:
     num_sounds: int = 200
     real_clips: bool = True
     num_bounces: int = 0
+    num_edits: int = 0
 
     def __post_init__(self) -> None:
-        numbers = (self.num_clips, self.num_images, self.num_sounds, self.num_bounces)
+        numbers = (
+            self.num_clips,
+            self.num_images,
+            self.num_sounds,
+            self.num_bounces,
+            self.num_edits,
+        )
         if min(numbers) < 0 or not (any(numbers) or self.real_clips):
             raise DemoError(
-                f"num-clips, num-images, num-sounds, num-bounces are {numbers}: none may be "
+                "num-clips, num-images, num-sounds, num-bounces, num-edits are "
+                f"{numbers}: none may be "
                 "negative, and there must be something to make"
             )
 
@@ -67,7 +74,7 @@ class DemoOptions:
 class Job(NamedTuple):
     """One sample to make."""
 
-    kind: Literal["theatre", "real", "image", "sound", "bounce"]
+    kind: Literal["theatre", "real", "image", "sound", "bounce", "edit"]
     number: int
 
 
@@ -80,6 +87,7 @@ def jobs(options: DemoOptions) -> list[Job]:
         *(Job("image", number) for number in range(options.num_images)),
         *(Job("sound", number) for number in range(options.num_sounds)),
         *(Job("bounce", number) for number in range(options.num_bounces)),
+        *(Job("edit", number) for number in range(options.num_edits)),
     ]
 
 
@@ -144,6 +152,8 @@ class Studio:
             return self._image(job.number)
         if job.kind == "bounce":
             return self._bounce(job.number)
+        if job.kind == "edit":
+            return self._edit(job.number)
         return self._sound(job.number)
 
     def _theatre_clip(self, number: int) -> Record:
@@ -179,7 +189,7 @@ class Studio:
     def _image(self, number: int) -> Record:
         """A scene's last frame, in one of three formats in turn."""
         theatre, scene = self._theatre, self._theatre.scene(10_000_000 + number)
-        picture = Image.fromarray(theatre.frames(scene, 10_000_000 + number)[-1])
+        picture = theatre.picture(scene, 10_000_000 + number)
         extension: Literal["jpg", "png", "webp"] = ("jpg", "png", "webp")[number % 3]
         actor, place_ = theatre.stamps[scene.stamp], theatre.scenery[scene.background]
         caption = f"{actor.phrase} over {place_.phrase}"
@@ -216,6 +226,21 @@ class Studio:
             "licence": "CC0-1.0",
         }
         return _record(f"bounce-{number:06d}", "mp4", data, scene.caption, scores, extra)
+
+    def _edit(self, number: int) -> Record:
+        """A picture after the reference pictures that it follows from."""
+        made = make_edit(self._theatre, number)
+        pictures = {f"ref{n}.png": encode_image(p, "png") for n, p in enumerate(made.references)}
+        extra = {**self._cast(made.scene), "edit": made.edit, "kind": made.kind}
+        data = encode_image(made.picture, "png")
+        record = _record(f"edit-{number:06d}", "png", data, made.caption, {}, extra)
+        digests = {name: hashlib.sha256(part).hexdigest() for name, part in pictures.items()}
+        meta = replace(
+            record.meta,
+            references=made.captions,
+            sha256={**record.meta.sha256, **digests},
+        )
+        return Record(record.key, meta, {**record.members, **pictures})
 
     def _cast(self, scene: Scene) -> dict[str, str]:
         """Who is on stage and before what, and where both pictures are from."""

@@ -157,14 +157,30 @@ class Theatre:
     def frames(self, scene: Scene, index: int) -> NDArray[np.uint8]:
         """The clip, [NUM_FRAMES, size, size, 3]."""
         size = self.options.size
-        draw = generator(self.options.seed, "backdrop", index)
-        stage = backdrop(self.scenery[scene.background], size, draw).convert("RGBA")
+        stage = self._stage(scene, index)
         actor = self._actor(scene)
         frames = np.empty((NUM_FRAMES, size, size, 3), np.uint8)
         for number in range(NUM_FRAMES):
             layer = self._placed(actor, scene, number / FPS)
             frames[number] = np.asarray(Image.alpha_composite(stage, layer).convert("RGB"))
         return frames
+
+    def picture(self, scene: Scene, index: int) -> Image.Image:
+        """The last frame of the clip, RGB."""
+        return self._on(self._stage(scene, index), scene)
+
+    def portrait(self, scene: Scene) -> Image.Image:
+        """Its actor as in the last frame, before plain grey: RGB."""
+        size = self.options.size
+        return self._on(Image.new("RGBA", (size, size), (128, 128, 128, 255)), scene)
+
+    def _stage(self, scene: Scene, index: int) -> Image.Image:
+        draw = generator(self.options.seed, "backdrop", index)
+        return backdrop(self.scenery[scene.background], self.options.size, draw).convert("RGBA")
+
+    def _on(self, stage: Image.Image, scene: Scene) -> Image.Image:
+        layer = self._placed(self._actor(scene), scene, (NUM_FRAMES - 1) / FPS)
+        return Image.alpha_composite(stage, layer).convert("RGB")
 
     def sound(self, scene: Scene, index: int) -> NDArray[np.float32]:
         """The scene's sound, [samples] for the whole clip."""

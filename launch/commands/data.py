@@ -107,6 +107,12 @@ def _add_demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     action.add_argument(
         "--num-bounces", type=int, default=0, help="clips of a ball that clicks when it bounces"
     )
+    action.add_argument(
+        "--num-edits",
+        type=int,
+        default=0,
+        help="pictures after the reference pictures that they follow from (default: %(default)s)",
+    )
     action.add_argument("--no-real-clips", action="store_true", help="the theatre's clips only")
     action.add_argument(
         "--size", type=int, default=64, help="pixels of a side (default: %(default)s)"
@@ -226,6 +232,7 @@ def _demo(args: argparse.Namespace) -> int:
         args.num_sounds,
         not args.no_real_clips,
         args.num_bounces,
+        args.num_edits,
     )
     line = ProgressLine()
     manifest = build(

@@ -61,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--given", metavar="FILE", help="a picture, clip or sound that has what the task is given"
     )
     parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture that the task is given before the clip (repeatable, in their order)",
+    )
+    parser.add_argument(
         "--window",
         type=float,
         nargs=2,
@@ -135,6 +142,7 @@ def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfi
         defaults,
         task=defaults.task if args.task is None else args.task,
         given=defaults.given if args.given is None else args.given,
+        references=tuple(args.reference) or defaults.references,
         window=window,
         negative=defaults.negative if args.negative is None else args.negative,
         seed=defaults.seed if args.seed is None else args.seed,

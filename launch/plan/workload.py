@@ -19,12 +19,14 @@ import torch
 
 from kinodit.data.packing import PackSpec, StreamSpec
 from kinodit.data.sound import num_audio_samples
+from kinodit.data.tasks import pooled_name
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.encoders.audio_vae import AudioVaeConfig
 from kinodit.models.encoders.base import (
     AudioCodec,
     EncoderError,
     SoundFormat,
+    TextEncoderConfig,
     VideoCodec,
     grid_shape,
 )
@@ -35,7 +37,7 @@ from kinodit.models.encoders.video_vae import DiffusersVaeConfig
 from kinodit.models.encoders.wavelet import WaveletConfig
 from kinodit.models.errors import ConfigError, MissingExtraError
 from kinodit.models.flops import forward_flops
-from kinodit.trainer.batches import AUDIO, POOLED, TEXT, VIDEO, fit_model
+from kinodit.trainer.batches import AUDIO, IMAGE, TEXT, VIDEO, fit_model
 from kinodit.trainer.config import RunConfig
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -128,17 +130,24 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
         ConfigError: clips, codec, patch or model do not fit each other.
     """
     notes: list[str] = []
-    text_tokens, width, pooled = text_sizes(config, given, notes)
-    tokens, streams = {TEXT: text_tokens}, {TEXT: StreamSpec(TEXT, width)}
+    tokens, streams, pooled = {}, {}, {}
+    for name, encoder in config.modalities.text.all.items():
+        count, width, dim = text_sizes(config, given, notes, name, encoder)
+        pooled[pooled_name(name)] = dim
+        if name == TEXT or name in config.model.streams:
+            tokens[name], streams[name] = count, StreamSpec(name, width)
     if VIDEO in config.model.streams:
         tokens[VIDEO], channels = _video(config, given, notes)
         streams[VIDEO] = StreamSpec(VIDEO, channels, config.modalities.video.patch)
+        if IMAGE in config.model.streams:
+            # A sample has either; it is taken as a clip, the most that it can be.
+            tokens[IMAGE], streams[IMAGE] = 0, replace(streams[VIDEO], name=IMAGE)
     if AUDIO in config.model.streams:
         tokens[AUDIO], channels = audio_sizes(config, notes)
         streams[AUDIO] = StreamSpec(AUDIO, channels, (config.modalities.audio.patch, 1, 1))
     order = [name for name in config.model.streams if name in streams]
     order += [name for name in streams if name not in order]
-    spec = PackSpec(tuple(streams[name] for name in order), {POOLED: pooled})
+    spec = PackSpec(tuple(streams[name] for name in order), pooled)
     if given.encoder_gib is None:
         encoder_bytes = _encoder_bytes(config, notes)
     else:
@@ -162,7 +171,10 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
         )
     return Workload(
         model=fit_model(config.model, spec),
-        tokens={name: tokens[name] * (1 if name == TEXT else growth) for name in order},
+        tokens={
+            name: tokens[name] * (1 if name in config.modalities.text.all else growth)
+            for name in order
+        },
         segments=given.segments or -(-samples // packs),
         packs=packs,
         encoder_bytes=encoder_bytes,
@@ -182,7 +194,8 @@ def _video(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int]
             f"modalities.video.patch={list(patch)}: change data.num_frames, height or width, or "
             "the patch"
         )
-    return given.video_tokens or math.prod(grid) // math.prod(patch), channels
+    pictures = data.max_references * (grid[1] // patch[1]) * (grid[2] // patch[2])
+    return given.video_tokens or math.prod(grid) // math.prod(patch) + pictures, channels
 
 
 def audio_sizes(config: RunConfig, notes: list[str]) -> tuple[int, int]:
@@ -256,19 +269,30 @@ def _codec_here(config: RunConfig) -> VideoCodec | None:
         return None
 
 
-def text_sizes(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int, int]:
-    """(tokens of a caption, features of a token, length of the pooled vector)."""
-    encoder = config.modalities.text.encoder
+def text_tokens(config: RunConfig, notes: list[str]) -> int:
+    """Tokens of a caption in all text streams together, at most."""
+    return sum(
+        text_sizes(config, Given(), notes, name, encoder)[0]
+        for name, encoder in config.modalities.text.all.items()
+        if name == TEXT or name in config.model.streams
+    )
+
+
+def text_sizes(
+    config: RunConfig, given: Given, notes: list[str], name: str, encoder: TextEncoderConfig
+) -> tuple[int, int, int]:
+    """(tokens of a caption, features of a token, length of the pooled vector) of one encoder."""
     if isinstance(encoder, ByteTextConfig):
         return given.text_tokens or encoder.max_tokens, encoder.dim, encoder.dim
     assert isinstance(encoder, TransformersTextConfig)
     tokens = given.text_tokens or encoder.max_tokens - encoder.skip_tokens
     if not _is_here(encoder.path, encoder.package):
-        stream, pooled = config.model.streams.get(TEXT), config.model.conditions.get(POOLED)
+        stream = config.model.streams.get(name)
+        pooled = config.model.conditions.get(pooled_name(name))
         width = stream.in_channels if stream else 1
         notes.append(
             f"the text encoder is not on this machine: taken as {width} features a token, as the "
-            "model's text stream has"
+            f"model's {name} stream has"
         )
         return tokens, width, pooled.dim if pooled else width
     folder = weights_folder(encoder.path, encoder.package, "text encoder 'transformers'")
@@ -277,11 +301,12 @@ def text_sizes(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, 
     found = document.get("hidden_size") or document.get("d_model")
     if not isinstance(found, int):
         raise ConfigError(f"{folder / 'config.json'} has neither hidden_size nor d_model")
+    wide = found * len(encoder.chosen)
     projected = "CLIPTextModelWithProjection" in (document.get("architectures") or [])
-    pooled_dim = found
+    pooled_dim = found if encoder.pooled == "model" else wide
     if encoder.pooled == "model" and projected:
         pooled_dim = int(document.get("projection_dim") or found)
-    return tokens, found, pooled_dim
+    return tokens, wide, pooled_dim
 
 
 def _is_here(path: str | None, package: str | None) -> bool:
@@ -295,7 +320,10 @@ def _is_here(path: str | None, package: str | None) -> bool:
 def _encoder_bytes(config: RunConfig, notes: list[str]) -> int:
     """Weights of the encoders in the formats that they are loaded in."""
     modalities, streams = config.modalities, config.model.streams
-    named: list[tuple[str, object]] = [("text encoder", modalities.text.encoder)]
+    named: list[tuple[str, object]] = [
+        ("text encoder" if name == TEXT else f"text encoder {name}", encoder)
+        for name, encoder in modalities.text.all.items()
+    ]
     named += [("video codec", modalities.video.codec)] if VIDEO in streams else []
     named += [("audio codec", modalities.audio.codec)] if AUDIO in streams else []
     total, missing = 0, []

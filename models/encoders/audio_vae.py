@@ -27,6 +27,7 @@ from kinodit.models.encoders.base import (
     check_sound_latents,
 )
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
+from kinodit.models.encoders.offload import Resident
 from kinodit.models.errors import ConfigError
 from kinodit.models.random import generator, normal
 
@@ -41,6 +42,7 @@ class AudioVaeConfig(AudioCodecConfig):
                in their training
     factor:    multiplies latents, whose size these autoencoders leave as it comes
     dtype:     of the weights; latents are float32
+    offload:   weights are in the host's memory while nothing is encoded or decoded
     """
 
     name: Literal["audio_vae"] = "audio_vae"
@@ -49,6 +51,7 @@ class AudioVaeConfig(AudioCodecConfig):
     quantise: bool = True
     factor: float = 1.0
     dtype: Dtype = "float32"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not (self.factor > 0 and math.isfinite(self.factor)):
@@ -122,7 +125,8 @@ class AudioVae:
                 "chunk_length_s), and the scales would be lost: use one that does not, such as "
                 "encodec_24khz"
             )
-        self._model = load_autoencoder(self._folder, found, config.dtype, family.library).to(device)
+        self._model = load_autoencoder(self._folder, found, config.dtype, family.library)
+        self._resident = Resident(self._model, device, offload=config.offload)
         self.format = family.format(self._model.config)
         self.hop = family.hop(self._model.config)
         self.latent_channels = family.channels(self._model.config)
@@ -138,7 +142,7 @@ class AudioVae:
     def fingerprint(self) -> str:
         """Hash of the settings and of the files of weights."""
         settings = asdict(self._config)
-        del settings["path"]
+        del settings["path"], settings["offload"]
         return fingerprint([self._folder], sorted(settings.items()))
 
     @torch.no_grad()
@@ -146,15 +150,8 @@ class AudioVae:
         """Float32 [A, N] to float32 [C, N / hop, 1, 1]."""
         check_sound(sound, self)
         batch = sound.to(self._device, self._model.dtype).unsqueeze(0)
-        if self._family.quantised is None:
-            posterior = self._model.encode(batch).latent_dist
-            latents = posterior.mean.to(torch.float32)
-            if self._config.posterior == "sample":
-                digest = hashlib.sha256(sound.cpu().contiguous().numpy().tobytes()).hexdigest()
-                noise = normal(generator("posterior", digest), tuple(latents.shape))
-                latents = latents + posterior.std.to(torch.float32) * noise.to(self._device)
-        else:
-            latents = self._model.encoder(batch).to(torch.float32)
+        with self._resident.use():
+            latents = self._latents(batch, sound)
         expected = [1, self.latent_channels, sound.shape[1] // self.hop]
         if list(latents.shape) != expected:
             raise EncoderError(
@@ -164,15 +161,30 @@ class AudioVae:
         features: Tensor = latents[0, :, :, None, None] * self._config.factor
         return features
 
+    def _latents(self, batch: Tensor, sound: Tensor) -> Tensor:
+        """[1, C, N / hop] of a batch of one sound, in the autoencoder's own units."""
+        if self._family.quantised is None:
+            posterior = self._model.encode(batch).latent_dist
+            latents = posterior.mean.to(torch.float32)
+            if self._config.posterior == "sample":
+                digest = hashlib.sha256(sound.cpu().contiguous().numpy().tobytes()).hexdigest()
+                noise = normal(generator("posterior", digest), tuple(latents.shape))
+                latents = latents + posterior.std.to(torch.float32) * noise.to(self._device)
+        else:
+            latents = self._model.encoder(batch).to(torch.float32)
+        made: Tensor = latents
+        return made
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [C, t, 1, 1] to float32 [A, t hop]."""
         check_sound_latents(latents, self)
         batch = latents[None, :, :, 0, 0].to(self._device, torch.float32) / self._config.factor
         batch = batch.to(self._model.dtype)
-        if self._family.quantised is not None and self._config.quantise:
-            batch = self._family.quantised(self._model, batch)
-        sound: Tensor = self._model.decoder(batch)[0].to(torch.float32).clamp(-1, 1)
+        with self._resident.use():
+            if self._family.quantised is not None and self._config.quantise:
+                batch = self._family.quantised(self._model, batch)
+            sound: Tensor = self._model.decoder(batch)[0].to(torch.float32).clamp(-1, 1)
         # DAC's odd strides lose a few samples at the end.
         missing = latents.shape[1] * self.hop - sound.shape[1]
         return torch.nn.functional.pad(sound, (0, missing))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kinodit.models.encoders.base import EncoderError, TextEncoderConfig, TextFeatures
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
+from kinodit.models.encoders.offload import Resident
 from kinodit.models.errors import ConfigError
 from kinodit.models.libraries import import_extra, without_warnings
 
@@ -36,6 +37,7 @@ class TransformersTextConfig(TextEncoderConfig):
     max_tokens:     longer captions are cut
     layer:          whose output the features are: -1 the last one's after the final norm, -2 the
                     one before it, ... as the model's `hidden_states` count
+    layers:         instead of `layer`: several, whose outputs are one token's features side by side
     pooled:         "mean" or "last" of the real tokens' features, or the "model"'s own vector
                     (CLIP: the end token, projected where the model has a projection; BERT: its
                     pooler)
@@ -43,6 +45,7 @@ class TransformersTextConfig(TextEncoderConfig):
     skip_tokens:    leading tokens (of the template) that are encoded and left out
     dtype:          of the weights; features are float32
     batch_size:     captions encoded at once
+    offload:        weights are in the host's memory while no caption is encoded
     """
 
     name: Literal["transformers"] = "transformers"
@@ -51,16 +54,23 @@ class TransformersTextConfig(TextEncoderConfig):
     tokenizer_path: str | None = None
     max_tokens: int = 128
     layer: int = -1
+    layers: tuple[int, ...] = ()
     pooled: Literal["mean", "last", "model"] = "mean"
     template: str = CAPTION
     skip_tokens: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 32
+    offload: bool = False
 
     def __post_init__(self) -> None:
-        if self.layer >= 0:
+        if max(self.chosen) >= 0:
             raise ConfigError(
-                f"a text encoder's layer counts from the end: -1, -2, got {self.layer}"
+                f"a text encoder's layer counts from the end: -1, -2, got {max(self.chosen)}"
+            )
+        if self.layers and self.layer != -1:
+            raise ConfigError(
+                f"a text encoder has layer {self.layer} and layers {list(self.layers)}: leave one "
+                "of them out"
             )
         if CAPTION not in self.template:
             raise ConfigError(
@@ -72,6 +82,11 @@ class TransformersTextConfig(TextEncoderConfig):
                 f"skip_tokens={self.skip_tokens}, max_tokens={self.max_tokens}, "
                 f"batch_size={self.batch_size}"
             )
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        """The layers whose outputs the features are."""
+        return self.layers or (self.layer,)
 
     def build(self, device: torch.device) -> TransformersTextEncoder:
         """The encoder on `device`. Raises EncoderError or MissingExtraError."""
@@ -93,16 +108,19 @@ class TransformersTextEncoder:
         if not self._tokenizer_folder.is_dir():
             raise EncoderError(f"{what}: there is no tokenizer folder {self._tokenizer_folder}")
         self._tokenizer, self._model = _load(self._folder, self._tokenizer_folder, config)
-        self._model.eval().requires_grad_(False).to(device)
+        self._model.eval().requires_grad_(False)
+        self._resident = Resident(self._model, device, offload=config.offload)
         text_config = self._model.config.get_text_config()
-        self.token_dim: int = text_config.hidden_size
+        self.token_dim: int = text_config.hidden_size * len(config.chosen)
         self.pooled_dim: int = self.token_dim
-        if config.pooled == "model" and hasattr(self._model, "text_projection"):
-            self.pooled_dim = text_config.projection_dim
+        if config.pooled == "model":
+            projected = hasattr(self._model, "text_projection")
+            own = text_config.projection_dim if projected else text_config.hidden_size
+            self.pooled_dim = own
         num_layers: int = text_config.num_hidden_layers
-        if -config.layer > num_layers + 1:
+        if -min(config.chosen) > num_layers + 1:
             raise EncoderError(
-                f"{what}: layer {config.layer} of a model of {num_layers} layers; "
+                f"{what}: layer {min(config.chosen)} of a model of {num_layers} layers; "
                 f"the lowest is {-num_layers - 1}"
             )
 
@@ -110,16 +128,20 @@ class TransformersTextEncoder:
     def fingerprint(self) -> str:
         """Hash of the settings that matter and of the files of weights and tokenizer."""
         settings = asdict(self._config)
-        for place in ("path", "package", "tokenizer_path", "batch_size"):
+        for place in ("path", "package", "tokenizer_path", "batch_size", "offload"):
             del settings[place]
+        if not self._config.layers:
+            # Encoders of one layer keep the fingerprints that they had.
+            del settings["layers"]
         return fingerprint([self._folder, self._tokenizer_folder], sorted(settings.items()))
 
     def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
         """Features of each caption: tokens [L, D] (real ones only), pooled; float32."""
         rows = [self._token_ids(caption) for caption in captions]
         features: list[TextFeatures] = []
-        for start in range(0, len(rows), self._config.batch_size):
-            features += self._encode_rows(rows[start : start + self._config.batch_size])
+        with self._resident.use():
+            for start in range(0, len(rows), self._config.batch_size):
+                features += self._encode_rows(rows[start : start + self._config.batch_size])
         return features
 
     def _token_ids(self, caption: str) -> list[int]:
@@ -142,10 +164,14 @@ class TransformersTextEncoder:
         output = self._model(
             input_ids=ids_PL.to(self._device),
             attention_mask=real_PL.to(self._device),
-            output_hidden_states=config.layer != -1,
+            output_hidden_states=config.chosen != (-1,),
         )
-        hidden_PLD: Tensor = (
-            output.last_hidden_state if config.layer == -1 else output.hidden_states[config.layer]
+        hidden_PLD: Tensor = torch.cat(
+            [
+                output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+                for layer in config.chosen
+            ],
+            dim=-1,
         )
         pooled: Tensor | None = None
         if config.pooled == "model":

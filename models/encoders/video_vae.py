@@ -25,6 +25,7 @@ from kinodit.models.encoders.base import (
     grid_shape,
 )
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
+from kinodit.models.encoders.offload import Resident
 from kinodit.models.random import generator, normal
 
 
@@ -63,6 +64,7 @@ class DiffusersVaeConfig(VideoCodecConfig):
                drawn anew each time that the clip is trained on
     tiling:    encode and decode large pictures in overlapping tiles: less memory, other latents
     dtype:     of the weights; latents are float32
+    offload:   weights are in the host's memory while nothing is encoded or decoded
     """
 
     name: Literal["diffusers_vae"] = "diffusers_vae"
@@ -70,6 +72,7 @@ class DiffusersVaeConfig(VideoCodecConfig):
     posterior: Literal["mean", "sample", "resample"] = "mean"
     tiling: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    offload: bool = False
 
     def build(self, device: torch.device) -> DiffusersVae:
         """The codec on `device`. Raises EncoderError or MissingExtraError."""
@@ -91,7 +94,7 @@ class DiffusersVae:
             )
         self._family = FAMILIES[class_name]
         self._vae = load_autoencoder(self._folder, class_name, config.dtype, "diffusers")
-        self._vae.to(device)
+        self._resident = Resident(self._vae, device, offload=config.offload)
         if config.tiling:
             self._vae.enable_tiling()
         facts = self._vae.config
@@ -103,7 +106,7 @@ class DiffusersVae:
     def fingerprint(self) -> str:
         """Hash of the settings that matter and of the weights."""
         settings = asdict(self._config)
-        del settings["path"]
+        del settings["path"], settings["offload"]
         return fingerprint([self._folder], sorted(settings.items()))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -137,7 +140,8 @@ class DiffusersVae:
         check_video(video)
         shape = self.latent_shape(video.shape[0], video.shape[1], video.shape[2])
         pixels = video.to(self._device).to(torch.float32) / 127.5 - 1
-        posterior = self._vae.encode(self._to_vae(pixels.permute(3, 0, 1, 2))).latent_dist
+        with self._resident.use():
+            posterior = self._vae.encode(self._to_vae(pixels.permute(3, 0, 1, 2))).latent_dist
         latents = self._from_vae(posterior.mean)
         if tuple(latents.shape) != (self.latent_channels, *shape):
             raise EncoderError(
@@ -160,7 +164,7 @@ class DiffusersVae:
         if self._vae.config.get("timestep_conditioning"):
             # LTX-Video's decoder can denoise on its way; level 0 takes latents as clean.
             extra["temb"] = torch.zeros(1, device=self._device, dtype=self._vae.dtype)
-        with _own_draws(self._device):
+        with _own_draws(self._device), self._resident.use():
             pixels = self._from_vae(self._vae.decode(self._to_vae(z), **extra).sample)
         frames = ((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
         return frames.permute(1, 2, 3, 0).contiguous()

@@ -73,7 +73,7 @@ def sample(slot: int = 0, step: int = 0, **changes: Any) -> DecodedSample:
 
 
 def encoder(
-    dropout: float = 0.0, seed: int = 0, **caches: int
+    dropout: float = 0.0, seed: int = 0, **caches: Any
 ) -> tuple[SampleEncoder, Words, Halves]:
     words, halves = Words(), Halves()
     return SampleEncoder(Encoders(words, halves), seed, dropout, **caches), words, halves
@@ -119,6 +119,41 @@ def test_the_empty_caption_is_given_to_the_wanted_share_by_key() -> None:
     assert not any(
         torch.equal(e.text["text"], empty) for e in encoder(0.0)[0].encode([sample(1), sample(2)])
     )
+
+
+def several(dropout: float = 0.0, **text_dropout: float) -> tuple[SampleEncoder, list[Words]]:
+    """Three encoders of the same captions."""
+    words = [Words(), Words(), Words()]
+    encoders = Encoders(words[0], Halves(), more={"clip": words[1], "clip_2": words[2]})
+    return SampleEncoder(encoders, 0, dropout, text_dropout=text_dropout), words
+
+
+def test_several_encoders_read_the_same_caption() -> None:
+    encode, words = several()
+    (encoded,) = encode.encode([sample(2)])
+    assert list(encoded.text) == ["text", "clip", "clip_2"]
+    assert list(encoded.conditions) == ["text_pooled", "clip_pooled", "clip_2_pooled"]
+    assert all(one.asked == ["clip number 2"] for one in words)
+    assert set(encode.encoders.fingerprints) == {"text", "clip", "clip_2", "video"}
+    assert len(encode.encoders.all) == 4
+
+
+def test_encoders_are_dropped_each_by_itself() -> None:
+    encode, _ = several(text=0.5, clip=0.3)
+    empty = encode.text("")[0]["text"]
+    samples = [sample(slot, step) for step in range(40) for slot in range(50)]
+    found = encode.encode(samples)
+    is_empty = {name: [torch.equal(e.text[name], empty) for e in found] for name in found[0].text}
+    shares = {name: sum(values) / len(found) for name, values in is_empty.items()}
+    # Four standard errors of a share among 2000.
+    assert abs(shares["text"] - 0.5) < 0.045 and abs(shares["clip"] - 0.3) < 0.041
+    assert shares["clip_2"] == 0
+    both = [one and other for one, other in zip(is_empty["text"], is_empty["clip"], strict=True)]
+    assert abs(sum(both) / len(found) - 0.15) < 0.032
+    for encoded, dropped in zip(found, is_empty["clip"], strict=True):
+        assert torch.equal(encoded.conditions["clip_pooled"], torch.zeros(2)) == dropped
+    whole, _ = several(1.0)
+    assert all(torch.equal(t, empty) for e in whole.encode([sample(1)]) for t in e.text.values())
 
 
 def test_latents_are_cached_by_what_was_decoded() -> None:

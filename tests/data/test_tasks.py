@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -198,23 +200,87 @@ def test_noise_is_keyed_and_says_nothing_of_the_sample() -> None:
     assert not one.modalities["audio"].weight.any()
 
 
-def test_a_group_of_pictures_of_any_sizes() -> None:
-    pictures = [
-        torch.full((3, 1, 2 * h, 2 * w), float(i))
-        for i, (h, w) in enumerate([(1, 2), (2, 2), (3, 1)])
-    ]
-    task = TaskConfig(
-        streams={
-            "video": StreamTask(given="prefix", frames=(2, 2)),
-            "audio": StreamTask(use="absent"),
-        }
-    )
-    group = replace(sample(task), latents={}, groups={"video": pictures})
-    video = pack([group], SPEC).modalities["video"]
+PICTURES = [
+    torch.full((3, 1, 2 * h, 2 * w), float(i)) for i, (h, w) in enumerate([(1, 2), (2, 2), (3, 1)])
+]
+"""Two reference pictures, and one that comes after them."""
+
+
+def with_pictures(stream: StreamTask, **changes: Any) -> EncodedSample:
+    task = TaskConfig(streams={"video": stream, "audio": StreamTask(use="absent")}, **changes)
+    latents, references = {"video": PICTURES[-1]}, {"video": PICTURES[:-1]}
+    return replace(sample(task), latents=latents, references=references)
+
+
+def test_reference_pictures_of_any_sizes_come_clean_before_the_first_frame() -> None:
+    batch = pack([with_pictures(StreamTask(references="clean"))], SPEC)
+    video = batch.modalities["video"]
     assert video.num_tokens == 2 + 4 + 3
-    assert frames_of(video, Role.CLEAN) == [0, 1]
     assert video.latents[:, 0].tolist() == [0.0] * 2 + [1.0] * 4 + [2.0] * 3
-    assert video.position[-1].tolist() == [1.0, 2.0, 0.0]
+    assert video.role.tolist() == [Role.CLEAN] * 6 + [Role.NOISED] * 3
+    assert video.weight.tolist() == [0.0] * 6 + [1.0] * 3
+    assert set(batch.level_t[video.level[:6]].tolist()) == {0.0}
+    assert video.position[0].tolist() == [-1.0, 0.0, 0.0]
+    assert video.position[2].tolist() == [-0.5, 0.0, 0.0]
+    assert video.position[-1].tolist() == [0.0, 2.0, 0.0]
+
+
+def test_a_group_is_generated_together() -> None:
+    video = pack([with_pictures(StreamTask(references="target"))], SPEC).modalities["video"]
+    assert video.num_tokens == 9 and (video.role == Role.NOISED).all() and video.weight.all()
+    frames = pack([with_pictures(StreamTask(references="target"), levels="frame")], SPEC)
+    assert len(frames.modalities["video"].level.unique()) == 3
+
+
+def test_a_task_that_says_nothing_of_references_leaves_them_out() -> None:
+    for stream in (StreamTask(), StreamTask(references="clean", dropout=1.0)):
+        left_out = pack([with_pictures(stream)], SPEC)
+        assert_equal(left_out, pack([replace(with_pictures(stream), references={})], SPEC))
+    alone = with_pictures(StreamTask(references="clean"))
+    assert pack([replace(alone, task=None)], SPEC).modalities["video"].num_tokens == 3
+
+
+def test_what_is_given_is_counted_from_the_first_frame_on() -> None:
+    clip = torch.zeros(3, 4, 4, 4)
+    task = StreamTask(given="prefix", references="clean")
+    given = replace(with_pictures(task), latents={"video": clip})
+    video = pack([given], SPEC).modalities["video"]
+    assert frames_of(video, Role.CLEAN) == [-2, -1, 0]
+    assert frames_of(video, Role.NOISED) == [1, 2, 3]
+    hole = StreamTask(given="outside", box=(0.0, 0.0, 0.5, 0.5), references="clean")
+    video = pack([replace(with_pictures(hole), latents={"video": clip})], SPEC).modalities["video"]
+    noised = video.position[video.role == Role.NOISED]
+    assert noised.tolist() == [[0.5 * frame, 0.0, 0.0] for frame in range(4)]
+
+
+def test_tasks_with_references_are_for_samples_that_have_some() -> None:
+    tasks = {
+        "edit": TaskConfig(streams={"video": StreamTask(references="clean")}),
+        "group": TaskConfig(streams={"video": StreamTask(references="target")}),
+        "plain": TaskConfig(),
+    }
+    keys = [SampleKey(0, slot, f"d:{slot}") for slot in range(60)]
+    assert {draw_task(tasks, 0, key, ["video"]).name for key in keys} == {"plain"}
+    found = {draw_task(tasks, 0, key, ["video"], ["video"]).name for key in keys}
+    assert found == set(tasks)
+    del tasks["plain"]
+    with pytest.raises(TaskError, match="which has video and no reference pictures"):
+        draw_task(tasks, 0, keys[0], ["video"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StreamTask(use="clean", references="clean"), "references: clean belong to what"),
+        (
+            lambda: TaskConfig(block_s=0.5, streams={"video": StreamTask(references="clean")}),
+            "blocks begin with the clip",
+        ),
+    ],
+)
+def test_references_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_merging_packs_is_packing_all() -> None:
@@ -256,6 +322,22 @@ def test_absent_text_is_the_empty_caption_with_its_vectors() -> None:
     got_text, got = mix.captions(DrawnTask("u", mix.tasks["u"], 0), key, text, conditions)
     assert got_text["text"] is empty[0]["text"]
     assert got == {"text_pooled": empty[1]["text_pooled"], "size": conditions["size"]}
+
+
+def test_one_of_several_text_streams_takes_the_empty_caption_alone() -> None:
+    names = ("text", "text_2")
+    empty = (
+        {name: torch.zeros(1, 5) for name in names},
+        {f"{name}_pooled": torch.zeros(4) for name in names},
+    )
+    task = TaskConfig(streams={"text": StreamTask(use="absent")})
+    mix = TaskMix({"one": task}, 0, lambda: empty)
+    text = {name: torch.ones(3, 5) for name in names}
+    vectors = {f"{name}_pooled": torch.ones(4) for name in names}
+    got_text, got = mix.captions(DrawnTask("one", task, 0), SampleKey(0, 0, "d:0"), text, vectors)
+    assert got_text == {"text": empty[0]["text"], "text_2": text["text_2"]}
+    assert got["text_pooled"] is empty[1]["text_pooled"]
+    assert got["text_2_pooled"] is vectors["text_2_pooled"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""docs/first-run.md and docs/tasks.md, to the letter."""
+"""docs/first-run.md, docs/tasks.md and docs/in-context.md, to the letter."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from kinodit.launch.cli import main
+from kinodit.models.random import generator
 from tests.support.ranks import ROOT
 from tests.support.recipes import write_clips
 
@@ -63,3 +66,31 @@ def test_tasks_are_trained_and_sampled_as_written(
     ]
     trained = [row for row in losses if row["kind"] == "train"]
     assert trained and all(row["loss/video"] > 0 and row["loss/audio"] > 0 for row in trained)
+
+
+def test_edits_are_trained_and_drawn_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edits").mkdir()
+    for number in range(6):
+        before = generator("edits", number).integers(0, 256, size=(20, 24, 3)).astype(np.uint8)
+        for name, pixels in (("ref0.png", before), ("png", before[:, :, ::-1])):
+            Image.fromarray(pixels.copy()).save(tmp_path / "edits" / f"e{number:02d}.{name}")
+        (tmp_path / "edits" / f"e{number:02d}.txt").write_text("make it blue")
+    document = (ROOT / "docs" / "in-context.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    commands = re.findall(r"^\$ kinodit (.*)$", document, re.MULTILINE)
+    assert len(commands) == 7
+    drawn = []
+    folder = tmp_path / "runs" / "edits" / "samples" / "manual"
+    for command in commands:
+        assert main(shlex.split(command)) == 0, capsys.readouterr().err
+        if command.startswith("sample"):
+            drawn.append((folder / "000.png").read_bytes())
+    # A group begins with other noise than a picture alone.
+    assert len(drawn) == 3 and drawn[2] != drawn[0]
+    (entry,) = json.loads((folder / "index.json").read_text())
+    assert entry["pictures"] == ["000.ref0.png", "000.ref1.png"]
+    assert all((folder / name).stat().st_size > 0 for name in entry["pictures"])

@@ -19,10 +19,12 @@ QUICK = ["run.steps=3", "log.every_steps=1", "eval.every_steps=0", "sample.every
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a recipe finds demo/data."""
+    """Where a recipe finds demo/data and demo/edits."""
     folder = tmp_path_factory.mktemp("recipes")
     options = DemoOptions(num_clips=24, num_images=16, num_sounds=16, real_clips=False)
     build(folder / "demo" / "data", options, workers=1)
+    edits = DemoOptions(num_clips=0, num_images=0, num_sounds=0, real_clips=False, num_edits=24)
+    build(folder / "demo" / "edits", edits, workers=1)
     return folder
 
 
@@ -46,7 +48,10 @@ def test_a_tiny_recipe_trains_and_samples(
     (entry,) = json.loads(index.read_text())
     given = index.with_name(str(entry["file"]))
     kept = given.rename(folder / f"{recipe.stem}{given.suffix}")
-    for task in config.tasks:
-        assert main(["sample", str(run), *prompt, "--task", task, "--given", str(kept)]) == 0, task
+    for name, task in config.tasks.items():
+        wish = ["--task", name, "--given", str(kept)]
+        if task.stream("video", False).references == "clean":
+            wish += ["--reference", str(kept)] * config.data.max_references
+        assert main(["sample", str(run), *prompt, *wish]) == 0, name
         (drawn,) = json.loads(index.read_text())
         assert index.with_name(str(drawn["file"])).stat().st_size > 0

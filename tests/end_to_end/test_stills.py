@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from kinodit.data.pack import pack
@@ -65,3 +66,77 @@ def test_a_codec_without_stills_says_so_at_the_start(
     message = capsys.readouterr().err
     assert "4 of its 7 samples are still images" in message
     assert "first_frame_alone" in message and "modality=video" in message
+
+
+STREAMS = {"image": {"in_channels": 1}}
+
+
+@pytest.mark.slow
+def test_stills_may_have_a_stream_of_their_own(tmp_path: Path, dataset: Path) -> None:
+    recipe = tiny_recipe(
+        tmp_path,
+        dataset,
+        run={"steps": 2},
+        objective={"condition_dropout": 0.0},
+        modalities={"video": {"codec": CODEC, "patch": [1, 2, 2]}},
+        model={"streams": STREAMS},
+        data={
+            "num_frames": 5,
+            "samples_per_step": NUM_CLIPS + NUM_STILLS,
+            "packs_per_step": 2,
+            "sizes": "own",
+            "height": 24,
+            "width": 24,
+        },
+        tasks={"all": {}, "clips_alone": {"streams": {"image": {"use": "absent"}}}},
+    )
+    assert main(["train", str(recipe)]) == 0
+    run = tmp_path / "runs" / "tiny"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert len(trained) == 2
+    for row in trained:
+        assert row["loss/image"] > 0 and row["loss/video"] > 0
+        counts = {name: sum(count for *_, count in row["noise_bins"][name]) for name in STREAMS}
+        # 20 x 24 pixels, in tokens of 8 x 8.
+        assert counts["image"] == NUM_STILLS * 2 * 3
+
+    prompt = ["--prompt", "picture 1", "--steps", "2", "--task", "all"]
+    assert main(["sample", str(run), *prompt, "--num-frames", "1"]) == 0
+    with Image.open(run / "samples" / "manual" / "000.png") as picture:
+        assert picture.size == (24, 24)
+    assert main(["sample", str(run), *prompt]) == 0
+    (entry,) = json.loads((run / "samples" / "manual" / "index.json").read_text())
+    assert entry["num_frames"] == 5
+
+
+@pytest.mark.parametrize(
+    ("streams", "patch", "message"),
+    [
+        (
+            {"image": {"in_channels": 1}},
+            [2, 2, 2],
+            "joins latent frames, of which an image has one",
+        ),
+        (None, [1, 2, 2], "an image alone being a clip of one frame"),
+    ],
+)
+def test_a_stream_of_stills_that_cannot_be_is_refused(
+    streams: dict[str, object] | None,
+    patch: list[int],
+    message: str,
+    tmp_path: Path,
+    dataset: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tiny_recipe(tmp_path, dataset, modalities={"video": {"codec": CODEC, "patch": patch}})
+    whole = yaml.safe_load(recipe.read_text())
+    if streams is None:
+        # Without a preset the streams are those that are named.
+        streams = {"text": {"in_channels": 1, "output": False}, "image": {"in_channels": 1}}
+        del whole["model"]["preset"]
+        whole["data"]["use_video"] = True
+    whole["model"]["streams"] = streams
+    recipe.write_text(yaml.safe_dump(whole))
+    assert main(["train", str(recipe)]) == 2
+    assert message in capsys.readouterr().err

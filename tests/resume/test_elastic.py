@@ -18,6 +18,10 @@ JOURNEYS: dict[str, Legs] = {
     "cp1-cp2": ((2, ()), (2, ("parallel.cp=2",))),
     "alone-cp2-alone": ((1, ()), (2, ("parallel.cp=2",)), (1, ())),
     "shard-replicate": ((2, ()), (2, ("parallel.dp_replicate=2",))),
+    "tp2-alone-encoding-shared": (
+        (2, ("parallel.tp=2", "modalities.share_encoding=true")),
+        (1, ()),
+    ),
     "tp2-cp2": ((2, ("parallel.tp=2",)), (2, ("parallel.cp=2", "parallel.ring=2"))),
 }
 
@@ -27,7 +31,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(tmp_path_factory.mktemp("elastic"))
 
 
-@pytest.mark.parametrize("name", JOURNEYS)
+SHARED = "tp2-alone-encoding-shared"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == SHARED else []) for n in JOURNEYS]
+)
 def test_every_leg_goes_on_exactly(name: str, recipe: Path, groups: dict[int, Ranks]) -> None:
     travel(recipe, name, JOURNEYS[name], groups)
     assert_as_alone(recipe, name)

@@ -321,3 +321,64 @@ def test_what_is_given_is_told_in_latent_cells(network: Counting) -> None:
     assert draw.given_cells(replace(order(hole), task=None)) == {}
     assert draw.given_cells(order(TaskConfig(block_s=0.25))) == {}
     assert draw.given_cells(replace(order(hole), prompt=None)) == {}
+
+
+PICTURES = [normal(generator("picture", n), (6, 1, 1 + n, 2)).double() for n in range(2)]
+EDIT = TaskConfig(
+    streams={"video": StreamTask(references="clean"), "audio": StreamTask(use="absent")}
+)
+GROUP = TaskConfig(
+    streams={"video": StreamTask(references="target"), "audio": StreamTask(use="absent")}
+)
+PICTURE = {"video": (1, 2, 3)}
+
+
+def after(task: TaskConfig | None, **changes: Any) -> Order:
+    """A picture after two others."""
+    wish = order(task, grids=PICTURE, given={}, references={"video": PICTURES})
+    return replace(wish, **changes)
+
+
+def test_what_is_drawn_depends_on_its_reference_pictures(network: Counting) -> None:
+    found = drawn(network, after(EDIT))
+    assert network.passes[0] == {"text": 5, "video": 2 + 4 + 6, "audio": 0}
+    assert list(found) == ["video"] and found["video"].shape == (6, 1, 2, 3)
+    turned = drawn(network, after(EDIT, references={"video": PICTURES[::-1]}))
+    assert not torch.equal(turned["video"], found["video"])
+
+
+def test_a_group_is_drawn_together(network: Counting) -> None:
+    found = drawn(network, after(GROUP))
+    shapes = {name: tuple(latents.shape) for name, latents in found.items()}
+    expected = {"video/0": (6, 1, 1, 2), "video/1": (6, 1, 2, 2), "video": (6, 1, 2, 3)}
+    assert shapes == expected
+    zeros = after(GROUP, references={"video": [torch.zeros_like(p) for p in PICTURES]})
+    again = drawn(network, zeros)
+    assert all(torch.equal(again[name], latents) for name, latents in found.items())
+
+
+def test_guidance_by_reference_pictures_compares_with_none(network: Counting) -> None:
+    """With w = 0 they say nothing, with w = 1 there is no pass without them."""
+    guidance = GuidanceConfig(scale=1.0, conditions={"references": 0.0})
+    one = drawn(network, after(EDIT), guidance=guidance)["video"]
+    assert [p["video"] for p in network.passes[:2]] == [12, 6]
+    other = after(EDIT, references={"video": [2 * picture for picture in PICTURES]})
+    assert torch.equal(drawn(network, other, guidance=guidance)["video"], one)
+    assert not torch.equal(drawn(network, after(EDIT))["video"], one)
+    network.passes.clear()
+    both = GuidanceConfig(scale=2.0, conditions={"references": 3.0}, rescale=0.5)
+    drawn(network, after(EDIT), guidance=both, sampler=SamplerConfig(steps=1))
+    assert [(p["text"], p["video"]) for p in network.passes] == [(5, 12), (1, 12), (5, 6)]
+
+
+def test_reference_pictures_that_do_not_fit_are_named(network: Counting) -> None:
+    with pytest.raises(GivenMediaError, match="given reference pictures, but there are none"):
+        drawn(network, after(EDIT, references={}))
+    for task in (None, TASKS["image to video"]):
+        with pytest.raises(GivenMediaError, match="there are reference pictures, but the task"):
+            drawn(network, after(task))
+    long = after(EDIT, grids={"video": (4, 2, 3)})
+    with pytest.raises(GivenMediaError, match="before the first window alone"):
+        drawn(network, long, window=WindowConfig(0.5))
+    with pytest.raises(GivenMediaError, match="names 'smell'; conditions with a scale there are"):
+        drawn(network, order(), guidance=GuidanceConfig(conditions={"smell": 2.0}))

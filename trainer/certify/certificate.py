@@ -45,6 +45,9 @@ SOURCES = (
 TABLES = {"presets.py", "flops.py"}
 """Files among them that decide no gradient: the twin's config says what a preset says."""
 
+_LATER = (("references", "absent"),)
+"""Settings of tasks, and values that say nothing: older certificates stay valid for such tasks."""
+
 Kinds = frozenset[str]
 
 
@@ -139,8 +142,15 @@ def key_of(small: Twin) -> str:
 
 def _plain(part: Any) -> Any:
     if isinstance(part, dict):
-        return {key: asdict(value) for key, value in part.items()}
+        return {key: _without_later(asdict(value)) for key, value in part.items()}
     return asdict(part)
+
+
+def _without_later(tree: Any) -> Any:
+    """Settings of tasks without those that came later, where they are as if they had not come."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _without_later(value) for key, value in tree.items() if (key, value) not in _LATER}
 
 
 def uncertified(config: RunConfig, world_size: int) -> str:

@@ -28,6 +28,10 @@ NUM_SHOWN = 64
 """Samples that are kept as files."""
 
 
+GivenOf = tuple[Mapping[str, Tensor], Sequence[Tensor]]
+"""What a sample gives a task: stream -> latents, and latents of its reference pictures."""
+
+
 @dataclass
 class DrawnSamples:
     """Draws and measures. Every method is collective; figures are on rank 0.
@@ -64,12 +68,14 @@ class DrawnSamples:
         ]
         fitting, given = [], []
         for sample, encoded in zip(self.own, self.encoder.encode(self.own), strict=True):
-            if all(
+            if config.wanting <= encoded.references.keys() and all(
                 name in encoded.latents and tuple(encoded.latents[name].shape[1:]) == grids[name]
                 for name in needed
             ):
                 fitting.append(sample)
-                given.append((sample.key.slot, {n: encoded.latents[n].cpu() for n in needed}))
+                pictures = [p.cpu() for name in config.wanting for p in encoded.references[name]]
+                latents = {name: encoded.latents[name].cpu() for name in needed}
+                given.append((sample.key.slot, (latents, pictures)))
         folder = self.folder / "tasks" / task
         return self._figures(fitting, settings, folder, given)
 
@@ -78,7 +84,7 @@ class DrawnSamples:
         own: Sequence[DecodedSample],
         settings: SampleConfig,
         folder: Path,
-        own_given: Sequence[tuple[int, Mapping[str, Tensor]]],
+        own_given: Sequence[tuple[int, GivenOf]],
     ) -> dict[str, Any]:
         mesh = self.parts.mesh
         known = [(s.key.slot, s.caption, told(s)) for s in own]
@@ -117,12 +123,17 @@ class DrawnSamples:
         return {"num_samples": len(every), **figures}
 
     def _clips(
-        self, captions: Sequence[str], settings: SampleConfig, given: Sequence[Mapping[str, Tensor]]
+        self, captions: Sequence[str], settings: SampleConfig, given: Sequence[GivenOf]
     ) -> list[Clip]:
         config, parts = self.config, self.parts
         with using_ema(parts.emas, settings.ema):
             return parts.generator(master_dtype(config))(
-                captions, clip_shape(config), settings, sampling_shift(config, parts), given
+                captions,
+                clip_shape(config),
+                settings,
+                sampling_shift(config, parts),
+                [latents for latents, _ in given],
+                [pictures for _, pictures in given],
             )
 
     @cached_property

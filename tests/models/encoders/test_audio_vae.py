@@ -146,6 +146,17 @@ def test_a_posterior_sample_is_a_function_of_the_sound(saved: Callable[[str], Pa
     assert ours.fingerprint != codec(folder, sound).fingerprint
 
 
+def test_weights_on_the_host_between_uses_change_nothing(saved: Callable[[str], Path]) -> None:
+    for name in ("AutoencoderOobleck", "EncodecModel"):
+        _, sound, hop, _ = CASES[name]
+        ours, theirs = codec(saved(name), sound, offload=True), codec(saved(name), sound)
+        clip = noise((sound.num_channels, 5 * hop))
+        latents = ours.encode(clip)
+        assert torch.equal(latents, theirs.encode(clip))
+        assert torch.equal(ours.decode(latents), theirs.decode(latents))
+        assert ours.fingerprint == theirs.fingerprint
+
+
 def test_what_does_not_fit_is_said(saved: Callable[[str], Path], tmp_path: Path) -> None:
     folder = saved("DacModel")
     with pytest.raises(EncoderError, match=r"data\.audio_rate=16000 and data\.audio_channels=1"):

@@ -197,6 +197,35 @@ def test_features_are_those_of_the_model_itself(kind: str, saved: Callable[[str]
         torch.testing.assert_close(tokens, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_chosen_layers_are_side_by_side(saved: Callable[[str], Path]) -> None:
+    folder = saved("llama")
+    several = encoder(folder, layers=(-1, -3, -2))
+    apart = [encoder(folder, layer=layer) for layer in (-1, -3, -2)]
+    found = several.encode(CAPTIONS)
+    expected = [torch.cat([e.encode(CAPTIONS)[i].tokens for e in apart], 1) for i in range(3)]
+    for feature, tokens in zip(found, expected, strict=True):
+        assert torch.equal(feature.tokens, tokens)
+        torch.testing.assert_close(feature.pooled, tokens.mean(0))
+    assert several.token_dim == several.pooled_dim == 3 * apart[0].token_dim
+    assert len({several.fingerprint, *(e.fingerprint for e in apart)}) == 4
+    assert encoder(saved("clip"), pooled="model", layers=(-1, -2)).pooled_dim == 16
+    with pytest.raises(EncoderError, match="layer -5 of a model of 3 layers"):
+        encoder(folder, layers=(-1, -5))
+    for wrong, message in (((0, -1), "counts from the end"), ((-1, 2), "counts from the end")):
+        with pytest.raises(ConfigError, match=message):
+            TransformersTextConfig(path="x", layers=wrong)
+    with pytest.raises(ConfigError, match="leave one"):
+        TransformersTextConfig(path="x", layer=-2, layers=(-1,))
+
+
+def test_weights_on_the_host_between_uses_change_nothing(saved: Callable[[str], Path]) -> None:
+    for kind in ("t5", "llama"):
+        ours, theirs = encoder(saved(kind), offload=True), encoder(saved(kind))
+        assert ours.fingerprint == theirs.fingerprint
+        for one, other in zip(ours.encode(CAPTIONS), theirs.encode(CAPTIONS), strict=True):
+            assert torch.equal(one.tokens, other.tokens) and torch.equal(one.pooled, other.pooled)
+
+
 def test_pooled_vectors(saved: Callable[[str], Path]) -> None:
     last = encoder(saved("llama"), pooled="last").encode(CAPTIONS)[0]
     assert torch.equal(last.pooled, last.tokens[-1])

@@ -224,6 +224,16 @@ def test_posterior_samples_are_a_function_of_the_clip(saved: Callable[[str], Pat
     assert gap.abs().max() > 0.1
 
 
+def test_weights_on_the_host_between_uses_change_nothing(saved: Callable[[str], Path]) -> None:
+    folder = saved("AutoencoderKLWan")
+    ours, theirs = codec(folder, offload=True), codec(folder)
+    video = clip(CASES["AutoencoderKLWan"][1])
+    latents = ours.encode(video)
+    assert torch.equal(latents, theirs.encode(video))
+    assert torch.equal(ours.decode(latents), theirs.decode(latents))
+    assert ours.fingerprint == theirs.fingerprint
+
+
 def test_decoding_leaves_the_process_s_own_draws_alone(saved: Callable[[str], Path]) -> None:
     vae = codec(saved("AutoencoderKLHunyuanVideo"))
     latents = vae.encode(clip((1, 16, 16, 3)))

@@ -188,7 +188,9 @@ def test_a_folder_of_video2dataset(tmp_path: Path) -> None:
 
 
 def test_pictures_with_a_class_are_indexed(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"x.cls": b"7", "x.jpeg": jpeg(1, 20, 10)})
+    # Whose size it is, nobody says: that of the picture counts.
+    said = b'{"width": 9, "height": 9}'
+    write_tar(tmp_path / "a.tar", {"x.cls": b"7", "x.jpeg": jpeg(1, 20, 10), "x.json": said})
     index_shards(tmp_path, "classes")
     assert Dataset(tmp_path).row(0)[3:5] == (10, 20)
 

@@ -20,6 +20,7 @@ CLAIMED = {
     "fuzz",
     "kill_points",
     "mutants",
+    "pair",
     "replay",
     "restarts",
     "soak",

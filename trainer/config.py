@@ -355,6 +355,39 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     ]
 
 
+def with_later_keys(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved`, with the keys of `now` that it lacks where these are at their defaults.
+
+    Both are whole recipes. A key that an older version did not have is no difference as long as
+    nobody sets it: a default leaves a run as it was.
+    """
+    return _filled(saved, now, _build(OmegaConf.create(dict(now))))
+
+
+def _filled(saved: Mapping[str, Any], now: Mapping[str, Any], item: Any) -> dict[str, Any]:
+    """The same of one section, and of the sections within it; `item`: what `now` says."""
+    filled = dict(saved)
+    if dataclasses.is_dataclass(item):
+        default = {part.name: _default(part) for part in dataclasses.fields(item)}
+        parts = {name: getattr(item, name) for name in default}
+    elif isinstance(item, Mapping):
+        default, parts = {}, dict(item)
+    else:
+        return filled
+    for name, value in parts.items():
+        if name in saved and isinstance(saved[name], Mapping) and name in now:
+            filled[name] = _filled(saved[name], now[name], value)
+        elif name not in saved and name in default and default[name] == value:
+            filled[name] = now[name]
+    return filled
+
+
+def _default(part: dataclasses.Field[Any]) -> Any:
+    if part.default_factory is not dataclasses.MISSING:
+        return part.default_factory()
+    return part.default
+
+
 def check_resumable(saved_yaml: str, config: RunConfig, where: Path) -> None:
     """Refuse to go on in the folder of a run with another recipe.
 
@@ -365,7 +398,7 @@ def check_resumable(saved_yaml: str, config: RunConfig, where: Path) -> None:
     current = yaml.safe_load(config_to_yaml(config))
     changed = [
         f"{key}: was {old}, is {new}"
-        for key, old, new in differences(saved, current)
+        for key, old, new in differences(with_later_keys(saved, current), current)
         if not key.startswith(MAY_CHANGE_ON_RESUME)
     ]
     if changed:

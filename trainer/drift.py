@@ -19,7 +19,13 @@ import kinodit
 from kinodit.data.spec import PlanSpec
 from kinodit.trainer.certify.certificate import SOURCES, TABLES
 from kinodit.trainer.checkpoint import Accept, Manifest
-from kinodit.trainer.config import MAY_CHANGE_ON_RESUME, RunConfig, config_to_yaml, differences
+from kinodit.trainer.config import (
+    MAY_CHANGE_ON_RESUME,
+    RunConfig,
+    config_to_yaml,
+    differences,
+    with_later_keys,
+)
 from kinodit.trainer.environment import describe_environment
 from kinodit.trainer.state import CheckpointError, TrainState
 
@@ -66,7 +72,8 @@ def drift(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], 
     """(what would change the loss curve, what is merely worth knowing), a phrase each."""
     refused: list[str] = []
     listed: list[str] = []
-    for key, old, new in differences(saved.get("config", {}), now["config"]):
+    before = with_later_keys(saved.get("config", {}), now["config"])
+    for key, old, new in differences(before, now["config"]):
         # The name of a run is that of its folder, which may have been copied or moved.
         harmless = key == "run.name" or key.startswith(MAY_CHANGE_ON_RESUME)
         (listed if harmless else refused).append(f"{key}: was {old}, is {new}")

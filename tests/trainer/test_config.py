@@ -105,6 +105,9 @@ def test_resume_refuses_what_changes_the_curve_and_lists_all_of_it(tmp_path: Pat
     with pytest.raises(ConfigError) as caught:
         check_resumable(saved, load_config(path, ["optim.lr=0.5", "run.seed=7"]), tmp_path)
     assert "optim.lr" in str(caught.value) and "run.seed: was 0, is 7" in str(caught.value)
+    older = saved.replace("  eps: 1.0e-08\n", "")
+    assert older != saved
+    check_resumable(older, load_config(path), tmp_path)
 
 
 def test_differences_cover_keys_of_either_side() -> None:

@@ -56,6 +56,21 @@ def test_what_does_not_is_listed(change: str, saved: dict[str, Any]) -> None:
     assert len(listed) == 1 and listed[0].startswith(change.split("=")[0])
 
 
+def test_a_key_that_came_later_counts_where_it_is_set(saved: dict[str, Any]) -> None:
+    older = copy.deepcopy(saved)
+    del older["config"]["optim"]["eps"], older["config"]["tasks"]
+    del older["config"]["data"]["datasets"]["theatre"]["max_epochs"]
+    assert drift(older, made_by()) == ([], [])
+    refused, _ = drift(older, made_by("optim.eps=1e-3", "data.datasets.theatre.max_epochs=9"))
+    assert sorted(refused) == [
+        "data.datasets.theatre.max_epochs: was None, is 9.0",
+        "optim.eps: was None, is 0.001",
+    ]
+    newer = copy.deepcopy(saved)
+    newer["config"]["optim"]["gone"] = 1
+    assert drift(newer, made_by())[0] == ["optim.gone: was 1, is None"]
+
+
 def test_layout_versions_and_code_are_listed(saved: dict[str, Any]) -> None:
     now = copy.deepcopy(made_by("parallel.dp_replicate=2", world_size=4))
     now["versions"]["torch"] = "9.9"

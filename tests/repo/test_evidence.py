@@ -12,11 +12,15 @@ from tests.support.evidence import EVIDENCE, changed_keys, recipe_of
 FILES = sorted(EVIDENCE.glob("*.json"))
 CLAIMED = {
     "certificates",
+    "checksum_quiet1c",
+    "checksum_quiet2r",
+    "checksum_quiet2t",
     "consumed_budget",
     "consumed_count",
     "direction",
     "experts",
     "floor",
+    "hangs",
     "fuzz",
     "kill_points",
     "mutants",

@@ -62,7 +62,7 @@ class ManyClips:
 
     def __init__(self, num_pieces: int) -> None:
         self.num_pieces = num_pieces
-        self.content_hash = "h"
+        self.content_hash, self.is_exact = "h", True
         self.manifest = SimpleNamespace(shards=range(num_pieces))
 
     def __len__(self) -> int:

@@ -244,7 +244,7 @@ def by_noise() -> Routed:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", some_of_them("fsdp2", "ring2 x tp2"))
+@pytest.mark.parametrize("name", some_of_them("fsdp2"))
 def test_draws_of_experts_and_matches_with_a_prior(
     name: str, groups: dict[int, Ranks], by_noise: Routed
 ) -> None:
@@ -258,7 +258,14 @@ def test_draws_and_matches_do_not_depend_on_packs_or_recomputation(by_noise: Rou
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("remat", ["full", "selective", "offload"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        "full",
+        pytest.param("selective", marks=pytest.mark.slow),
+        pytest.param("offload", marks=pytest.mark.slow),
+    ],
+)
 def test_remat_with_experts_on_several_ranks(
     remat: str, groups: dict[int, Ranks], reference: Routed
 ) -> None:

@@ -15,9 +15,8 @@ from typing import Any
 
 import yaml
 
-import kinodit
 from kinodit.data.spec import PlanSpec
-from kinodit.trainer.certify.certificate import SOURCES, TABLES
+from kinodit.trainer.certify.certificate import sources
 from kinodit.trainer.checkpoint import Accept, Manifest
 from kinodit.trainer.config import (
     MAY_CHANGE_ON_RESUME,
@@ -59,13 +58,7 @@ def plan_parts(spec: PlanSpec) -> dict[str, Any]:
 
 def code_digests() -> dict[str, str]:
     """The first 16 digits of SHA-256 of every source that decides gradients, by its name."""
-    root = Path(kinodit.__file__).parent
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for pattern in SOURCES
-        for path in sorted(root.glob(pattern))
-        if path.name not in TABLES
-    }
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in sources()}
 
 
 def drift(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 def test_a_recipe_has_its_certificate(recipe: Path) -> None:
     config = load_config(recipe)
     document = json.loads((ROOT / "configs" / "certificates" / f"{recipe.stem}.json").read_text())
-    assert document["key"] == key_of(twin(config)), (
+    assert document["keys"]["native"] == key_of(twin(config)), (
         f"the certificate of {recipe.name} belongs to other sources: run `make certificates`"
     )
     assert all(row["ok"] for row in document["rows"])

@@ -1,7 +1,8 @@
 """What a certificate says, of what exactly, and whether a launch is covered by it.
 
-A certificate is valid for one twin of a recipe, one state of the sources that decide its gradients
-and one version of torch: its key is a hash of these. It holds the kinds of axes, alone and in
+Rows of an engine are valid for one twin of a recipe, one state of the sources that decide its
+gradients and one version of torch: their key is a hash of these. Sources that drive one library
+alone are in the keys of engines that run it. A certificate holds the kinds of axes, alone and in
 pairs, that were shown to train as one process does. A degree of 2 and more stands for all.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 import kinodit
-from kinodit.trainer.certify.engines import certified_as
+from kinodit.trainer.certify.engines import ENGINES, certified_as, libraries_of
 from kinodit.trainer.certify.layouts import KINDS, layout_name, parse_layouts, with_degrees
 from kinodit.trainer.certify.run import Row
 from kinodit.trainer.certify.trace import low_precision
@@ -42,8 +43,18 @@ SOURCES = (
     "trainer/ema.py",
     "trainer/optim/*.py",
 )
-TABLES = {"presets.py", "flops.py"}
+TABLES = {"models/presets.py", "models/flops.py", "trainer/engine/refusals.py"}
 """Files among them that decide no gradient: the twin's config says what a preset says."""
+
+OF_LIBRARIES: Mapping[str, tuple[str, ...]] = {
+    "deepspeed": (
+        "trainer/engine/deepspeed/*.py",
+        "trainer/engine/zero_config.py",
+        "trainer/engine/config.py",
+    ),
+    "megatron": ("trainer/engine/megatron/*.py", "trainer/engine/config.py"),
+}
+"""Sources that decide gradients only where a library is driven."""
 
 _LATER = (("references", "absent"),)
 """Settings of tasks, and values that say nothing: older certificates stay valid for such tasks."""
@@ -53,34 +64,30 @@ Kinds = frozenset[str]
 
 @dataclass(frozen=True)
 class Certificate:
-    """key: of what it is valid for; rows: what was measured.
+    """keys: what rows of an engine are valid for, by its name; rows: what was measured."""
 
-    kinds: axes, alone and in pairs, that rows of the native engine show
-    """
-
-    key: str
-    kinds: frozenset[Kinds]
+    keys: Mapping[str, str]
     rows: tuple[dict[str, Any], ...]
 
     @classmethod
     def of(cls, small: Twin, rows: Sequence[Row]) -> Certificate:
         """The certificate of what these rows show."""
-        plain = tuple(row.to_json() for row in rows)
-        return cls(key_of(small), shown_kinds(plain), plain)
-
-    def shown_by(self, engine: str) -> frozenset[Kinds]:
-        """What rows of one engine show: each speaks for itself alone."""
-        return self.kinds if engine == "native" else shown_kinds(self.rows, engine)
+        keys = {engine: key_of(small, engine) for engine in ENGINES}
+        return cls(keys, tuple(row.to_json() for row in rows))
 
     def save(self, path: Path) -> None:
-        """Write it to `path`, together with what one of the same key there says already."""
-        known, rows = _load(path), list(self.rows)
-        if known is not None and known.key == self.key:
+        """Write it to `path`, together with rows there that are of the same keys."""
+        rows = list(self.rows)
+        if (known := _load(path)) is not None:
             mine = {_case(row) for row in rows}
-            rows += [row for row in known.rows if _case(row) not in mine]
+            for row in known.rows:
+                valid = known.keys[row["engine"]] == self.keys.get(row["engine"])
+                if valid and _case(row) not in mine:
+                    rows.append(row)
+        engines = sorted({"native", *(row["engine"] for row in rows)})
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {
-            "key": self.key,
+            "keys": {engine: self.keys[engine] for engine in engines},
             "torch": torch.__version__.partition("+")[0],
             "kinds": sorted(sorted(kind) for kind in shown_kinds(rows)),
             "rows": rows,
@@ -124,20 +131,33 @@ def needed_kinds(layout: ParallelConfig) -> Iterator[Kinds]:
         yield from (frozenset(chosen) for chosen in itertools.combinations(axes, count))
 
 
-def key_of(small: Twin) -> str:
-    """SHA-256 of the twin's config, the sources and torch's version."""
+def key_of(small: Twin, engine: str = "native") -> str:
+    """SHA-256 of the twin's config, the sources behind an engine's rows and torch's version."""
     config = small.config
     parts = (config.model, config.objective, config.optim, config.remat, config.ema)
     low = low_precision(config.precision)
     digest = hashlib.sha256(torch.__version__.partition("+")[0].encode())
     plain = [_plain(part) for part in (*parts, low, *filter(None, [config.tasks]))]
     digest.update(json.dumps(plain, sort_keys=True).encode())
+    for name, path in sources(libraries_of(engine)):
+        digest.update(f"{name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def sources(libraries: Collection[str] = tuple(OF_LIBRARIES)) -> Iterator[tuple[str, Path]]:
+    """(name, file) of what decides gradients where these libraries are driven, in one order."""
     root = Path(kinodit.__file__).parent
+    of_library: dict[str, set[str]] = {}
+    for library, patterns in OF_LIBRARIES.items():
+        for pattern in patterns:
+            for path in root.glob(pattern):
+                of_library.setdefault(path.relative_to(root).as_posix(), set()).add(library)
     for pattern in SOURCES:
         for path in sorted(root.glob(pattern)):
-            if path.name not in TABLES:
-                digest.update(f"{pattern}/{path.name}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+            name = path.relative_to(root).as_posix()
+            wanted = of_library.get(name)
+            if name not in TABLES and (wanted is None or wanted & set(libraries)):
+                yield name, path
 
 
 def _plain(part: Any) -> Any:
@@ -167,10 +187,11 @@ def uncertified(config: RunConfig, world_size: int) -> str:
     needed = set(needed_kinds(layout))
     if not needed:
         return ""
-    key = key_of(twin(config))
+    engine = certified_as(config.engine)
+    key = key_of(twin(config), engine)
     for certificate in _certificates(config.run.folder):
-        if certificate.key == key:
-            needed -= certificate.shown_by(certified_as(config.engine))
+        if certificate.keys.get(engine) == key:
+            needed -= shown_kinds(certificate.rows, engine)
     return layout_name(_smallest(layout)) if needed else ""
 
 
@@ -196,7 +217,8 @@ def _load(path: Path) -> Certificate | None:
     """What the file says; None if there is none, or it is not a certificate."""
     try:
         document = json.loads(path.read_text())
-        kinds = frozenset(frozenset(map(str, kind)) for kind in document["kinds"])
-        return Certificate(str(document["key"]), kinds, tuple(document["rows"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        keys = {str(engine): str(key) for engine, key in document["keys"].items()}
+        rows = tuple(document["rows"])
+        return Certificate(keys, rows) if {row["engine"] for row in rows} <= keys.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

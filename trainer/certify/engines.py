@@ -12,6 +12,7 @@ from kinodit.trainer.engine.config import (
     EngineConfig,
     MegatronConfig,
     NativeConfig,
+    megatron_part,
 )
 from kinodit.trainer.engine.refusals import Wish, is_missing, refusal
 from kinodit.trainer.parallel.apply import PrecisionConfig
@@ -36,6 +37,13 @@ def certified_as(engine: EngineConfig) -> str:
     if isinstance(engine, MegatronConfig) and not engine.sequence_parallel:
         return "megatron-no-sp"
     return engine.name
+
+
+def libraries_of(name: str) -> tuple[str, ...]:
+    """Libraries that the engine of a row runs on; none for one that no row can have."""
+    engine = ENGINES.get(name, NativeConfig())
+    zero = ("deepspeed",) if isinstance(engine, DeepSpeedConfig) else ()
+    return zero + (("megatron",) if megatron_part(engine) is not None else ())
 
 
 def chosen_engines(text: str, own: EngineConfig) -> list[str]:

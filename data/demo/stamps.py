@@ -7,7 +7,9 @@ caption each, such as Debian's tuxpaint-stamps-default.
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +54,7 @@ _MAX_STAMP_WORDS = 6
 
 
 class StampError(UserError):
-    """A folder of stamps that has none, or a font that cannot be drawn."""
+    """A folder of stamps that has none, a name that no stamp has, or a font that draws nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ def load_stamps(folder: Path | None = None, limit: int | None = None) -> list[St
     if limit is None or limit > len(stamps):
         stamps += emoji_stamps() + photo_stamps()
     return stamps[:limit]
+
+
+def chosen_stamps(stamps: list[Stamp], names: Sequence[str]) -> list[Stamp]:
+    """Those of these names, without article and in this order; all if there are no names.
+
+    Raises StampError for a name that none has, or that comes twice.
+    """
+    by_name = {stamp.phrase.split(" ", 1)[1]: stamp for stamp in stamps}
+    for name in names:
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.4)
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise StampError(f"sprites name {name!r}, which no picture is of{hint}")
+    if len(set(names)) < len(names):
+        raise StampError(f"sprites are {', '.join(names)}: each may be named once")
+    return [by_name[name] for name in names] if names else stamps
 
 
 def emoji_stamps() -> list[Stamp]:

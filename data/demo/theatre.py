@@ -6,7 +6,7 @@ truth goes with the record. The stamp stands still until the sound begins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from kinodit.data.demo.scenery import Scenery, backdrop, photo_scenery, plain_scenery
 from kinodit.data.demo.sounds import PITCHES, SOUNDS, place
-from kinodit.data.demo.stamps import Stamp, load_stamps
+from kinodit.data.demo.stamps import Stamp, chosen_stamps, load_stamps, with_article
 from kinodit.models.errors import UserError
 from kinodit.models.random import generator
 
@@ -33,6 +33,7 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "shrink": ("",),
 }
 _VERBS = {"move": "moves", "turn": "turns", "grow": "grows", "shrink": "shrinks"}
+# A move to the left sounds like one to the right.
 _SOUNDS = {
     ("move", "left"): "whoosh",
     ("move", "right"): "whoosh",
@@ -52,13 +53,21 @@ class TheatreError(UserError):
 
 @dataclass(frozen=True)
 class TheatreOptions:
-    """What may be on stage. `size` is the side of the square frame in pixels."""
+    """What may be on stage. `size` is the side of the square frame in pixels.
+
+    sprites: names of the stamps that act, such as ("frog", "fire engine"); (): all, or the first
+             `num_sprites`
+    sounds:  "action": what a stamp does is heard, and its caption does not say so; "object": each
+             stamp has a sound of its own, which its caption names
+    """
 
     size: int = 64
     seed: int = 0
     actions: tuple[str, ...] = tuple(ACTIONS)
     backgrounds: Literal["photo", "plain"] = "photo"
     num_sprites: int | None = None
+    sprites: tuple[str, ...] = ()
+    sounds: Literal["action", "object"] = "action"
     stamps: Path | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +80,8 @@ class TheatreOptions:
             )
         if self.num_sprites is not None and self.num_sprites < 1:
             raise TheatreError(f"num-sprites is {self.num_sprites}; it must be at least 1")
+        if self.num_sprites is not None and self.sprites:
+            raise TheatreError("num-sprites and sprites both say which pictures act; leave one out")
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,7 @@ class Scene:
     travel: float
     onset_s: float
     pitch: str
-
-    @property
-    def sound(self) -> str:
-        """Name of the scene's sound; a move to the left sounds like one to the right."""
-        return _SOUNDS[self.action, self.direction]
+    sound: str
 
     def pose(self, time_s: float) -> tuple[float, float, float, float]:
         """(centre x, centre y, angle anticlockwise, scale) at a time."""
@@ -110,12 +117,23 @@ class Scene:
         return x, y, angle, scale
 
 
+def sound_of(stamp: int) -> tuple[str, str]:
+    """(pitch, sound) that goes with a stamp; those of neighbours differ in both.
+
+    The numbers of kinds and of pitches have no common divisor, so that all pairs come up before
+    one comes again.
+    """
+    kinds, pitches = list(SOUNDS), list(PITCHES)
+    return pitches[stamp % len(pitches)], kinds[stamp % len(kinds)]
+
+
 class Theatre:
     """All stamps and backgrounds in memory, and the scenes that can be made of them."""
 
     def __init__(self, options: TheatreOptions) -> None:
         self.options = options
-        self.stamps: list[Stamp] = load_stamps(options.stamps, options.num_sprites)
+        stamps = load_stamps(options.stamps, options.num_sprites)
+        self.stamps: list[Stamp] = chosen_stamps(stamps, options.sprites)
         self.scenery: list[Scenery] = (
             photo_scenery() if options.backgrounds == "photo" else plain_scenery()
         )
@@ -135,7 +153,7 @@ class Theatre:
             0.5 - way * travel / 2 if way else 0.5 + room * float(draw.uniform(-1, 1))
             for way in _WAYS.get(direction, (0, 0))
         )
-        return Scene(
+        scene = Scene(
             action=action,
             direction=direction,
             stamp=int(draw.integers(len(self.stamps))),
@@ -146,13 +164,21 @@ class Theatre:
             travel=travel,
             onset_s=float(draw.uniform(0.0, 0.4)),
             pitch=str(draw.choice(list(PITCHES))),
+            sound=_SOUNDS[action, direction],
         )
+        if self.options.sounds == "action":
+            return scene
+        pitch, sound = sound_of(scene.stamp)
+        return replace(scene, pitch=pitch, sound=sound)
 
     def caption(self, scene: Scene) -> str:
-        """What is seen: "a kangaroo moves left over a beach"."""
+        """What is seen: "a kangaroo moves left over a beach"; and heard: "... with a high bell"."""
         doing = f"{_VERBS[scene.action]} {scene.direction}".strip()
         background = self.scenery[scene.background].phrase
-        return f"{self.stamps[scene.stamp].phrase} {doing} over {background}"
+        seen = f"{self.stamps[scene.stamp].phrase} {doing} over {background}"
+        if self.options.sounds == "action":
+            return seen
+        return f"{seen} with {with_article(f'{scene.pitch} {scene.sound}')}"
 
     def frames(self, scene: Scene, index: int) -> NDArray[np.uint8]:
         """The clip, [NUM_FRAMES, size, size, 3]."""

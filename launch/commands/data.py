@@ -126,6 +126,19 @@ def _add_demo(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     action.add_argument("--backgrounds", choices=("photo", "plain"), default="photo")
     action.add_argument("--num-sprites", type=int, help="how many pictures act (default: all)")
     action.add_argument(
+        "--sprites",
+        default="",
+        metavar="NAMES",
+        help="which pictures act, such as 'frog,fire engine' (default: all)",
+    )
+    action.add_argument(
+        "--sounds",
+        choices=("action", "object"),
+        default="action",
+        help="what is heard goes with what happens, or with what acts; then captions name it "
+        "(default: %(default)s)",
+    )
+    action.add_argument(
         "--stamps", type=Path, metavar="DIR", help="a folder of NAME.png with NAME.txt to act, too"
     )
     action.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
@@ -213,6 +226,10 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def _demo(args: argparse.Namespace) -> int:
     from kinodit.data.demo.build import DemoOptions, build
     from kinodit.data.demo.theatre import TheatreOptions
@@ -220,9 +237,11 @@ def _demo(args: argparse.Namespace) -> int:
     theatre = TheatreOptions(
         size=args.size,
         seed=args.seed,
-        actions=tuple(name.strip() for name in args.actions.split(",") if name.strip()),
+        actions=_names(args.actions),
         backgrounds=args.backgrounds,
         num_sprites=args.num_sprites,
+        sprites=_names(args.sprites),
+        sounds=args.sounds,
         stamps=args.stamps,
     )
     options = DemoOptions(

@@ -103,7 +103,7 @@ def test_demo_makes_a_dataset_and_takes_a_subset(
     dst = tmp_path / "d"
     words = (
         "--num-clips 8 --num-images 2 --num-sounds 1 --no-real-clips --size 32 --actions move "
-        "--backgrounds plain --num-sprites 2 --workers 1"
+        "--backgrounds plain --sprites frog,rocket --sounds object --workers 1"
     )
     code, out, _ = run(capsys, "demo", dst, *words.split())
     assert code == 0
@@ -111,6 +111,7 @@ def test_demo_makes_a_dataset_and_takes_a_subset(
     code, out, _ = run(capsys, "preview", dst, "--out", tmp_path / "p.html")
     page = (tmp_path / "p.html").read_text()
     assert "moves left over a" in page
+    assert "a rocket moves" in page and "with a middle rising tone" in page
     assert "turns" not in page
     assert run(capsys, "demo", dst, *words.split())[0] == 2
 

@@ -166,9 +166,15 @@ def media_of(clip: Clip) -> Media:
 
 
 def told(sample: DecodedSample) -> Told:
-    """What a sample's record says that it shows."""
+    """What a sample's record says that it shows; its sound, if the caption says so, too."""
     extra = sample.meta.extra
-    return Told(extra.get("sprite", ""), extra.get("direction", ""), extra.get("action", ""))
+    sound = extra.get("sound", "")
+    return Told(
+        extra.get("sprite", ""),
+        extra.get("direction", ""),
+        extra.get("action", ""),
+        sound if sound in sample.caption else "",
+    )
 
 
 def _gathered(mesh: Mesh, own: Sequence[Any]) -> list[Any]:

@@ -12,6 +12,17 @@ from typing import Any
 
 from kinodit.trainer.evaluation.losses import GENERATION
 
+TRUTHS = (
+    "object",
+    "direction",
+    "sound",
+    "everything_named",
+    "onset_within_a_frame",
+    "onset_lag_frames",
+    "colour_error",
+)
+"""In the order in which they are shown."""
+
 
 @dataclass(frozen=True)
 class FigureRow:
@@ -56,7 +67,7 @@ def sample_rows(figures: Mapping[str, Any]) -> list[FigureRow]:
             label = f"{name.upper().replace('_', ' ')} ({extractor})"
             rows.append(FigureRow(label, _text(value), (("data", _text(halves.get(extractor))),)))
     truth = _mapping(figures.get("truth"))
-    for name in ("object", "direction", "onset_within_a_frame", "onset_lag_frames", "colour_error"):
+    for name in TRUTHS:
         if name in truth:
             rows.append(_beside(name.replace("_", " "), truth, name))
     synchrony = _mapping(figures.get("synchrony"))

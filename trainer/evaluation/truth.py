@@ -1,4 +1,4 @@
-"""Do clips show what they were told to, and do they sound when it happens? Read back from pixels.
+"""Do clips show and sound as they were told to, and when it happens? Read back from pixels.
 
 For clips of one thing that moves before a still background, as the demo set's theatre has them.
 
@@ -7,14 +7,21 @@ Shape legend: T frames, H rows, W columns; A channels, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kinodit.data.demo.measure import measure_direction
 from kinodit.trainer.evaluation.distance import Features
+from kinodit.trainer.evaluation.embedded import sound_features
+
+Answers = Sequence[bool | None]
+"""Whether each clip does as told; None where it was not told."""
 
 FOREGROUND = 0.3
 """Share of the clip's largest difference from its background that makes a pixel the thing's."""
@@ -26,22 +33,24 @@ SHADES = 4
 
 @dataclass(frozen=True)
 class Told:
-    """What a clip was asked to show; "" for what was not said."""
+    """What a clip was asked to show, and how to sound; "" for what was not said."""
 
     sprite: str = ""
     direction: str = ""
     action: str = ""
+    sound: str = ""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a clip shows.
+    """What a clip shows, and how it sounds.
 
     colours:   [SHADES^3] share of the thing's pixels by colour
     colour:    [3] their mean, in 0 to 1
     direction: where it goes
     lag_s:     from the first change to the first sound, seconds; NaN without either
     frame_s:   seconds of a frame
+    levels:    [D] of the sound, as `sound_features` has them; none without a sound
     """
 
     colours: Features
@@ -49,6 +58,7 @@ class Seen:
     direction: str
     lag_s: float
     frame_s: float
+    levels: Features | None = None
 
 
 def see(
@@ -62,10 +72,11 @@ def see(
     shade = np.minimum((thing * SHADES).astype(int), SHADES - 1)
     index = (shade[:, 0] * SHADES + shade[:, 1]) * SHADES + shade[:, 2]
     colours = np.bincount(index, minlength=SHADES**3) / len(thing)
-    lag_s = float("nan")
+    lag_s, levels = float("nan"), None
     if sound is not None:
         lag_s = sound_onset_s(sound, rate_hz) - motion_onset_s(video, fps)
-    return Seen(colours, thing.mean(0), measure_direction(video), lag_s, 1 / fps)
+        levels = sound_features(torch.from_numpy(sound), rate_hz)
+    return Seen(colours, thing.mean(0), measure_direction(video), lag_s, 1 / fps, levels)
 
 
 def motion_onset_s(video: NDArray[np.uint8], fps: float) -> float:
@@ -89,23 +100,29 @@ def compare(
 ) -> dict[str, float]:
     """How many clips do as told; beside it what real clips reach, and chance.
 
-    The object is the one whose real clips are nearest by the mean of their colours; the colour
-    is off by the root of the mean square distance of the thing's mean colour to that of the real
-    clips of its name, and by "colour_other" to those of the others.
+    The object is the one whose real clips are nearest by the mean of their colours, the sound the
+    one whose real clips are nearest by the mean of their levels; "everything_named" is the share of
+    the clips in which all of object, direction and sound are found that any caption names. The
+    colour is off by the root of the mean square distance of the thing's mean colour to that of the
+    real clips of its name, and by "colour_other" to those of the others.
 
     Args:
         told: of each generated clip.
         made: what these show.
         real: clips of the data. One of them is compared with the others alone.
     """
+    pairs = list(zip(told, made, strict=True))
     figures: dict[str, float] = {}
-    named = [(t.direction, s.direction) for t, s in zip(told, made, strict=True) if t.direction]
-    if named:
-        figures["direction"] = _share([a == b for a, b in named])
-        known = [(t.direction, s.direction) for t, s in real if t.direction]
-        figures["direction_real"] = _share([a == b for a, b in known])
-        figures["direction_chance"] = 1 / 4
-    figures |= _objects(told, made, real)
+    of_made, of_real, chance = _named(pairs, real)
+    if len(of_made) > 1:
+        of_made["everything_named"] = _all(of_made)
+        of_real["everything_named"] = _all(of_real)
+        chance["everything_named"] = _same(told)
+    for name, answers in of_made.items():
+        if any(answer is not None for answer in answers):
+            figures |= {name: _share(answers), f"{name}_real": _share(of_real[name])}
+            figures[f"{name}_chance"] = chance[name]
+    figures |= _colours(pairs, real)
     for name, seen in (("", list(made)), ("_real", [s for _, s in real])):
         lags = np.array([s.lag_s / s.frame_s for s in seen if np.isfinite(s.lag_s)])
         if len(lags):
@@ -114,45 +131,124 @@ def compare(
     return figures
 
 
-def _objects(
-    told: Sequence[Told], made: Sequence[Seen], real: Sequence[tuple[Told, Seen]]
-) -> dict[str, float]:
-    by_name: dict[str, list[int]] = {}
-    for index, (what, _) in enumerate(real):
-        if what.sprite:
-            by_name.setdefault(what.sprite, []).append(index)
-    if len(by_name) < 2:
-        return {}
-
-    def nearest(seen: Seen, left_out: int) -> str:
-        distance = {
-            name: np.square(
-                seen.colours - np.mean([real[i][1].colours for i in rows if i != left_out], axis=0)
-            ).sum()
-            for name, rows in by_name.items()
-            if any(i != left_out for i in rows)
-        }
-        return min(distance, key=lambda name: (distance[name], name))
-
-    pairs = [(t, s) for t, s in zip(told, made, strict=True) if t.sprite in by_name]
-    known = [i for i, (what, _) in enumerate(real) if len(by_name.get(what.sprite, [])) > 1]
-    mean = {n: np.mean([real[i][1].colour for i in rows], axis=0) for n, rows in by_name.items()}
-    figures = {"object_chance": 1 / len(by_name)}
-    if pairs:
-        own = [np.square(s.colour - mean[t.sprite]).mean() for t, s in pairs]
-        others = [
-            np.mean([np.square(s.colour - mean[n]).mean() for n in mean if n != t.sprite])
-            for t, s in pairs
-        ]
-        figures["object"] = _share([nearest(s, -1) == t.sprite for t, s in pairs])
-        figures["colour_error"] = float(np.sqrt(np.mean(own)))
-        figures["colour_error_other"] = float(np.sqrt(np.mean(others)))
-    if known:
-        figures["object_real"] = _share(
-            [nearest(real[i][1], i) == real[i][0].sprite for i in known]
+def _named(
+    pairs: Sequence[tuple[Told, Seen]], real: Sequence[tuple[Told, Seen]]
+) -> tuple[dict[str, Answers], dict[str, Answers], dict[str, float]]:
+    """By what may be named: whether it is found in clips and in real ones, and by chance."""
+    of_made: dict[str, Answers] = {}
+    of_real: dict[str, Answers] = {}
+    chance: dict[str, float] = {}
+    objects = Kinds([(t.sprite, s.colours) for t, s in real])
+    if objects.num_names > 1:
+        of_made["object"] = objects.found([(t.sprite, s.colours) for t, s in pairs])
+        of_real["object"] = objects.found_in_real()
+        chance["object"] = 1 / objects.num_names
+    if any(t.direction for t, _ in pairs):
+        of_made["direction"], of_real["direction"] = (
+            [s.direction == t.direction if t.direction else None for t, s in side]
+            for side in (pairs, real)
         )
-    return figures
+        chance["direction"] = 1 / 4
+    sounds = Kinds([(t.sound, s.levels) for t, s in real])
+    if sounds.num_names > 1:
+        of_made["sound"] = sounds.found([(t.sound, s.levels) for t, s in pairs])
+        of_real["sound"] = sounds.found_in_real()
+        chance["sound"] = 1 / sounds.num_names
+    return of_made, of_real, chance
 
 
-def _share(values: Sequence[bool] | NDArray[np.bool_]) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
+@dataclass(frozen=True)
+class Kinds:
+    """Features of real clips by what they are of, and the kind that a feature is nearest to.
+
+    real: (name, features) of each real clip; "" or None where there is none
+    """
+
+    real: Sequence[tuple[str, Features | None]]
+
+    @cached_property
+    def _rows(self) -> dict[str, Features]:
+        """Name -> [n, D], in the order in which names come first."""
+        rows: dict[str, list[Features]] = {}
+        for name, features in self.real:
+            if name and features is not None:
+                rows.setdefault(name, []).append(features)
+        return {name: np.stack(own) for name, own in rows.items()}
+
+    @cached_property
+    def _means(self) -> dict[str, Features]:
+        return {name: rows.mean(axis=0) for name, rows in self._rows.items()}
+
+    @property
+    def num_names(self) -> int:
+        """How many there are to choose from."""
+        return len(self._rows)
+
+    def found(self, asked: Sequence[tuple[str, Features | None]]) -> Answers:
+        """Whether the nearest kind is the one asked for; None where that is not known here."""
+        return [
+            None if name not in self._rows or features is None else self._is_nearest(name, features)
+            for name, features in asked
+        ]
+
+    def found_in_real(self) -> Answers:
+        """The same of each real clip, compared with the others alone; None of the only one."""
+        answers: list[bool | None] = []
+        for name, features in self.real:
+            count = len(self._rows.get(name, ()))
+            if count < 2 or features is None:
+                answers.append(None)
+                continue
+            others = (count * self._means[name] - features) / (count - 1)
+            answers.append(self._is_nearest(name, features, others))
+        return answers
+
+    def _is_nearest(self, name: str, features: Features, own: Features | None = None) -> bool:
+        """Whether `features` are nearest to the mean of `name`, or to `own` in its place."""
+        means = self._means if own is None else {**self._means, name: own}
+        distance = {n: float(np.square(features - mean).sum()) for n, mean in means.items()}
+        return min(distance, key=lambda n: (distance[n], n)) == name
+
+
+def _colours(
+    pairs: Sequence[tuple[Told, Seen]], real: Sequence[tuple[Told, Seen]]
+) -> dict[str, float]:
+    """How far off the thing's mean colour is."""
+    by_name: dict[str, list[Features]] = {}
+    for what, seen in real:
+        if what.sprite:
+            by_name.setdefault(what.sprite, []).append(seen.colour)
+    mean = {name: np.mean(colours, axis=0) for name, colours in by_name.items()}
+    known = [(t.sprite, s.colour) for t, s in pairs if t.sprite in mean]
+    if len(mean) < 2 or not known:
+        return {}
+    own = [np.square(colour - mean[name]).mean() for name, colour in known]
+    others = [
+        np.mean([np.square(colour - mean[other]).mean() for other in mean if other != name])
+        for name, colour in known
+    ]
+    return {
+        "colour_error": float(np.sqrt(np.mean(own))),
+        "colour_error_other": float(np.sqrt(np.mean(others))),
+    }
+
+
+def _all(answers: Mapping[str, Answers]) -> Answers:
+    """Whether all of a clip's hold; None where one is not known."""
+    rows = zip(*answers.values(), strict=True)
+    return [None if None in row else all(row) for row in rows]
+
+
+def _same(told: Sequence[Told]) -> float:
+    """Share of pairs of different captions that name the same: whoever mixes captions up is right.
+
+    It is more than the product of the single chances where a sound goes with an object.
+    """
+    counts = Counter((one.sprite, one.direction, one.sound) for one in told)
+    total = len(told) * (len(told) - 1)
+    return sum(n * (n - 1) for n in counts.values()) / total if total else float("nan")
+
+
+def _share(answers: Answers | NDArray[np.bool_]) -> float:
+    known = [answer for answer in answers if answer is not None]
+    return float(np.mean(known)) if known else float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from kinodit.data.demo.measure import measure_direction, motion
 from kinodit.data.demo.mux import SAMPLE_RATE, decode_frames, encode_mp4
-from kinodit.data.demo.sounds import SOUNDS, onset_s, place
+from kinodit.data.demo.sounds import PITCHES, SOUNDS, onset_s, place
 from kinodit.data.demo.stamps import (
     EMOJI,
     PICTURE_SIDE,
@@ -23,7 +24,16 @@ from kinodit.data.demo.stamps import (
     load_stamps,
     with_article,
 )
-from kinodit.data.demo.theatre import ACTIONS, FPS, Theatre, TheatreError, TheatreOptions
+from kinodit.data.demo.theatre import (
+    ACTIONS,
+    DURATION_S,
+    FPS,
+    Theatre,
+    TheatreError,
+    TheatreOptions,
+    sound_of,
+)
+from kinodit.models.random import generator
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +122,32 @@ def test_motion_travels_at_least_half_the_frame(theatre: Theatre) -> None:
         assert x * way[1] == y * way[0] == 0
         assert 0.35 <= scene.scale <= 0.5
         assert scene.pose(scene.onset_s) == start
+
+
+def test_the_pictures_that_are_named_act() -> None:
+    names = ("fire engine", "frog", "round photo of a cat")
+    theatre = Theatre(TheatreOptions(actions=("move",), sprites=names))
+    assert [stamp.phrase for stamp in theatre.stamps] == [f"a {name}" for name in names]
+    with pytest.raises(StampError, match="'frogs', which no picture is of; near it are frog"):
+        Theatre(TheatreOptions(sprites=("frogs",)))
+    with pytest.raises(StampError, match="named once"):
+        Theatre(TheatreOptions(sprites=("frog", "frog")))
+
+
+def test_sounds_may_go_with_objects_and_are_named_then() -> None:
+    options = TheatreOptions(actions=("move",), backgrounds="plain", num_sprites=8)
+    theatre, other = Theatre(replace(options, sounds="object")), Theatre(options)
+    for index in range(40):
+        scene, before = theatre.scene(index), other.scene(index)
+        pitch, sound = sound_of(scene.stamp)
+        assert scene == replace(before, pitch=pitch, sound=sound)
+        assert theatre.caption(scene) == f"{other.caption(before)} with a {pitch} {sound}"
+        draw = generator(0, "sound", index)
+        wave = SOUNDS[sound](1.9 - scene.onset_s, PITCHES[pitch], draw)
+        np.testing.assert_array_equal(
+            theatre.sound(scene, index), place(wave, scene.onset_s, DURATION_S)
+        )
+    assert len({sound_of(stamp) for stamp in range(21)}) == 21
 
 
 def test_turning_growing_and_shrinking_are_in_the_pixels() -> None:
@@ -246,6 +282,7 @@ def test_a_folder_of_stamps_joins_the_troupe(tmp_path: Path) -> None:
         ({"actions": ("move", "jump")}, "choose of move, turn, grow, shrink"),
         ({"actions": ()}, "actions are"),
         ({"num_sprites": 0}, "num-sprites is 0"),
+        ({"num_sprites": 2, "sprites": ("frog",)}, "leave one out"),
     ],
 )
 def test_options_that_make_no_scene(options: dict[str, object], message: str) -> None:

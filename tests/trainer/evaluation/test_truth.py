@@ -16,6 +16,7 @@ from kinodit.trainer.evaluation.embedded import (
     video_features,
 )
 from kinodit.trainer.evaluation.truth import (
+    Kinds,
     Seen,
     Told,
     compare,
@@ -93,6 +94,80 @@ def test_clips_that_do_not() -> None:
     assert figures["onset_within_a_frame"] == 0
     assert figures["onset_lag_frames"] == pytest.approx(3, abs=0.01)
     assert figures["colour_error"] > 0.2
+
+
+TONES_HZ = {"a red ball": 300, "a green ball": 800, "a blue ball": 2000}
+"""What each is heard by, where a sound goes with it."""
+
+
+def heard(name: str, direction: str, onset_s: float, tone_of: str = "") -> tuple[Told, Seen]:
+    """A ball and its tone, or that of another."""
+    time = np.arange(2 * RATE) / RATE
+    tone = 0.3 * np.sin(2 * np.pi * TONES_HZ[tone_of or name] * time) * (time > onset_s)
+    sound = tone[None].astype(np.float32)
+    told = Told(name, direction, "move", f"{TONES_HZ[name]} Hz")
+    return told, see(clip(name, direction, begins=4), 8.0, sound, RATE)
+
+
+SOUNDING = [
+    heard(name, direction, onset_s)
+    for name in COLOURS
+    for direction, onset_s in (("left", 0.1), ("up", 0.4))
+]
+
+
+def test_sounds_are_told_apart_whenever_they_begin() -> None:
+    told = [what for what, _ in SOUNDING]
+    figures = compare(told, [seen for _, seen in SOUNDING], SOUNDING)
+    assert figures["sound"] == figures["sound_real"] == 1
+    assert figures["sound_chance"] == pytest.approx(1 / 3)
+    assert figures["everything_named"] == figures["everything_named_real"] == 1
+    # Of five other captions none names the same.
+    assert figures["everything_named_chance"] == 0
+    doubled = compare(told * 2, [seen for _, seen in SOUNDING] * 2, SOUNDING)
+    assert doubled["everything_named_chance"] == pytest.approx(1 / 11)
+
+
+def test_everything_named_asks_for_all_of_it_in_one_clip() -> None:
+    """Two of six have another's tone, and one of the others goes another way."""
+    clips = [
+        heard("a red ball", "left", 0.2, tone_of="a blue ball"),
+        heard("a red ball", "up", 0.2),
+        heard("a green ball", "left", 0.2, tone_of="a red ball"),
+        heard("a green ball", "up", 0.2),
+        heard("a blue ball", "left", 0.2),
+        heard("a blue ball", "up", 0.2),
+    ]
+    told = [what for what, _ in clips]
+    told[5] = replace(told[5], direction="down")
+    figures = compare(told, [seen for _, seen in clips], SOUNDING)
+    assert figures["object"] == 1
+    assert figures["sound"] == pytest.approx(4 / 6)
+    assert figures["direction"] == pytest.approx(5 / 6)
+    assert figures["everything_named"] == pytest.approx(3 / 6)
+
+
+def test_a_sound_that_no_caption_names_is_not_asked_for() -> None:
+    told = [replace(what, sound="") for what, _ in SOUNDING]
+    figures = compare(told, [seen for _, seen in SOUNDING], SOUNDING)
+    assert "sound" not in figures and "everything_named" not in figures
+    known = [(replace(what, sound=""), seen) for what, seen in SOUNDING]
+    figures = compare(told, [seen for _, seen in SOUNDING], known)
+    assert "sound" not in figures and figures["everything_named"] == 1
+
+
+def test_a_real_clip_is_not_compared_with_itself() -> None:
+    """Of two of a kind at 0 and 3, the latter is nearer to others at 4 and 5.2 than to the first.
+
+    To the mean of both, 1.5, it would be nearer.
+    """
+    values = (("a", 0.0), ("a", 3.0), ("b", 4.0), ("b", 5.2), ("c", 9.0), ("", 1.0))
+    kinds = Kinds([(name, np.array([value])) for name, value in values])
+    assert kinds.num_names == 3
+    assert kinds.found_in_real() == [True, False, True, True, None, None]
+    asked = [("a", 3.0), ("b", 3.0), ("c", 7.5), ("d", 3.0)]
+    found = kinds.found([(name, np.array([value])) for name, value in asked])
+    assert found == [True, False, True, None]
 
 
 def test_nothing_is_said_of_what_was_not_told() -> None:

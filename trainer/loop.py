@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor
 
-from kinodit.data.loader import StepData
 from kinodit.models.mmdit import MMDiTConfig
 from kinodit.trainer import checkpoint, faults
 from kinodit.trainer.batches import BatchSource
@@ -18,6 +18,7 @@ from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.metrics import Row, Window, pack_flops
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.progress import Progress
+from kinodit.trainer.quarantine import Quarantine
 from kinodit.trainer.resilience import pulse
 from kinodit.trainer.resilience.checksum import check_replicas
 from kinodit.trainer.resilience.goodput import Ledger
@@ -44,7 +45,7 @@ class Loop:
     emas: Mapping[str, Ema]
     step: Step
     source: BatchSource
-    steps: Iterator[StepData]
+    steps: Quarantine
     guard: Guard
     saver: checkpoint.Saver
     evaluate: Callable[[int], Row] | None
@@ -77,7 +78,9 @@ class Loop:
             window, state = self._one_step(window, state)
             done = state.step
             self._tell(self.saver.poll())
-            if _due(done, config.resilience.checksum_every_steps, 0):
+            saves = _due(done, config.checkpoint.every_steps, end)
+            # What is saved is checked as well.
+            if _due(done, config.resilience.checksum_every_steps, 0) and not saves:
                 self._check_replicas(state)
             if self.guard.request is not Request.NONE and done < end:
                 break
@@ -86,7 +89,7 @@ class Loop:
             if self.generate is not None and _due(done, config.sample.every_steps, end):
                 with window.clock.measure("eval"):
                     self._show(done)
-            if _due(done, config.checkpoint.every_steps, end):
+            if saves:
                 with window.clock.measure("checkpoint"):
                     self.save(state)
                 saved = done
@@ -94,10 +97,11 @@ class Loop:
             if saved != state.step:
                 self.save(state)
             self._finish(state)
-        self._account(window, state.step)
         if window.num_steps:
             # Stopped between two rows: the steps since the last one are not to be lost.
             self._log(window, state)
+        else:
+            self._account(state.step, *window.spent())
         return state
 
     def _owes_validation(self, step: int, end: int) -> bool:
@@ -172,6 +176,8 @@ class Loop:
         faults.reach("step:begin", state.step)
         with clock.measure("data"):
             data = next(self.steps)
+        # As in every collective of a step: who waits here waits for ranks that still compute.
+        clock.move(self.steps.take_wait_s(), "data", "compute")
         assert data.step == state.data_step, "the loader and the trainer disagree about the step"
         with clock.measure("encode"):
             batches = self.source.batches(data)
@@ -199,13 +205,12 @@ class Loop:
         try:
             self.guard.check(state)
         except RollBack:
-            self._account(window, state.step)
+            self._account(state.step, *window.spent())
             raise
         if self.progress is not None:
             self.progress.step(state.step)
         if not _due(state.step, config.log.every_steps, config.run.steps):
             return window, state
-        self._account(window, state.step)
         self._log(window, state)
         return window.next(), state
 
@@ -213,7 +218,9 @@ class Loop:
         """Report the row of `window`, whose last step is done. Collective."""
         lr, weights = self._lr(state.step - 1), self.config.objective.loss_weights
         wait_s = self.guard.take_wait_s()
+        elapsed_s, seconds = window.spent()
         row = window.row(state.step, lr, self.mesh, self.peak_flops, weights, wait_s)
+        self._account(state.step, elapsed_s, _with_data_of_slowest(seconds, row, window.num_steps))
         if self.ledger is not None:
             row["goodput"] = self.ledger.goodput.share
         self._report(row)
@@ -226,11 +233,10 @@ class Loop:
         tensors = checkpoint.collect(self.engine, self.emas)
         check_replicas(tensors, self.mesh, state.step)
 
-    def _account(self, window: Window, step: int) -> None:
-        """Write down what the time of `window` was spent on."""
-        spent = window.spent()
+    def _account(self, step: int, elapsed_s: float, seconds: Mapping[str, float]) -> None:
+        """Write down what the time of a window was spent on, whose last step is done."""
         if self.ledger is not None:
-            self.ledger.add(step, *spent)
+            self.ledger.add(step, elapsed_s, seconds)
 
     def _report(self, row: Row) -> None:
         if self.sinks is not None:
@@ -244,6 +250,19 @@ class Loop:
         if self.sinks is not None:
             self.sinks.media(step, entries)
             self.sinks.event("sample", step, f"{len(entries)} clips")
+
+
+def _with_data_of_slowest(
+    seconds: Mapping[str, float], row: Row, num_steps: int
+) -> dict[str, float]:
+    """This rank's seconds where it waited for samples as long as the rank that waited longest.
+
+    By so much its collectives waited for that rank.
+    """
+    own_s, compute_s = seconds.get("data", 0.0), seconds.get("compute", 0.0)
+    longest_s = num_steps * float(cast(float, row["data_wait_s"]))
+    more_s = min(max(0.0, longest_s - own_s), compute_s)
+    return {**seconds, "data": own_s + more_s, "compute": compute_s - more_s}
 
 
 def _due(done: int, every: int, end: int) -> bool:

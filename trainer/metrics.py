@@ -18,7 +18,7 @@ from kinodit.models.tokens import TokenBatch
 from kinodit.trainer import balance
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.resilience import pulse
-from kinodit.trainer.resilience.stragglers import own_time, report, table
+from kinodit.trainer.resilience.stragglers import DATA_WAIT, own_time, report, table
 from kinodit.trainer.step import NUM_NOISE_BINS, StepResult
 
 Row = dict[str, object]
@@ -76,6 +76,11 @@ class Clock:
     def add(self, activity: str, seconds: float) -> None:
         """Add `seconds` to `activity`."""
         self.seconds[activity] = self.seconds.get(activity, 0.0) + seconds
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count `seconds` that were measured as one activity as another one."""
+        self.add(source, -seconds)
+        self.add(target, seconds)
 
     def take(self) -> dict[str, float]:
         """The seconds so far; starts anew."""
@@ -142,7 +147,8 @@ class Window:
         """The row of metrics.jsonl for the steps in this window. Collective: all ranks call it.
 
         `peak` is one rank's peak FLOP/s; `agreement_wait_s` what this rank waited at the ends of
-        the steps. Losses are means over the steps of the window.
+        the steps. Losses are means over the steps of the window. As all wait for the rank whose
+        samples come last, `data_wait_s` is that of the rank that waited longest for its own.
         """
         assert self.sums is not None and self.grad_norm is not None
         own = own_time(self.clock.seconds, self.clock.cpu_s, agreement_wait_s, mesh.device)
@@ -170,7 +176,7 @@ class Window:
             "lr": lr,
             "grad_norm": float(self.grad_norm),
             "step_s": elapsed_s / self.num_steps,
-            "data_wait_s": per_step.get("data", 0.0),
+            "data_wait_s": max(time[DATA_WAIT] for time in rank_times) / self.num_steps,
             "encode_s": per_step.get("encode", 0.0),
             "compute_s": per_step.get("compute", 0.0),
             "checkpoint_s": per_step.get("checkpoint", 0.0),

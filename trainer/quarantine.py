@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -70,6 +71,7 @@ class Quarantine:
         self._quotas.count(settled.values())
         self._written = set(settled)
         self._tell = tell
+        self._waited_s = 0.0
         place = mesh.dp_index, mesh.dp_size
         self._loader = Loader(
             spec, datasets, config, *place, start_step, settled=settled,
@@ -87,9 +89,17 @@ class Quarantine:
             QuarantineError: on all ranks: more was replaced than `data.quarantine` allows.
         """
         data = next(self._loader)
-        if not self._is_on or not self._mesh.any(bool(data.replaced)):
+        if not self._is_on:
             return data
-        return self._settled(data)
+        start_s = time.perf_counter()
+        is_replaced = self._mesh.any(bool(data.replaced))
+        self._waited_s += time.perf_counter() - start_s
+        return self._settled(data) if is_replaced else data
+
+    def take_wait_s(self) -> float:
+        """Seconds since the last call in which this rank had its samples, and waited for others."""
+        taken, self._waited_s = self._waited_s, 0.0
+        return taken
 
     def close(self) -> None:
         """Stops the loader."""

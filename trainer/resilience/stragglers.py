@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = ("busy_s", "data_wait_s", "collective_wait_s")
+DATA_WAIT = COLUMNS.index("data_wait_s")
 NUM_LISTED = 4
 """Ranks that a row names, the busiest first."""
 

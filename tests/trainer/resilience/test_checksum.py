@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kinodit.trainer.config import load_config
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.resilience.checksum import bit_sums, check_replicas, differing
+from kinodit.trainer.run import train
+from kinodit.trainer.topology import Topology
+from tests.support.recipes import tiny_recipe, write_dataset
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -62,3 +70,17 @@ def test_the_majority_is_right_and_a_tie_names_all() -> None:
 
 def test_one_process_has_nobody_to_differ_from() -> None:
     check_replicas({"a": torch.ones(3)}, Mesh(torch.device("cpu")), 0)
+
+
+def test_what_is_saved_is_not_checked_twice(tmp_path: Path) -> None:
+    checked: list[int] = []
+    recipe = tiny_recipe(
+        tmp_path,
+        write_dataset(tmp_path),
+        run={"steps": 6, "out_dir": str(tmp_path / "runs")},
+        resilience={"checksum_every_steps": 2},
+        checkpoint={"every_steps": 3},
+    )
+    with patch("kinodit.trainer.loop.check_replicas", lambda _, __, step: checked.append(step)):
+        train(load_config(recipe), Topology(0, 1, 0), torch.device("cpu"), io.StringIO())
+    assert checked == [2, 3, 4, 6]

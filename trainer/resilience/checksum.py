@@ -32,11 +32,16 @@ def bit_sums(tensor: Tensor) -> Tensor:
     held = local_part(tensor).reshape(-1).view(torch.uint8)
     row = _WORD_BYTES * _LANES
     whole = held.numel() // row * row
+    first = held if whole == held.numel() else held[:whole]
     # Words are read where a word can begin; the sums are of the bytes alone, wherever they lie.
-    first = held[:whole] if held.storage_offset() % _WORD_BYTES == 0 else held[:whole].clone()
+    if held.storage_offset() % _WORD_BYTES:
+        first = first.clone()
+    sums = first.view(torch.int64).view(-1, _LANES).sum(0)
+    if first.numel() == held.numel():
+        return sums
     last = held.new_zeros(row)
     last[: held.numel() - whole] = held[whole:]
-    return first.view(torch.int64).view(-1, _LANES).sum(0) + last.view(torch.int64)
+    return sums + last.view(torch.int64)
 
 
 def part_of(tensor: Tensor) -> tuple[int, ...]:

@@ -7,10 +7,10 @@ Shape legend: T frames, H rows, W columns; A channels, N samples.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,16 +19,14 @@ from numpy.typing import NDArray
 from kinodit.data.demo.measure import measure_direction
 from kinodit.trainer.evaluation.distance import Features
 from kinodit.trainer.evaluation.embedded import sound_features
-
-Answers = Sequence[bool | None]
-"""Whether each clip does as told; None where it was not told."""
+from kinodit.trainer.evaluation.kinds import Answers, Kinds
 
 FOREGROUND = 0.3
 """Share of the clip's largest difference from its background that makes a pixel the thing's."""
 MOVES, SOUNDS = 0.1, 0.15
 """Shares of the largest change, and of the loudest sample, by which something has begun."""
-SHADES = 4
-"""Parts of each colour's scale in a histogram."""
+SHADES = 5
+"""Of each colour in a histogram, evenly from none of it to all."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,28 @@ def see(
     difference = np.abs(pixels - np.median(pixels, axis=0)).sum(-1)
     thing = pixels[difference > FOREGROUND * difference.max()]
     thing = thing if len(thing) else pixels.reshape(-1, 3)
-    shade = np.minimum((thing * SHADES).astype(int), SHADES - 1)
-    index = (shade[:, 0] * SHADES + shade[:, 1]) * SHADES + shade[:, 2]
-    colours = np.bincount(index, minlength=SHADES**3) / len(thing)
     lag_s, levels = float("nan"), None
     if sound is not None:
         lag_s = sound_onset_s(sound, rate_hz) - motion_onset_s(video, fps)
         levels = sound_features(torch.from_numpy(sound), rate_hz)
-    return Seen(colours, thing.mean(0), measure_direction(video), lag_s, 1 / fps, levels)
+    return Seen(histogram(thing), thing.mean(0), measure_direction(video), lag_s, 1 / fps, levels)
+
+
+def histogram(pixels: Features) -> Features:
+    """[SHADES^3] share of pixels [n, 3] in 0 to 1 by colour.
+
+    A pixel counts for the eight colours around it, the more the nearer: a slightly other colour
+    has a slightly other histogram.
+    """
+    scaled = pixels * (SHADES - 1)
+    below = np.minimum(scaled.astype(int), SHADES - 2)
+    beyond = scaled - below
+    counts = np.zeros(SHADES**3)
+    for corner in itertools.product((0, 1), repeat=3):
+        share = np.where(corner, beyond, 1 - beyond).prod(axis=1)
+        index = (below + corner) @ (SHADES**2, SHADES, 1)
+        counts += np.bincount(index, share, minlength=SHADES**3)
+    return counts / len(pixels)
 
 
 def motion_onset_s(video: NDArray[np.uint8], fps: float) -> float:
@@ -100,8 +112,8 @@ def compare(
 ) -> dict[str, float]:
     """How many clips do as told; beside it what real clips reach, and chance.
 
-    The object is the one whose real clips are nearest by the mean of their colours, the sound the
-    one whose real clips are nearest by the mean of their levels; "everything_named" is the share of
+    The object is the one whose real clips have the nearest colours, the sound the one whose real
+    clips have the nearest levels (`kinds`); "everything_named" is the share of
     the clips in which all of object, direction and sound are found that any caption names. The
     colour is off by the root of the mean square distance of the thing's mean colour to that of the
     real clips of its name, and by "colour_other" to those of the others.
@@ -155,59 +167,6 @@ def _named(
         of_real["sound"] = sounds.found_in_real()
         chance["sound"] = 1 / sounds.num_names
     return of_made, of_real, chance
-
-
-@dataclass(frozen=True)
-class Kinds:
-    """Features of real clips by what they are of, and the kind that a feature is nearest to.
-
-    real: (name, features) of each real clip; "" or None where there is none
-    """
-
-    real: Sequence[tuple[str, Features | None]]
-
-    @cached_property
-    def _rows(self) -> dict[str, Features]:
-        """Name -> [n, D], in the order in which names come first."""
-        rows: dict[str, list[Features]] = {}
-        for name, features in self.real:
-            if name and features is not None:
-                rows.setdefault(name, []).append(features)
-        return {name: np.stack(own) for name, own in rows.items()}
-
-    @cached_property
-    def _means(self) -> dict[str, Features]:
-        return {name: rows.mean(axis=0) for name, rows in self._rows.items()}
-
-    @property
-    def num_names(self) -> int:
-        """How many there are to choose from."""
-        return len(self._rows)
-
-    def found(self, asked: Sequence[tuple[str, Features | None]]) -> Answers:
-        """Whether the nearest kind is the one asked for; None where that is not known here."""
-        return [
-            None if name not in self._rows or features is None else self._is_nearest(name, features)
-            for name, features in asked
-        ]
-
-    def found_in_real(self) -> Answers:
-        """The same of each real clip, compared with the others alone; None of the only one."""
-        answers: list[bool | None] = []
-        for name, features in self.real:
-            count = len(self._rows.get(name, ()))
-            if count < 2 or features is None:
-                answers.append(None)
-                continue
-            others = (count * self._means[name] - features) / (count - 1)
-            answers.append(self._is_nearest(name, features, others))
-        return answers
-
-    def _is_nearest(self, name: str, features: Features, own: Features | None = None) -> bool:
-        """Whether `features` are nearest to the mean of `name`, or to `own` in its place."""
-        means = self._means if own is None else {**self._means, name: own}
-        distance = {n: float(np.square(features - mean).sum()) for n, mean in means.items()}
-        return min(distance, key=lambda n: (distance[n], n)) == name
 
 
 def _colours(

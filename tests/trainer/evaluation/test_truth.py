@@ -10,16 +10,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from kinodit.models.random import generator
 from kinodit.trainer.evaluation.embedded import (
     picture_features,
     sound_features,
     video_features,
 )
+from kinodit.trainer.evaluation.kinds import Kinds
 from kinodit.trainer.evaluation.truth import (
-    Kinds,
     Seen,
     Told,
     compare,
+    histogram,
     motion_onset_s,
     see,
     sound_onset_s,
@@ -154,6 +156,27 @@ def test_a_sound_that_no_caption_names_is_not_asked_for() -> None:
     known = [(replace(what, sound=""), seen) for what, seen in SOUNDING]
     figures = compare(told, [seen for _, seen in SOUNDING], known)
     assert "sound" not in figures and figures["everything_named"] == 1
+
+
+def test_a_colour_between_two_counts_for_both() -> None:
+    shares = histogram(np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.125]]))
+    red, black, dark_blue = shares[4 * 25], shares[0], shares[1]
+    assert (red, black, dark_blue) == pytest.approx((0.5, 0.25, 0.25))
+    assert shares.sum() == pytest.approx(1)
+
+
+def test_what_varies_within_a_kind_counts_little() -> None:
+    """The first feature says nothing and varies much, the second tells a from b."""
+    values = [(name, x, y) for name, y in (("a", 0.0), ("b", 3.0)) for x in (-9, -3, 3, 9)]
+    noise = generator(0, "kinds").normal(0, 0.1, (len(values), 2))
+    real = [(n, np.array([x, y]) + off) for (n, x, y), off in zip(values, noise, strict=True)]
+    shift = {"a": np.array([4.0, 0.0]), "b": np.array([-4.0, 0.0])}
+    shifted = [(name, features + shift[name]) for name, features in real]
+    kinds = Kinds([*real, *shifted])
+    assert kinds.found_in_real() == [True] * 16
+    # By plain distance these are nearer to the other's mean, (-2, 3) or (2, 0).
+    asked = [("a", np.array([-8.0, 0.6])), ("b", np.array([8.0, 2.4]))]
+    assert kinds.found(asked) == [True, True]
 
 
 def test_a_real_clip_is_not_compared_with_itself() -> None:

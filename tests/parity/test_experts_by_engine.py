@@ -29,7 +29,19 @@ SPLIT = ParallelConfig(dp_shard=1, tp=2)
 AROUND = ParallelConfig(dp_shard=1, cp=2)
 BOTH = ParallelConfig(dp_shard=2, tp=2)
 BOTH_SHARED = ParallelConfig(dp_shard=1, cp=2, tp=2)
-FEW = [("zero1", SPLIT), ("zero2", AROUND), ("zero3", SHARDED), ("megatron-no-sp", SPLIT)]
+DEALT = [
+    ("megatron", ParallelConfig(dp_shard=2, ep=2)),
+    ("megatron", ParallelConfig(dp_shard=2, tp=2, ep=2)),
+    ("megatron", ParallelConfig(dp_replicate=2, dp_shard=2, ep=2)),
+    ("megatron-no-sp", ParallelConfig(dp_shard=1, cp=2, tp=2, ep=2)),
+]
+FEW = [
+    ("zero1", SPLIT),
+    ("zero2", AROUND),
+    ("zero3", SHARDED),
+    ("megatron-no-sp", SPLIT),
+    DEALT[0],
+]
 GRID = [
     (name, parallel)
     for name in ENGINES
@@ -51,7 +63,14 @@ def under(
 
 @pytest.mark.parametrize(
     ("name", "parallel"),
-    [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in GRID if case not in FEW)],
+    [
+        *FEW,
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [*GRID, *DEALT]
+            if case not in FEW
+        ),
+    ],
 )
 def test_engine(
     name: str, parallel: ParallelConfig, groups: dict[int, Ranks], reference: Trace
@@ -108,12 +127,16 @@ def test_corrections_keep_their_precision_in_bfloat16(groups: dict[int, Ranks]) 
         assert any(abs(float(x) * 256 - round(float(x) * 256)) > 1e-3 for v in loads for x in v)
 
 
-def test_certificates_have_rows_of_every_engine_and_ep_is_the_native_one_s() -> None:
+def test_certificates_have_rows_of_every_engine_and_of_ep_where_fsdp2_shards() -> None:
     config = twin_of(MODEL).config
     assert all(can_have(engine, SHARDED, config) for engine in ENGINES.values())
     dealt = replace(SHARDED, ep=2)
-    assert [name for name, e in ENGINES.items() if can_have(e, dealt, config)] == ["native"]
+    assert [name for name, e in ENGINES.items() if can_have(e, dealt, config)] == [
+        "native",
+        "megatron",
+        "megatron-no-sp",
+    ]
     wish = Wish(
         ENGINES["zero2"], OptimConfig(), dealt, PrecisionConfig(), RematConfig(), world_size=2
     )
-    assert "only the native engine deals experts out" in refusal(wish)
+    assert "MoE modules of its own alone" in refusal(wish)

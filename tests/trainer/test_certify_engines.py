@@ -17,7 +17,7 @@ from kinodit.trainer.certify.layouts import layout_name, parse_layouts
 from kinodit.trainer.certify.run import Row
 from kinodit.trainer.certify.twin import twin
 from kinodit.trainer.config import RunConfig, load_config
-from kinodit.trainer.engine.config import DeepSpeedConfig, NativeConfig
+from kinodit.trainer.engine.config import DeepSpeedConfig, MegatronConfig, NativeConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from tests.support.ranks import ROOT
 
@@ -34,6 +34,9 @@ def test_engines_are_chosen_by_name() -> None:
     for wrong in ("zero4", "", "native,fsdp"):
         with pytest.raises(ConfigError, match="zero3"):
             chosen_engines(wrong, own)
+    kernels = MegatronConfig(attention="transformer_engine")
+    with pytest.raises(ConfigError, match="nothing but CUDA runs megatron-transformer_engine"):
+        chosen_engines("own", kernels)
     assert all(certified_as(engine) == name for name, engine in ENGINES.items())
 
 

@@ -50,9 +50,14 @@ OF_LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "deepspeed": (
         "trainer/engine/deepspeed/*.py",
         "trainer/engine/zero_config.py",
+        "trainer/engine/partitioned.py",
         "trainer/engine/config.py",
     ),
-    "megatron": ("trainer/engine/megatron/*.py", "trainer/engine/config.py"),
+    "megatron": (
+        "trainer/engine/megatron/*.py",
+        "trainer/engine/partitioned.py",
+        "trainer/engine/config.py",
+    ),
 }
 """Sources that decide gradients only where a library is driven."""
 

@@ -24,18 +24,29 @@ ENGINES: Mapping[str, EngineConfig] = {
     **{f"zero{stage}-megatron": DeepSpeedConfig(stage=stage, megatron=True) for stage in (1, 2, 3)},
     "megatron": MegatronConfig(),
     "megatron-no-sp": MegatronConfig(sequence_parallel=False),
+    # In buckets small enough that the twin has several.
+    "megatron-distributed": MegatronConfig(
+        data_parallel="distributed_optimizer", bucket_numel=4096
+    ),
+    "megatron-distributed-no-sp": MegatronConfig(
+        sequence_parallel=False, data_parallel="distributed_optimizer", bucket_numel=4096
+    ),
 }
 
 
 def certified_as(engine: EngineConfig) -> str:
     """The key of ENGINES that stands for a recipe's engine."""
-    if isinstance(engine, MegatronConfig) and engine.linears != "core":
-        # No row has it: nothing but CUDA runs it.
-        return f"{engine.name}-{engine.linears}"
+    if isinstance(engine, MegatronConfig):
+        for kernels in (engine.linears, engine.attention, engine.experts):
+            if kernels not in ("core", "own"):
+                # No row has it: nothing but CUDA runs it.
+                return f"{engine.name}-{kernels}"
     if isinstance(engine, DeepSpeedConfig):
         return f"zero{engine.stage}-megatron" if engine.megatron else f"zero{engine.stage}"
-    if isinstance(engine, MegatronConfig) and not engine.sequence_parallel:
-        return "megatron-no-sp"
+    if isinstance(engine, MegatronConfig):
+        is_distributed = engine.data_parallel == "distributed_optimizer"
+        sharing = "-distributed" if is_distributed else ""
+        return engine.name + sharing + ("" if engine.sequence_parallel else "-no-sp")
     return engine.name
 
 
@@ -53,7 +64,13 @@ def chosen_engines(text: str, own: EngineConfig) -> list[str]:
         ConfigError: there is no such engine.
     """
     if text == "own":
-        return [certified_as(own)]
+        name = certified_as(own)
+        if name not in ENGINES:
+            raise ConfigError(
+                f"--engines own: nothing but CUDA runs {name}, so that it has no rows; name "
+                f"others, of {', '.join(ENGINES)}"
+            )
+        return [name]
     if text == "all":
         return [name for name, engine in ENGINES.items() if not is_missing(engine.name)]
     names = [name.strip() for name in text.split(",") if name.strip()]

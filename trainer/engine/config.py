@@ -69,16 +69,32 @@ class MegatronConfig(EngineConfig):
     """megatron-core's process groups and linears, FSDP2 over the data-parallel ranks.
 
     sequence_parallel: whether tp ranks have tokens of their own between matrices
+    data_parallel:     who shards over the dp_shard and cp ranks: FSDP2, parameters and gradients as
+                       well, or megatron-core's distributed optimizer, optimizer state alone
+    overlap:           distributed optimizer: reduce buckets of gradients while the backward goes
+                       on, and gather updated parameters while the next forward does
+    bucket_numel:      distributed optimizer: numbers in a bucket, about; 0: megatron-core's rule
     linears:           whose kernels compute products; TransformerEngine's need CUDA, and take
                        precision.float8=tensorwise
     attention:         whose kernels compute attention within a rank: the model's own, or
                        TransformerEngine's, which need CUDA; cp ranks exchange heads either way
+    experts:           whose kernels compute products of experts: torch's, or those of the
+                       grouped_gemm that megatron-core uses, which need CUDA
     """
 
     name: Literal["megatron"] = "megatron"
     sequence_parallel: bool = True
+    data_parallel: Literal["fsdp2", "distributed_optimizer"] = "fsdp2"
+    overlap: bool = True
+    bucket_numel: int = 0
     linears: Literal["core", "transformer_engine"] = "core"
     attention: Literal["own", "transformer_engine"] = "own"
+    experts: Literal["own", "grouped_gemm"] = "own"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bucket_numel < 0:
+            raise ConfigError(f"engine.bucket_numel={self.bucket_numel}: must not be negative")
 
 
 ENGINES: Mapping[str, type[EngineConfig]] = {

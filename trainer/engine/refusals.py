@@ -24,6 +24,7 @@ class Wish:
     """What a recipe asks of its engine.
 
     world_size: processes; device: "cpu" or "cuda", and then its compute capability
+    elsewhere:  whether it is for another machine, whose kernels are taken to be there
     """
 
     engine: EngineConfig
@@ -34,6 +35,7 @@ class Wish:
     world_size: int = 1
     device: str = "cpu"
     capability: tuple[int, int] = (0, 0)
+    elsewhere: bool = False
 
 
 def refusal(wish: Wish) -> str:
@@ -41,13 +43,11 @@ def refusal(wish: Wish) -> str:
     unmet = float8_refusal(wish.precision, wish.device, wish.capability, _products_of(wish.engine))
     if unmet:
         return unmet
-    if wish.engine.name != "native" and wish.parallel.ep > 1:
-        why = "its mesh has no axis for them"
-        if isinstance(wish.engine, DeepSpeedConfig):
-            why = "DeepSpeed sums their gradients apart in MoE modules of its own alone"
+    if isinstance(wish.engine, DeepSpeedConfig) and wish.parallel.ep > 1:
         return (
-            f"parallel.ep={wish.parallel.ep} with engine.name={wish.engine.name}: only the native "
-            f"engine deals experts out ({why}); set parallel.ep=1, or engine.name=native"
+            f"parallel.ep={wish.parallel.ep} with engine.name=deepspeed: it sums gradients of "
+            "experts that are dealt out apart from others in MoE modules of its own alone; set "
+            "parallel.ep=1, or engine.name to native or megatron"
         )
     if isinstance(wish.engine, DeepSpeedConfig):
         return _of_deepspeed(wish.engine, wish)
@@ -175,9 +175,9 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
             "engine.compile=true with engine.name=megatron: its linears are kernels of their own "
             "that a compiled graph breaks at; set engine.compile=false, or engine.name=native"
         )
-    for key, other in (("linears", "core"), ("attention", "own")):
-        if getattr(engine, key) == "transformer_engine":
-            reason = _of_transformer_engine(wish, f"engine.{key}", other)
+    for key, other in (("linears", "core"), ("attention", "own"), ("experts", "own")):
+        if getattr(engine, key) != other and not wish.elsewhere:
+            reason = _of_kernels(wish, engine, key, other)
             if reason:
                 return reason
     if engine.attention == "transformer_engine" and wish.parallel.ring > 1:
@@ -185,6 +185,16 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
             f"engine.attention=transformer_engine with parallel.ring={wish.parallel.ring}: parts "
             "of a ring are put together by the log-sum-exp of each, which TransformerEngine keeps "
             "to itself; set parallel.ring=1 (heads are exchanged), or engine.attention=own"
+        )
+    if engine.data_parallel == "distributed_optimizer":
+        reason = _of_distributed_optimizer(engine, wish)
+        if reason:
+            return reason
+    elif engine.bucket_numel or not engine.overlap:
+        return (
+            "engine.bucket_numel and engine.overlap with engine.data_parallel=fsdp2, which has no "
+            "buckets and always overlaps: leave them out, or set "
+            "engine.data_parallel=distributed_optimizer"
         )
     is_recomputed = wish.remat.mode not in ("none", "offload")
     if engine.linears == "transformer_engine" and wish.precision.float8 != "none" and is_recomputed:
@@ -196,20 +206,68 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
     return ""
 
 
-def _of_transformer_engine(wish: Wish, key: str, other: str) -> str:
-    asked = f"{key}=transformer_engine"
-    if wish.device != "cuda":
-        return f"{asked} needs a CUDA device, found {wish.device}: set {key}={other}"
-    if wish.precision.params == "float64":
-        return f"{asked} has no kernels for precision.params=float64: set {key}={other}"
-    if key == "engine.attention" and wish.precision.compute != "bfloat16":
+def _of_distributed_optimizer(engine: MegatronConfig, wish: Wish) -> str:
+    asked = f"engine.data_parallel={engine.data_parallel}"
+    if wish.parallel.dp_replicate > 1:
         return (
-            f"{asked} has kernels for precision.compute=bfloat16, found "
-            f"{wish.precision.compute}: set that, or {key}={other}"
+            f"{asked} with parallel.dp_replicate={wish.parallel.dp_replicate}: it partitions over "
+            "all data-parallel ranks; set parallel.dp_replicate=1, or engine.data_parallel=fsdp2"
         )
-    if importlib.util.find_spec("transformer_engine") is None:
+    if wish.parallel.ep > 1:
         return (
-            f"{asked} needs TransformerEngine, which is not installed: pip install "
-            f"'transformer_engine[pytorch]' in an image with CUDA, or set {key}={other}"
+            f"{asked} with parallel.ep={wish.parallel.ep}: its one buffer is summed over all "
+            "data-parallel ranks, which have different experts; set parallel.ep=1, or "
+            "engine.data_parallel=fsdp2"
+        )
+    if wish.parallel.cpu_offload:
+        return (
+            f"{asked} with parallel.cpu_offload=true, which moves FSDP2's parameters: set "
+            "parallel.cpu_offload=false, or engine.data_parallel=fsdp2"
+        )
+    if wish.optim.name != "adamw":
+        return (
+            f"optim.name={wish.optim.name} with {asked}: it updates flat stretches, in which a "
+            "matrix has no rows and columns; set optim.name=adamw, or engine.data_parallel=fsdp2"
+        )
+    if wish.precision.reduce == "bfloat16":
+        return (
+            f"precision.reduce=bfloat16 with {asked}: its buckets add micro-batches up in the "
+            "format of its messages, which would lose small gradients; set "
+            "precision.reduce=float32, or engine.data_parallel=fsdp2"
         )
     return ""
+
+
+def _of_kernels(wish: Wish, engine: MegatronConfig, key: str, other: str) -> str:
+    module, library, source = KERNELS[getattr(engine, key)]
+    asked, instead = f"engine.{key}={getattr(engine, key)}", f"engine.{key}={other}"
+    if wish.device != "cuda":
+        return f"{asked} needs a CUDA device, found {wish.device}: set {instead}"
+    if wish.precision.params == "float64":
+        return f"{asked} has no kernels for precision.params=float64: set {instead}"
+    if key != "linears" and wish.precision.compute != "bfloat16":
+        return (
+            f"{asked} has kernels for precision.compute=bfloat16, found "
+            f"{wish.precision.compute}: set that, or {instead}"
+        )
+    if importlib.util.find_spec(module) is None:
+        return (
+            f"{asked} needs {library}, which is not installed: pip install "
+            f"{source} in an image with CUDA, or set {instead}"
+        )
+    return ""
+
+
+KERNELS = {
+    "transformer_engine": (
+        "transformer_engine",
+        "TransformerEngine",
+        "'transformer_engine[pytorch]'",
+    ),
+    "grouped_gemm": (
+        "grouped_gemm",
+        "grouped_gemm",
+        "git+https://github.com/fanshiqing/grouped_gemm@v1.1.4",
+    ),
+}
+"""Choice -> (module, library, what to install) of its kernels."""

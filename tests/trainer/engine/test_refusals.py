@@ -12,6 +12,7 @@ from kinodit.trainer.config import load_config
 from kinodit.trainer.engine.config import DeepSpeedConfig, MegatronConfig, NativeConfig
 from kinodit.trainer.engine.refusals import Wish, check_wish, refusal
 from kinodit.trainer.optim import OptimConfig
+from kinodit.trainer.optim.config import MuonConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
@@ -24,6 +25,13 @@ BF16 = PrecisionConfig(compute="bfloat16")
 
 def zero(**settings: Any) -> Wish:
     return replace(PLAIN, engine=DeepSpeedConfig(**settings))
+
+
+def megatron(**settings: Any) -> Wish:
+    return replace(PLAIN, engine=MegatronConfig(**settings))
+
+
+DISTRIBUTED = megatron(data_parallel="distributed_optimizer")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +57,16 @@ def zero(**settings: Any) -> Wish:
             "zero_quantized_weights=True contradicts",
         ),
         (replace(zero(), parallel=ParallelConfig(ep=2)), "parallel.ep=1"),
+        (megatron(bucket_numel=7), "engine.data_parallel=distributed_optimizer"),
+        (megatron(overlap=False), "always overlaps"),
+        (replace(DISTRIBUTED, parallel=ParallelConfig(dp_replicate=2)), "dp_replicate=1"),
+        (replace(DISTRIBUTED, parallel=ParallelConfig(ep=2)), "parallel.ep=1"),
+        (replace(DISTRIBUTED, parallel=ParallelConfig(cpu_offload=True)), "cpu_offload=false"),
+        (replace(DISTRIBUTED, optim=MuonConfig()), "optim.name=adamw"),
+        (
+            replace(DISTRIBUTED, precision=replace(BF16, reduce="bfloat16")),
+            "precision.reduce=float32",
+        ),
     ],
 )
 def test_refused_with_the_reason_and_what_to_change(wish: Wish, reason: str) -> None:
@@ -65,6 +83,9 @@ def test_refused_with_the_reason_and_what_to_change(wish: Wish, reason: str) -> 
         zero(stage=3, hpz=2, offload_params="cpu"),
         zero(extra={"zero_optimization": {"reduce_bucket_size": 1000}}),
         replace(zero(stage=3), parallel=ParallelConfig(cp=2, tp=2), precision=BF16),
+        replace(megatron(), parallel=ParallelConfig(ep=2)),
+        replace(DISTRIBUTED, parallel=ParallelConfig(cp=2, tp=2), precision=BF16),
+        megatron(data_parallel="distributed_optimizer", bucket_numel=7, overlap=False),
     ],
 )
 def test_what_works_is_not_refused(wish: Wish) -> None:

@@ -6,9 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.config import DeepSpeedConfig
@@ -22,6 +20,7 @@ from kinodit.trainer.engine.deepspeed.library import (
     tell_of_routers,
 )
 from kinodit.trainer.engine.deepspeed.partitions import partitions_of
+from kinodit.trainer.engine.partitioned import allocate, own_buffers
 from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.engine.shells import Shells
 from kinodit.trainer.engine.zero_config import zero_config
@@ -56,7 +55,8 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
         nearby = groups._get_zero_param_intra_parallel_group() if settings.hpz > 1 else None
         for part in _parts(model):
             # DeepSpeed takes them as they are, whatever dtype it is told.
-            _allocate(part, mesh.device, wish.precision.compute_dtype)
+            own_buffers(part, mesh.device)
+            allocate(part, mesh.device, wish.precision.compute_dtype)
             Init(
                 module=part,
                 data_parallel_group=group,
@@ -67,7 +67,8 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
             )
         tell_of_routers(model)
     else:
-        _allocate(model, mesh.device, wish.precision.params_dtype)
+        own_buffers(model, mesh.device)
+        allocate(model, mesh.device, wish.precision.params_dtype)
     optimizer = build_optimizer(wish.optim, model)
     assert isinstance(optimizer, AdamW), "refused before"
     engine = driver_class(library, wish.precision.params_dtype)(
@@ -79,7 +80,7 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
         config_class=library.DeepSpeedConfig(told, mpu),
         dist_init_required=False,
     )
-    _own_buffers(model, mesh.device, wish.precision.params_dtype)
+    own_buffers(model, mesh.device, wish.precision.params_dtype)
     if settings.stage == 3:
         leave_empty_modules(model)
     num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
@@ -93,36 +94,3 @@ def _parts(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks one by one, then everything: memory for what is not in a block, at last."""
     yield from model_blocks(model)
     yield model
-
-
-def _allocate(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give parameters of `part` that are still on the meta device memory for this rank's share.
-
-    What is in it does not matter: `ZeroEngine.start_from` sets all of them.
-    """
-    _own_buffers(part, device)
-    for module in part.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.device.type != "meta":
-                continue
-            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            made = nn.Parameter(
-                torch.zeros(own.shape, device=device, dtype=dtype),
-                requires_grad=parameter.requires_grad,
-            )
-            # DeepSpeed counts what is not split over tp once for all tp ranks.
-            made.tensor_model_parallel = is_split(parameter)  # type: ignore[attr-defined]
-            module.register_parameter(key, made)
-
-
-def _own_buffers(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Give buffers memory of their own, in `dtype`: DeepSpeed casts them with the parameters."""
-    for module in model.modules():
-        for key, buffer in list(module.named_buffers(recurse=False)):
-            made = torch.zeros(buffer.shape, device=device, dtype=dtype or buffer.dtype)
-            module.register_buffer(key, made)
-
-
-def is_split(parameter: Tensor) -> bool:
-    """Whether tp ranks have different parts of it."""
-    return isinstance(parameter, DTensor) and not parameter.placements[0].is_replicate()

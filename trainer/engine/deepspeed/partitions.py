@@ -7,49 +7,13 @@ project reads of them is read here, but `ds_shape`, which `trainer/optim/base.py
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kinodit.trainer.engine.spans import Span, overlap
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter's stretch lies. group: key of the flat tensor; offset: in it, of `own`."""
-
-    group: str
-    offset: int
-    own: Span
-    spans: tuple[Span, ...]
-
-    def view(self, flats: Mapping[str, Tensor]) -> Tensor:
-        """The stretch in flat tensors like the masters."""
-        return flats[self.group].narrow(0, self.offset, self.own[1] - self.own[0])
-
-
-class Partitions(Protocol):
-    """One stage's flat tensors on this rank. places: of every parameter, by name."""
-
-    places: dict[str, Place]
-
-    def masters(self) -> dict[str, Tensor]:
-        """Flat float32 parameters by group."""
-        ...
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Flat reduced gradients by group, after the last backward; in place of DeepSpeed's."""
-        ...
-
-    def drop_gradients(self) -> None:
-        """Forget them instead of a step."""
-        ...
-
-    def refresh(self) -> None:
-        """Bring masters to the parameters that the model computes with. Collective."""
-        ...
+from kinodit.trainer.engine.partitioned import Partitions, Place
+from kinodit.trainer.engine.spans import overlap
 
 
 def group_key(index: int) -> str:

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from kinodit.models.mmdit import MMDiT
 from kinodit.models.tokens import TokenBatch
-from kinodit.trainer.engine.base import Predictions
+from kinodit.trainer.engine.base import Engine, Predictions
 from kinodit.trainer.engine.config import MegatronConfig
+from kinodit.trainer.engine.megatron import distributed
+from kinodit.trainer.engine.megatron.grouped import use_grouped_gemm
 from kinodit.trainer.engine.megatron.te import float8_context
-from kinodit.trainer.engine.megatron.te_attention import fused
+from kinodit.trainer.engine.megatron.te_attention import use_kernels
 from kinodit.trainer.engine.native import NativeEngine
 from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.optim import build_optimizer
@@ -32,16 +33,18 @@ class MegatronEngine(NativeEngine):
             return super()._forward(batch)
 
 
-def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> MegatronEngine:
-    """See `build_engine`: linears are megatron-core's already, parameters become FSDP2's.
+def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
+    """See `build_engine`: linears are megatron-core's already.
 
-    `mesh` is that of `build_mesh` of this package, whose groups are megatron-core's.
+    `mesh` is that of `build_mesh` of this package, whose groups are megatron-core's. Parameters
+    become FSDP2's, or its own where it is asked for and there are ranks to share with.
     """
     assert isinstance(wish.engine, MegatronConfig)
+    use_grouped_gemm(model, wish.engine)
+    if wish.engine.data_parallel == "distributed_optimizer" and mesh.device_mesh is not None:
+        return distributed.build(model, values, mesh, wish)
     parallelize(model, mesh, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
-    if wish.engine.attention == "transformer_engine":
-        assert isinstance(model, MMDiT)
-        model.attend = fused(model.attend)
+    use_kernels(model, wish.engine)
     materialize(model, values, mesh.device, cpu_offload=wish.parallel.cpu_offload)
     optimizer = build_optimizer(wish.optim, model)
     return MegatronEngine(model, optimizer, mesh, wish.precision, wish=wish)

@@ -7,7 +7,7 @@ data-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,8 @@ from kinodit.trainer.parallel.mesh import Groups, Mesh, ParallelConfig, place_ra
 
 AXES = ("tp", "heads", "ring", "dp_shard", "dp_replicate")
 """Axes of the grid, the fastest first; heads and ring are the factors of cp."""
+EXPERT_AXES = ("tp", "ep", "dp_shard_cp", "dp_replicate")
+"""Of the grid of experts' ranks, which megatron-core keeps beside the other as well."""
 Find = Callable[[Sequence[str]], ProcessGroup]
 """Axes -> the group of ranks that differ from this one in these alone."""
 
@@ -42,11 +44,18 @@ def build_mesh(
         ConfigError: the collection has no group of the ranks that an axis needs.
     """
     replicate, shard = config.resolve(world_size)
+    config.check_ep(shard)
     if world_size == 1:
         return Mesh(device)
     shape = dict(zip(AXES, (config.tp, config.ulysses, config.ring, shard, replicate), strict=True))
     cuts_tokens = engine.sequence_parallel or config.tp == 1
-    find = _from_grid(shape) if collection is None else _from_collection(collection, shape, rank)
+
+    def finding(shape: Mapping[str, int]) -> Find:
+        if collection is None:
+            return _from_grid(shape)
+        return _from_collection(collection, shape, rank)
+
+    find = finding(shape)
     every = DeviceMesh.from_group(
         [find(["dp_replicate"]), find(["heads", "ring", "dp_shard"]), find(["tp"])],
         device.type,
@@ -60,7 +69,20 @@ def build_mesh(
         ring=find(["ring"]) if config.ring > 1 else None,
         pack=find(sharing) if num_shares > 1 else None,
     )
-    return place_rank(config, rank, device, every, groups, cuts_tokens=cuts_tokens)
+    placed = place_rank(config, rank, device, every, groups, cuts_tokens=cuts_tokens)
+    if config.ep == 1:
+        return placed
+    sizes = (config.tp, config.ep, shard * config.cp // config.ep, replicate)
+    find = finding(dict(zip(EXPERT_AXES, sizes, strict=True)))
+    axes = EXPERT_AXES[::-1]
+    known = {"dp_replicate": every.get_group(0), "tp": every.get_group(2)}
+    experts = DeviceMesh.from_group(
+        [known[axis] if axis in known else find([axis]) for axis in axes],
+        device.type,
+        torch.arange(world_size).view(sizes[::-1]),
+        mesh_dim_names=axes,
+    )
+    return replace(placed, expert_mesh=experts)
 
 
 def _from_grid(shape: Mapping[str, int]) -> Find:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinodit.models.attention import (
     AttentionOp,
@@ -23,7 +23,9 @@ from kinodit.models.attention import (
     merge_groups,
     segment_ends,
 )
+from kinodit.models.mmdit import MMDiT
 from kinodit.models.tokens import AttentionLayout
+from kinodit.trainer.engine.config import MegatronConfig
 from kinodit.trainer.engine.megatron.te import library
 from kinodit.trainer.parallel.context import ContextAttention
 
@@ -75,3 +77,10 @@ def fused(op: AttentionOp) -> AttentionOp:
         assert op.ring is None, "refused before"
         return replace(op, within=FusedAttention())
     return partial(attend, within=FusedAttention())
+
+
+def use_kernels(model: nn.Module, engine: MegatronConfig) -> None:
+    """Let the library's kernels compute attention of a laid out model, if `engine` says so."""
+    if engine.attention == "transformer_engine":
+        assert isinstance(model, MMDiT)
+        model.attend = fused(model.attend)

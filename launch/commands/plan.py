@@ -101,7 +101,6 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
     from kinodit.launch.plan.hardware import build_cluster
     from kinodit.launch.plan.state import Weights
     from kinodit.launch.plan.workload import Given, read_workload
-    from kinodit.trainer.engine.config import MegatronConfig
     from kinodit.trainer.parallel.volume import Formats
 
     given = Given(
@@ -117,11 +116,6 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
         workload = workload.noting(
             "one process computes under autocast, which widens some tensors: activations are "
             "counted as if it widened all, the most that it can be"
-        )
-    if isinstance(config.engine, MegatronConfig) and not config.engine.sequence_parallel:
-        workload = workload.noting(
-            "engine.sequence_parallel=false leaves all tokens of a pack's share on each tp rank: "
-            "activations are those with it, the least that they can be"
         )
     return Settings(
         workload=workload,
@@ -147,15 +141,14 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
 
 def _wish(config: RunConfig) -> Wish | None:
     """What the engine is asked for, but for kernels that this machine need not have."""
-    from kinodit.trainer.engine.config import MegatronConfig
     from kinodit.trainer.engine.refusals import Wish
 
-    engine, precision = config.engine, replace(config.precision, float8="none")
-    if engine.name == "native":
+    if config.engine.name == "native":
         return None
-    if isinstance(engine, MegatronConfig):
-        engine = replace(engine, linears="core")
-    return Wish(engine, config.optim, config.parallel, precision, config.remat)
+    precision = replace(config.precision, float8="none")
+    return Wish(
+        config.engine, config.optim, config.parallel, precision, config.remat, elsewhere=True
+    )
 
 
 def _codec(text: str | None) -> tuple[int, int, int, int] | None:

@@ -117,7 +117,7 @@ class Blocks:
         count = self.crowd.own[name]
         if stream.refiner_blocks:
             # Every rank that shares the pack refines the whole stream.
-            count *= self.crowd.tp * self.crowd.ulysses * self.crowd.ring
+            count *= self.crowd.num_shares
         x = tape.leaf(self.work.tokens(count, stream.in_channels))
         stored = self._stored(stream.in_channels * width)
         x = ops.linear(tape, x, self.work.tokens(count, width), stored)
@@ -127,7 +127,7 @@ class Blocks:
             del features
         for _ in range(stream.refiner_blocks):
             x = self._refiner_block(x, count, width)
-        if count != self.crowd.own[name]:
+        if stream.refiner_blocks and self.crowd.num_ranks > 1:
             x = ops.copy(tape, x, self.work.tokens(self.crowd.own[name], width))
         return x
 
@@ -198,20 +198,20 @@ class Blocks:
         made = {}
         for name in going_on:
             made[name] = ops.linear(self.tape, attended[name], self._seen(name))
-        branch = scatter(self.tape, made, own, crowd.tp)
+        branch = scatter(self.tape, made, own, crowd)
         del made
         x = {**x}
         for name in going_on:
             x[name] = self._gated(x[name], branch[name], rows[name], name)
         normed = {name: self._norm(x[name], rows[name], name) for name in going_on}
         seen = {name: self._seen(name) for name in going_on}
-        hidden = gather(self.tape, normed, seen, crowd.tp)
+        hidden = gather(self.tape, normed, seen, crowd)
         made = {}
         for name in going_on:
             width = model.stream_width(name)
             experts = model.experts_in(name, index)
             made[name] = self._feed_forward(hidden[name], crowd.seen[name], width, experts)
-        branch = scatter(self.tape, made, own, crowd.tp)
+        branch = scatter(self.tape, made, own, crowd)
         del made
         for name in going_on:
             x[name] = self._gated(x[name], branch[name], rows[name], name)
@@ -220,7 +220,7 @@ class Blocks:
     def _attend(self, x: Mapping[str, Shadow], rows: Mapping[str, Shadow]) -> Streams:
         tape, model, crowd = self.tape, self.model, self.crowd
         normed = {name: self._norm(x[name], rows[name], name) for name in x}
-        seen = gather(tape, normed, {name: self._seen(name) for name in x}, crowd.tp)
+        seen = gather(tape, normed, {name: self._seen(name) for name in x}, crowd)
         parts = [self._project(seen[name], crowd.seen[name], self.rotary[name]) for name in x]
         q, k, v = (ops.cat(tape, tensors) for tensors in zip(*parts, strict=True))
         joint = attend(tape, q, k, v, crowd, self.sizes, model.dim_of_head)
@@ -234,8 +234,8 @@ class Blocks:
         rows = self._modulation(width, model.parts_per_branch)
         seen = self.work.tokens(crowd.num_seen, width)
         normed = self._norm(x, rows, next(iter(model.streams)))
-        if crowd.tp > 1:
-            arrived = gather(tape, {"all": normed}, {"all": seen}, crowd.tp)["all"]
+        if crowd.tp > 1 and not crowd.copied:
+            arrived = gather(tape, {"all": normed}, {"all": seen}, crowd)["all"]
             normed = ops.copy(tape, arrived)
             del arrived
         q, k, v = self._project(normed, crowd.num_seen, self.merged)
@@ -248,7 +248,9 @@ class Blocks:
         branch = both
         if crowd.tp > 1:
             own = self.work.tokens(crowd.num_own, width)
-            branch = ops.copy(tape, scatter(tape, {"all": both}, {"all": own}, crowd.tp)["all"])
+            branch = scatter(tape, {"all": both}, {"all": own}, crowd)["all"]
+            if not crowd.copied:
+                branch = ops.copy(tape, branch)
         return self._gated(x, branch, rows, next(iter(model.streams)))
 
     def _seen(self, name: str) -> int:

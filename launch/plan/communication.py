@@ -8,7 +8,7 @@ even loads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kinodit.launch.plan.activations import block_modes
 from kinodit.launch.plan.blocks import Pass
@@ -20,8 +20,10 @@ from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.ring import RING
 from kinodit.trainer.parallel.shard import REPLICATE, SHARD
 from kinodit.trainer.parallel.tensor import MODULATION, SCORES, STORED, TOKENS, WHOLE
-from kinodit.trainer.parallel.volume import Formats, Weights, Work, least
+from kinodit.trainer.parallel.volume import Formats, Volume, Weights, Work, compared_scores, least
 
+FLOAT32 = 4
+"""Bytes of a number that scores are compared in, at least."""
 AXES = {
     TOKENS: "tp",
     MODULATION: "tp",
@@ -85,8 +87,35 @@ def traffic(
         "dp_replicate": parallel.tp * num_ranks * parallel.dp_replicate,
     }
     found = least(step, parallel, formats)
+    if work.crowd.copied:
+        found |= _with_the_same_tokens(step, parallel, formats)
     return [
         Messages(label, found[label].messages, found[label].num_bytes, spans[axis])
         for label, axis in AXES.items()
         if label in found and found[label].messages
     ]
+
+
+def _with_the_same_tokens(
+    work: Work, parallel: ParallelConfig, formats: Formats
+) -> dict[str, Volume]:
+    """What differs where tp ranks have the same tokens.
+
+    After each half-block one all-reduce of L x d for all streams that go on, and as many in the
+    backward (Shoeybi et al., arXiv 1909.08053, figure 4). Scores of experts that tokens of a pack
+    compete for cross between cp ranks alone.
+    """
+    model, total = work.model, Volume()
+    for index, runs in enumerate(work.runs):
+        is_joint = index < model.num_double_blocks
+        on = sum(
+            work.tokens[name] * model.stream_width(name)
+            for name in model.streams
+            if not (is_joint and model.is_last(name, index))
+        )
+        total += Volume(on, 1) * ((2 if is_joint else 1) * (runs + 1))
+    share = 2 * (parallel.tp - 1) / parallel.tp / parallel.cp * formats.compute
+    tokens = Volume(total.num_bytes * share, total.messages) * work.passes
+    wide = max(formats.compute, FLOAT32)
+    scores = compared_scores(work, replace(parallel, tp=1), wide)
+    return {TOKENS: tokens, SCORES: scores if parallel.cp > 1 else Volume()}

@@ -7,21 +7,30 @@ op, communication and FLOPs are counted; what a count costs in seconds is assume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kinodit.launch.plan.activations import Activations, activations, block_modes
 from kinodit.launch.plan.blocks import Pass
+from kinodit.launch.plan.buckets import Buckets, buckets_messages, buckets_of, buckets_plan
 from kinodit.launch.plan.communication import Messages, traffic
 from kinodit.launch.plan.hardware import LATENCY_S, MADE_TO_MOVED, Cluster
 from kinodit.launch.plan.ops import Sizes
 from kinodit.launch.plan.seams import Crowd
 from kinodit.launch.plan.state import Units, Weights
 from kinodit.launch.plan.workload import Workload
-from kinodit.launch.plan.zero import zero_messages, zero_plan
+from kinodit.launch.plan.zero import OnRank, zero_messages, zero_plan
 from kinodit.models.errors import ConfigError
-from kinodit.trainer.engine.config import DeepSpeedConfig
+from kinodit.trainer.engine.config import (
+    DeepSpeedConfig,
+    EngineConfig,
+    MegatronConfig,
+    NativeConfig,
+    megatron_part,
+)
 from kinodit.trainer.engine.refusals import Wish
+from kinodit.trainer.parallel.float8 import MATRICES
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.shard import SHARD
@@ -108,8 +117,20 @@ class Settings:
     @property
     def zero(self) -> DeepSpeedConfig | None:
         """DeepSpeed's settings, if it is the engine."""
-        engine = None if self.wish is None else self.wish.engine
-        return engine if isinstance(engine, DeepSpeedConfig) else None
+        return self.engine if isinstance(self.engine, DeepSpeedConfig) else None
+
+    @property
+    def distributed(self) -> MegatronConfig | None:
+        """megatron-core's settings, if its distributed optimizer is used; one process has none."""
+        engine = self.engine
+        if not isinstance(engine, MegatronConfig) or self.cluster.num_gpus == 1:
+            return None
+        return engine if engine.data_parallel == "distributed_optimizer" else None
+
+    @property
+    def engine(self) -> EngineConfig:
+        """The recipe's."""
+        return NativeConfig() if self.wish is None else self.wish.engine
 
 
 class Estimator:
@@ -119,6 +140,7 @@ class Estimator:
         self.settings = settings
         self._activations: dict[tuple[object, ...], Activations] = {}
         self._of_pass: dict[int, Workload] = {}
+        self._cut: dict[tuple[int, int], Buckets] = {}
 
     def passes(self, parallel: ParallelConfig) -> tuple[int, int]:
         """(forwards of a rank in a step, packs in each).
@@ -145,7 +167,8 @@ class Estimator:
         # take: as if all were wide is the most that it can be.
         item = formats.compute if self.settings.cluster.num_gpus > 1 else formats.params
         sizes = Sizes(item, levels, cuda=True)
-        return Pass(workload.model, crowd(workload, parallel), sizes, workload.segments)
+        around = crowd(workload, parallel, copied=copies_tokens(self.settings.engine))
+        return Pass(workload.model, around, sizes, workload.segments)
 
     def _workload(self, merged: int) -> Workload:
         """That of one forward over `merged` packs."""
@@ -161,31 +184,24 @@ class Estimator:
         units = self._units(parallel)
         passes, _ = self.passes(parallel)
         taken = self.activations(parallel, remat)
-        zero = None
-        if settings.zero is not None:
-            zero = zero_plan(
-                settings.weights,
-                settings.zero,
-                parallel,
-                formats,
-                settings.num_averages,
-                passes,
-            )
-            state = zero.state
+        cut = self._partitioned(parallel)
+        if cut is not None:
+            state = cut.state
         at_rest = {
             "parameters": state.parameters,
             "gradients": state.gradients,
             "optimizer": state.optimizer,
             "averages": state.averages,
         }
-        host = taken.host + (0 if zero is None else zero.host)
+        host = taken.host + (0 if cut is None else cut.host)
         if parallel.cpu_offload:
             host += state.total
             at_rest = dict.fromkeys(at_rest, 0)
-        if passes > 1 and settings.cluster.num_gpus > 1 and settings.zero is None:
+        if passes > 1 and settings.cluster.num_gpus > 1 and cut is None:
             # Until the last micro-batch gradients are added up whole, before they are reduced.
             at_rest["gradients"] += units.whole * formats.reduce
-        buffers = gathered_bytes(units, parallel, formats) if zero is None else zero.buffers
+        buffers = gathered_bytes(units, parallel, formats) if cut is None else cut.buffers
+        buffers += copied_gradients(settings.weights, parallel.tp, formats.compute, settings.engine)
         parts = {
             **at_rest,
             "activations": taken.peak,
@@ -193,6 +209,34 @@ class Estimator:
             "buffers": buffers + self._batch_bytes(parallel),
         }
         return Memory({name: parts[name] for name in PARTS}, host)
+
+    def _partitioned(self, parallel: ParallelConfig) -> OnRank | None:
+        """What an engine keeps that partitions by itself; None: FSDP2 does."""
+        settings = self.settings
+        given = (settings.formats, settings.num_averages)
+        if settings.zero is not None:
+            passes, _ = self.passes(parallel)
+            return zero_plan(settings.weights, settings.zero, parallel, *given, passes)
+        if settings.distributed is not None:
+            return buckets_plan(self._buckets(parallel), settings.weights, *given)
+        return None
+
+    def _shared_out(self, parallel: ParallelConfig) -> list[Messages]:
+        """What such an engine sends."""
+        settings, formats = self.settings, self.settings.formats
+        if settings.zero is not None:
+            passes, _ = self.passes(parallel)
+            made = zero_messages(settings.weights, settings.zero, parallel, formats, passes)
+        else:
+            made = buckets_messages(self._buckets(parallel), parallel, formats)
+        return [] if made is None else [made]
+
+    def _buckets(self, parallel: ParallelConfig) -> Buckets:
+        engine, key = self.settings.distributed, (parallel.tp, parallel.dp_shard * parallel.cp)
+        assert engine is not None
+        if key not in self._cut:
+            self._cut[key] = buckets_of(self.settings.weights, engine, parallel)
+        return self._cut[key]
 
     def _units(self, parallel: ParallelConfig) -> Units:
         num_ranks = parallel.dp_shard * parallel.cp
@@ -222,11 +266,8 @@ class Estimator:
         passes, _ = self.passes(parallel)
         units = self._units(parallel)
         sent = traffic(self.work(parallel), units, parallel, remat, settings.formats, passes)
-        if settings.zero is not None:
-            zero = zero_messages(
-                settings.weights, settings.zero, parallel, settings.formats, passes
-            )
-            sent = [one for one in sent if one.label != SHARD] + ([zero] if zero else [])
+        if settings.zero is not None or settings.distributed is not None:
+            sent = [one for one in sent if one.label != SHARD] + self._shared_out(parallel)
         time = self._time(parallel, remat, units, sent)
         peak = settings.cluster.peak(settings.formats.compute) * settings.cluster.num_gpus
         return Estimate(
@@ -298,16 +339,46 @@ def _again(workload: Workload, remat: RematConfig) -> float:
     return sum(mode == "full" for mode in modes) / len(modes)
 
 
-def crowd(workload: Workload, parallel: ParallelConfig) -> Crowd:
-    """The tokens of a pack on the first of the ranks that share it, which has the most."""
-    num_shares = parallel.cp * parallel.tp
+def copies_tokens(engine: EngineConfig) -> bool:
+    """Whether tp ranks have the same tokens."""
+    return isinstance(engine, MegatronConfig) and not engine.sequence_parallel
+
+
+def copied_gradients(weights: Weights, tp: int, item: int, engine: EngineConfig) -> int:
+    """Bytes of gradients that are there twice for a moment, of megatron-core's linears.
+
+    Autograd copies what a function in Python returns, where it takes the result of its own as it
+    is. Of two of the largest matrices of blocks, as measured.
+    """
+    taken = megatron_part(engine)
+    if taken is None or taken.linears != "core":
+        return 0
+    shapes = zip(weights.weights, weights.local_shapes(tp), strict=True)
+    return (
+        2
+        * item
+        * max(
+            math.prod(shape)
+            for weight, shape in shapes
+            if MATRICES.match(weight.name.removesuffix(".weight"))
+        )
+    )
+
+
+def crowd(workload: Workload, parallel: ParallelConfig, *, copied: bool = False) -> Crowd:
+    """The tokens of a pack on the first of the ranks that share it, which has the most.
+
+    copied: whether tp ranks have the same ones
+    """
+    among = 1 if copied else parallel.tp
+    num_shares = parallel.cp * among
     own, seen, held, start = {}, {}, 0, 0
     for name, size in workload.pack_tokens.items():
         dealt = [
             len(range((share - start) % num_shares, size, num_shares))
-            for share in range(parallel.ulysses * parallel.tp)
+            for share in range(parallel.ulysses * among)
         ]
-        own[name], seen[name] = dealt[0], sum(dealt[: parallel.tp])
+        own[name], seen[name] = dealt[0], sum(dealt[:among])
         held += sum(dealt)
         start += size
     return Crowd(
@@ -318,9 +389,10 @@ def crowd(workload: Workload, parallel: ParallelConfig) -> Crowd:
         ulysses=parallel.ulysses,
         ring=parallel.ring,
         tp=parallel.tp,
-        permuted=num_shares > 1 or workload.segments > 1,
+        permuted=parallel.cp * parallel.tp > 1 or workload.segments > 1,
         segments=workload.segments,
         deals_experts=parallel.ep > 1,
+        copied=copied and parallel.tp > 1,
     )
 
 

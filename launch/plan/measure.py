@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from kinodit.launch.plan.activations import activations
 from kinodit.launch.plan.blocks import Pass
 from kinodit.launch.plan.communication import Messages, traffic
-from kinodit.launch.plan.estimate import crowd
+from kinodit.launch.plan.estimate import copied_gradients, copies_tokens, crowd
 from kinodit.launch.plan.ops import Sizes
 from kinodit.launch.plan.state import State, Weights
 from kinodit.launch.plan.watch import Watch
@@ -23,17 +23,21 @@ from kinodit.models.moe.config import ExpertsConfig
 from kinodit.models.tokens import ModalityTokens, Role, SampleKey, TokenBatch, build_layout
 from kinodit.trainer.ema import Ema, EmaConfig
 from kinodit.trainer.engine.base import Predictions
+from kinodit.trainer.engine.build import build_engine, build_mesh
+from kinodit.trainer.engine.config import EngineConfig, NativeConfig
 from kinodit.trainer.engine.native import NativeEngine
-from kinodit.trainer.optim import OptimConfig, build_optimizer
-from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
-from kinodit.trainer.parallel.deferred import initial_values, materialize
-from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.engine.refusals import Wish
+from kinodit.trainer.optim import OptimConfig
+from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.parallel.deferred import initial_values
+from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.sequence import cut
 from kinodit.trainer.parallel.shard import units
 from kinodit.trainer.parallel.traffic import CONTROL, Traffic
 from kinodit.trainer.parallel.volume import Formats
 
+NATIVE = NativeConfig()
 TEXT = StreamConfig(48, output=False, position="none")
 VIDEO = StreamConfig(32)
 
@@ -104,19 +108,23 @@ def measure(
     parallel: ParallelConfig,
     remat: RematConfig,
     compute: str = "float32",
+    engine_config: EngineConfig = NATIVE,
 ) -> Measured:
-    """A step of `workload` as the trainer runs it: every storage is counted. Collective."""
+    """A step of `workload` as the trainer runs it: every storage is counted. Collective.
+
+    engine_config: the native engine, or another that shards by FSDP2
+    """
     precision = PrecisionConfig(compute=compute)  # type: ignore[arg-type]
-    mesh = build_mesh(parallel, world_size, rank, torch.device("cpu"))
+    mesh = build_mesh(parallel, engine_config, world_size, rank, torch.device("cpu"))
     with torch.device("meta"):
         model = MMDiT(workload.model)
-    parallelize(model, mesh, parallel, precision, remat, compile_blocks=False)
-    materialize(model, initial_values(0), mesh.device)
-    optimizer = build_optimizer(OptimConfig(), model)
-    engine = NativeEngine(model, optimizer, mesh, precision)
+    wish = Wish(engine_config, OptimConfig(), parallel, precision, remat, world_size)
+    engine = build_engine(model, initial_values(0), mesh, wish)
+    assert isinstance(engine, NativeEngine), engine_config
+    optimizer = engine._optimizer
     ema = Ema(EmaConfig(), engine)
     batch = pretended_pack(workload)
-    if mesh.place.num_shares > 1:
+    if mesh.place.is_cut:
         batch = cut(batch, mesh.place).of(batch)
     peak, host = watched_pass(engine, batch, offloads=remat.mode == "offload")
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -156,26 +164,38 @@ def _unreduced(model: torch.nn.Module) -> list[Tensor]:
     return found
 
 
-def planned_pass(workload: Workload, parallel: ParallelConfig, item: int) -> Pass:
+def planned_pass(
+    workload: Workload, parallel: ParallelConfig, item: int, engine: EngineConfig = NATIVE
+) -> Pass:
     """What a plan takes the pass for, with a CPU's kernels."""
     sizes = Sizes(item, workload.segments * workload.levels, cuda=False)
-    return Pass(workload.model, crowd(workload, parallel), sizes, workload.segments)
+    around = crowd(workload, parallel, copied=copies_tokens(engine))
+    return Pass(workload.model, around, sizes, workload.segments)
 
 
 def planned_peak(
-    workload: Workload, parallel: ParallelConfig, remat: RematConfig, item: int
+    workload: Workload,
+    parallel: ParallelConfig,
+    remat: RematConfig,
+    item: int,
+    engine: EngineConfig = NATIVE,
 ) -> int:
-    """What a plan says of the most bytes of activations in the same pass."""
-    return activations(planned_pass(workload, parallel, item), remat).peak
+    """What a plan says of the same pass: most bytes of activations and copied gradients."""
+    copied = copied_gradients(Weights(workload.model), parallel.tp, item, engine)
+    return activations(planned_pass(workload, parallel, item, engine), remat).peak + copied
 
 
 def planned_traffic(
-    workload: Workload, parallel: ParallelConfig, remat: RematConfig, formats: Formats
+    workload: Workload,
+    parallel: ParallelConfig,
+    remat: RematConfig,
+    formats: Formats,
+    engine: EngineConfig = NATIVE,
 ) -> list[Messages]:
     """What a plan says of the messages of a step of two micro-batches, a pack each."""
     num_ranks = parallel.dp_shard * parallel.cp
     units = Weights(workload.model).units(parallel.tp, num_ranks, parallel.ep)
-    work = planned_pass(workload, parallel, formats.compute)
+    work = planned_pass(workload, parallel, formats.compute, engine)
     return traffic(work, units, parallel, remat, formats, passes=2)
 
 

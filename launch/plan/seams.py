@@ -23,6 +23,7 @@ class Crowd:
     held:     tokens in attention here: those of all ranks that exchange heads
     ulysses, ring, tp: degrees
     permuted: whether tokens are put into another order for attention
+    copied:   whether tp ranks have the same tokens (no sequence parallelism)
     segments: samples of the pack, as if of equal lengths
     deals_experts: whether rows travel to experts elsewhere; as many come as go
     """
@@ -37,6 +38,17 @@ class Crowd:
     permuted: bool
     segments: int = 1
     deals_experts: bool = False
+    copied: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Those that share the pack, whatever they have of it."""
+        return self.tp * self.ulysses * self.ring
+
+    @property
+    def num_shares(self) -> int:
+        """Parts that its tokens are dealt out in."""
+        return self.num_ranks // (self.tp if self.copied else 1)
 
     @property
     def num_own(self) -> int:
@@ -50,10 +62,11 @@ class Crowd:
 
 
 def gather(
-    tape: Tape, parts: Mapping[str, Shadow], sizes: Mapping[str, int], tp: int
+    tape: Tape, parts: Mapping[str, Shadow], sizes: Mapping[str, int], crowd: Crowd
 ) -> dict[str, Shadow]:
     """`gather_rows` over tp: own tokens -> the tokens seen, of the given sizes."""
-    if tp == 1:
+    tp = crowd.tp
+    if tp == 1 or crowd.copied:
         return dict(parts)
     own = sum(part.nbytes for part in parts.values())
     flat, mine, buffer = tape.new(own), tape.new(own), tape.new(own * tp)
@@ -72,11 +85,14 @@ def gather(
 
 
 def scatter(
-    tape: Tape, parts: Mapping[str, Shadow], sizes: Mapping[str, int], tp: int
+    tape: Tape, parts: Mapping[str, Shadow], sizes: Mapping[str, int], crowd: Crowd
 ) -> dict[str, Shadow]:
     """`scatter_rows` over tp: sums over ranks for the own tokens, of the given sizes."""
+    tp = crowd.tp
     if tp == 1:
         return dict(parts)
+    if crowd.copied:
+        return _sum_copies(tape, parts)
     own = sum(sizes[name] for name in parts)
     buffer = tape.new(own * tp)
     mine = tape.new(own)
@@ -92,6 +108,20 @@ def scatter(
 
     made = tape.op(list(parts.values()), outs, [], back)
     return dict(zip(parts, made, strict=True))
+
+
+def _sum_copies(tape: Tape, parts: Mapping[str, Shadow]) -> dict[str, Shadow]:
+    """`sum_rows` over tp: what arrives are views of one message, forward and backward."""
+    size, count = sum(part.nbytes for part in parts.values()), len(parts)
+    flat = tape.new(size)
+
+    def back(grads: Grads, saved: list[Storage]) -> list[Storage | None]:
+        summed = tape.new(size)
+        return [summed] * count
+
+    outs = [(part.nbytes, flat) for part in parts.values()]
+    del flat
+    return dict(zip(parts, tape.op(list(parts.values()), outs, [], back), strict=True))
 
 
 def attend(

@@ -30,7 +30,7 @@ stay whole; parameters that may be gathered at once."""
 
 
 @dataclass(frozen=True)
-class ZeroPlan:
+class OnRank:
     """State on a rank's device, what lies on the host instead, and buffers on the device."""
 
     state: State
@@ -86,7 +86,7 @@ def zero_plan(
     formats: Formats,
     num_averages: int,
     passes: int = 1,
-) -> ZeroPlan:
+) -> OnRank:
     """Bytes of a rank. passes: micro-batches, between which stage 1 adds gradients up whole."""
     cut = cut_by(weights, engine, parallel)
     masters, compute = cut.own * MASTER_BYTES, formats.compute
@@ -110,7 +110,7 @@ def zero_plan(
         live = setting(engine, "stage3_max_live_parameters", LIVE)
         buffers += min(cut.whole, live) * compute
     state = State(model + masters, gradients, optimizer, averages)
-    return ZeroPlan(state, host, buffers)
+    return OnRank(state, host, buffers)
 
 
 def zero_messages(

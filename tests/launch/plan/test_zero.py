@@ -18,7 +18,7 @@ from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
 from kinodit.trainer.ema import Ema, EmaConfig
 from kinodit.trainer.engine.build import build_engine
-from kinodit.trainer.engine.config import DeepSpeedConfig
+from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig
 from kinodit.trainer.engine.refusals import Wish, is_missing
 from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.apply import PrecisionConfig
@@ -131,7 +131,7 @@ def test_stages_send_what_the_paper_says() -> None:
     assert zero_messages(weights, DeepSpeedConfig(), ParallelConfig(dp_shard=1), formats, 1) is None
 
 
-def settings_for(config: DeepSpeedConfig) -> Settings:
+def settings_for(config: EngineConfig) -> Settings:
     model = PRESETS["2b"]
     wish = Wish(config, OptimConfig(), ParallelConfig(), PrecisionConfig(), RematConfig())
     return Settings(

@@ -6,15 +6,15 @@ is made while a shard is written, or by reading any shard that meets the record 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.checksums import Digest, crc32
 from kinodit.data.foreign import FailedSampleError
 from kinodit.data.probe import MediumError, probe, with_facts
 from kinodit.data.record import MODALITIES, Modality, Record, RecordError, RecordMeta, parse_record
@@ -22,6 +22,8 @@ from kinodit.data.tar import TarError, TarMember, members
 from kinodit.models.errors import UserError
 
 MAX_SAMPLE_BYTES = (1 << 32) - 1
+HASHED_BYTES = 1 << 18
+"""Pieces in which a shard is hashed: many enough for its vector units, few enough to stay near."""
 
 INDEX_DTYPE = np.dtype(
     [
@@ -132,6 +134,20 @@ def read_span(buffer: bytes | memoryview, span: Span) -> Record:
     return parse_record(span.key, payloads)
 
 
+def read_meta(buffer: bytes | memoryview, span: Span) -> RecordMeta:
+    """The metadata of one span, of which a medium is copied only if it has to be opened.
+
+    Raises RecordError or MediumError.
+    """
+    view = memoryview(buffer)
+    parts: dict[str, Any] = {}
+    for name, member in span.members.items():
+        payload = view[member.data : member.data + member.size]
+        parts[name] = bytes(payload) if name in ("json", "txt") else payload
+    record = parse_record(span.key, parts)
+    return record.meta if record.meta.is_probed else known_meta(read_span(buffer, span))
+
+
 def index_row(meta: RecordMeta, start: int, data: memoryview) -> Row:
     """The index row of a sample of which `data` is every byte, at byte `start` of its shard."""
     if len(data) > MAX_SAMPLE_BYTES:
@@ -150,7 +166,7 @@ def index_row(meta: RecordMeta, start: int, data: memoryview) -> Row:
         caption_chars=min(caption_chars, (1 << 16) - 1),
         modality=MODALITIES.index(meta.modality),
         flags=FLAG_AUDIO if meta.has_audio else 0,
-        crc32=zlib.crc32(data),
+        crc32=crc32(data),
     )
 
 
@@ -160,6 +176,7 @@ def build_index(
     seen: Callable[[int], None] = lambda offset: None,
     left_out: Callable[[Damage], None] = lambda damage: None,
     without: Collection[str] = (),
+    digest: Digest | None = None,
 ) -> NDArray[np.void]:
     """The index of a shard, made by reading the shard itself: [samples] of `INDEX_DTYPE`.
 
@@ -170,6 +187,7 @@ def build_index(
         seen: called with the byte after each sample.
         left_out: called with samples that their own tool could not get.
         without: keys of samples that are wanted in no index.
+        digest: takes all bytes of the shard, while they are in the processor's cache.
 
     Raises:
         ManifestError: it breaks the contract; names the file and, where it has one, the byte offset
@@ -180,17 +198,23 @@ def build_index(
     if not view:
         raise ManifestError(f"{path} is empty (0 bytes): it is not a tar archive")
     rows: list[Row] = []
+    hashed = 0
     try:
         for span in spans(view, whole=True):
+            if digest is not None and span.end - hashed >= HASHED_BYTES:
+                digest.update(view[hashed : span.end])
+                hashed = span.end
             if span.key not in without:
                 try:
-                    meta = known_meta(read_span(view, span))
+                    meta = read_meta(view, span)
                     rows.append(index_row(meta, span.start, view[span.start : span.end]))
                 except FailedSampleError as error:
                     left_out(Damage(span.start, span.key, str(error)))
             seen(span.end)
     except (TarError, RecordError, MediumError) as error:
         raise ManifestError(f"{path}: {error}") from error
+    if digest is not None:
+        digest.update(view[hashed:])
     return np.array(rows, dtype=INDEX_DTYPE)
 
 

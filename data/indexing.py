@@ -10,14 +10,15 @@ import hashlib
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kinodit.data.index import INDEX_DTYPE, Damage, ManifestError, build_index
-from kinodit.data.manifest import Manifest, ShardEntry
+from kinodit.data.checksums import Algorithm, Digest
+from kinodit.data.index import INDEX_DTYPE, Damage, ManifestError, build_index, shard_bytes
+from kinodit.data.manifest import MANIFEST_FILE, Manifest, ShardEntry
 from kinodit.data.salvage import salvage
 from kinodit.data.writer import WriterError, disk_errors
 
@@ -30,16 +31,18 @@ MIN_WORKER_BYTES = 64 << 20
 class IndexOptions:
     """What is indexed of a folder.
 
-    skip_bad: leave out what is damaged, instead of refusing its shard
-    files:    names of shards in their order; None: every NAME.tar, sorted
-    without:  shard -> keys of samples that are left out
-    workers:  processes that read shards side by side
+    skip_bad:  leave out what is damaged, instead of refusing its shard
+    files:     names of shards in their order; None: every NAME.tar, sorted
+    without:   shard -> keys of samples that are left out
+    workers:   processes that read shards side by side
+    algorithm: of the shards' digests; None: that of the manifest which is there, else BLAKE3
     """
 
     skip_bad: bool = False
     files: Sequence[str] | None = None
     without: Mapping[str, frozenset[str]] | None = None
     workers: int = 1
+    algorithm: Algorithm | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -81,9 +84,10 @@ class _Done:
     def holds(self, folder: Path, mtime_ns: int, num_bytes: int, options: IndexOptions) -> bool:
         """Whether it is still what indexing the shard anew would give."""
         same = (self.mtime_ns, self.entry.num_bytes) == (mtime_ns, num_bytes)
-        asked = (self.without, self.skip_bad) == (
+        asked = (self.without, self.skip_bad, self.entry.algorithm) == (
             _without(options, self.entry.file),
             options.skip_bad,
+            options.algorithm,
         )
         if not (same and asked):
             return False
@@ -130,6 +134,7 @@ def index_shards(
     Raises ManifestError for a shard that breaks the contract, WriterError if nothing can be done.
     """
     folder, options = Path(directory), options or IndexOptions()
+    options = replace(options, algorithm=options.algorithm or _algorithm_there(folder))
     tars = _shards(folder, options)
     with disk_errors(folder):
         stats = [tar.stat() for tar in tars]
@@ -201,6 +206,14 @@ def _shards(folder: Path, options: IndexOptions) -> list[Path]:
     return found
 
 
+def _algorithm_there(folder: Path) -> Algorithm:
+    """What the digests of a manifest are that is there, though it may be damaged: they go on."""
+    path = folder / MANIFEST_FILE
+    with disk_errors(folder):
+        is_old = path.is_file() and b'"blake3":' not in path.read_bytes()
+    return "sha256" if is_old else "blake3"
+
+
 def _ignore(end: int) -> None:
     """Hears of progress that nobody watches."""
 
@@ -208,22 +221,22 @@ def _ignore(end: int) -> None:
 def _index_one(
     tar: Path, mtime_ns: int, options: IndexOptions, seen: Callable[[int], None] = _ignore
 ) -> _Done:
-    """Reads one shard and publishes its index. The checksum is worked out beside it."""
+    """Reads one shard and publishes its index."""
     without, left_out = _without(options, tar.name), list[Damage]()
-    with ThreadPoolExecutor(1) as pool, tar.open("rb") as file:
-        digest = pool.submit(lambda: hashlib.file_digest(file, "sha256").hexdigest())
-        if options.skip_bad:
-            rows, left_out = salvage(tar, seen=seen, without=without)
-        else:
-            rows = build_index(tar, seen=seen, left_out=left_out.append, without=without)
-        sha256, num_bytes = digest.result(), file.tell()
+    assert options.algorithm is not None
+    digest = Digest(options.algorithm)
+    if options.skip_bad:
+        digest.update(shard_bytes(tar))
+        rows, left_out = salvage(tar, seen=seen, without=without)
+    else:
+        rows = build_index(tar, seen=seen, left_out=left_out.append, without=without, digest=digest)
     index = rows.tobytes()
     entry = ShardEntry(
         file=tar.name,
         num_samples=len(index) // INDEX_DTYPE.itemsize,
-        num_bytes=num_bytes,
-        sha256=sha256,
+        num_bytes=digest.num_bytes,
         index_sha256=hashlib.sha256(index).hexdigest(),
+        **{options.algorithm: digest.hexdigest()},
     )
     path = tar.parent / entry.index_file
     temporary = path.with_suffix(".idx.tmp")

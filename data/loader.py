@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
 from kinodit.data.config import DataConfig
 from kinodit.data.decode import DecodedSample
 from kinodit.data.manifest import Dataset
-from kinodit.data.plan import assign, plan
+from kinodit.data.plan import SampleRef, assign, plan
 from kinodit.data.quarantine import Replacement
 from kinodit.data.samples import Loaded, LoadError, SampleSource, Settled
 from kinodit.data.shared_media import SharedMedia
 from kinodit.data.spec import PlanSpec
 
 __all__ = ["LoadError", "Loader", "StepData"]
+
+RUNS_PER_THREAD = 4
+"""Runs of samples that a step is cut into for each thread."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Loader:
         self._dp = dp_index, dp_size
         self._next_step = start_step
         self._end_step = end_step
+        self._is_closed = False
         self._samples = SampleSource(spec, datasets, config, settled or {}, dp_index, shared)
         self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="decode")
         self._ahead: deque[_PendingStep] = deque()
@@ -99,7 +104,7 @@ class Loader:
         start = time.perf_counter()
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
-            loaded = [[job.result() for job in pack] for pack in pending.packs]
+            loaded = pending.packs()
             on_failure.pop_all()
         packs = tuple(tuple(found.sample for found in pack) for pack in loaded)
         changed = [found.replacement for pack in loaded for found in pack]
@@ -132,7 +137,7 @@ class Loader:
 
     def close(self) -> None:
         """Stops decoding and waits for the threads to end. Further iteration is not possible."""
-        self._end_step = 0
+        self._end_step, self._is_closed = 0, True
         self._ahead.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._samples.close()
@@ -153,14 +158,37 @@ class Loader:
 
     def _submit(self, step: int) -> _PendingStep:
         packs = assign(plan(self._spec, step), *self._dp)
-        jobs = tuple(
-            tuple(self._pool.submit(self._samples.load, step, ref) for ref in pack)
-            for pack in packs
+        refs = [ref for pack in packs for ref in pack]
+        # Handing a sample to a thread costs as much as reading it: they go in runs, each thread
+        # with several, so that none waits long for a slow one.
+        length = max(1, len(refs) // (RUNS_PER_THREAD * self._config.num_threads))
+        runs = tuple(
+            self._pool.submit(self._load, step, refs[first : first + length])
+            for first in range(0, len(refs), length)
         )
-        return _PendingStep(step, jobs)
+        return _PendingStep(step, tuple(map(len, packs)), runs)
+
+    def _load(self, step: int, refs: Sequence[SampleRef]) -> list[Loaded]:
+        loaded: list[Loaded] = []
+        for ref in refs:
+            if self._is_closed:
+                break
+            loaded.append(self._samples.load(step, ref))
+        return loaded
 
 
 @dataclass(frozen=True)
 class _PendingStep:
+    """Samples that are being loaded: `sizes` of the packs, and runs of samples one after another.
+
+    A run ends with the first of its samples that cannot be loaded: in the order of the packs.
+    """
+
     step: int
-    packs: tuple[tuple[Future[Loaded], ...], ...]
+    sizes: tuple[int, ...]
+    runs: tuple[Future[list[Loaded]], ...]
+
+    def packs(self) -> list[list[Loaded]]:
+        """Waits for them. Raises what the first that failed has raised."""
+        loaded = iter([found for run in self.runs for found in run.result()])
+        return [list(islice(loaded, size)) for size in self.sizes]

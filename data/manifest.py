@@ -4,8 +4,9 @@
     DIR/000000.tar         a shard: plain tar, samples by the record contract
     DIR/000000.idx         its index: one `INDEX_DTYPE` row per sample, nothing else
 
-The content hash names the dataset's contents: it depends on the bytes of shards and indexes and
-on their order, not on the dataset's name or place.
+A shard's digest is SHA-256 (schema 1) or BLAKE3 (schema 2); a manifest keeps the kind that it has.
+The content hash names the dataset's contents: it depends on the bytes of shards and indexes and on
+their order, not on the dataset's name or place.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.checksums import Algorithm
 from kinodit.data.config import StorageConfig
 from kinodit.data.index import INDEX_DTYPE, ManifestError, Row, build_index
 
@@ -37,20 +39,34 @@ __all__ = [
 ]
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA = 1
+SCHEMAS: dict[Algorithm, int] = {"sha256": 1, "blake3": 2}
 MAX_MAPPED = 1024
 PIECE_SAMPLES = 1 << 19
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard of a manifest: its file name, counts, and SHA-256 of it and of its index."""
+    """One shard of a manifest: its file name, counts, its digest and the SHA-256 of its index.
+
+    sha256, blake3: the digest, in hex; the other one is ""
+    """
 
     file: str
     num_samples: int
     num_bytes: int
-    sha256: str
-    index_sha256: str
+    sha256: str = ""
+    index_sha256: str = ""
+    blake3: str = ""
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What the digest was made with."""
+        return "blake3" if self.blake3 else "sha256"
+
+    @property
+    def digest(self) -> str:
+        """Names the shard's bytes."""
+        return f"blake3:{self.blake3}" if self.blake3 else self.sha256
 
     @property
     def index_file(self) -> str:
@@ -60,9 +76,9 @@ class ShardEntry:
 
 def content_hash(shards: Iterable[ShardEntry]) -> str:
     """SHA-256 (hex) of the shards' contents in their order."""
-    digest = hashlib.sha256(f"kinodit dataset {SCHEMA}\n".encode())
+    digest = hashlib.sha256(b"kinodit dataset 1\n")
     for shard in shards:
-        digest.update(f"{shard.sha256} {shard.index_sha256}\n".encode())
+        digest.update(f"{shard.digest} {shard.index_sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -73,13 +89,17 @@ class Manifest:
     name: str
     shards: tuple[ShardEntry, ...]
     content_hash: str
-    schema: int = SCHEMA
 
     @classmethod
     def of(cls, name: str, shards: Iterable[ShardEntry]) -> Manifest:
         """The manifest of `shards` in this order."""
         entries = tuple(shards)
         return cls(name, entries, content_hash(entries))
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What the shards' digests were made with."""
+        return self.shards[0].algorithm if self.shards else "sha256"
 
     @property
     def num_samples(self) -> int:
@@ -105,13 +125,23 @@ class Manifest:
         """Writes `directory/manifest.json`, whole or not at all."""
         path = Path(directory) / MANIFEST_FILE
         temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        other = "sha256" if self.algorithm == "blake3" else "blake3"
+        document = {
+            **asdict(self),
+            "shards": [
+                {name: value for name, value in vars(shard).items() if name != other}
+                for shard in self.shards
+            ],
+            "schema": SCHEMAS[self.algorithm],
+        }
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
         temporary.replace(path)
 
 
 def _parse_manifest(path: Path, document: Any) -> Manifest:
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ManifestError(f"{path} is not a manifest of schema {SCHEMA}")
+    schemas = list(SCHEMAS.values())
+    if not isinstance(document, dict) or document.get("schema") not in schemas:
+        raise ManifestError(f"{path} is not a manifest of schema {' or '.join(map(str, schemas))}")
     try:
         shards = tuple(ShardEntry(**shard) for shard in document["shards"])
         name, claimed_hash = document["name"], document["content_hash"]
@@ -119,10 +149,14 @@ def _parse_manifest(path: Path, document: Any) -> Manifest:
         raise ManifestError(f"{path} does not have the fields of a manifest: {error}") from error
     for shard in shards:
         values = [getattr(shard, part.name) for part in fields(shard)]
-        if [type(value) for value in values] != [str, int, int, str, str]:
+        if [type(value) for value in values] != [str, int, int, str, str, str]:
             raise ManifestError(f"{path}: shard {shard.file!r} has a field of a wrong type")
         if Path(shard.file).name != shard.file or not shard.file.endswith(".tar"):
             raise ManifestError(f"{path}: shard {shard.file!r} is not a plain file name NAME.tar")
+        if bool(shard.sha256) == bool(shard.blake3) or shard.algorithm != shards[0].algorithm:
+            raise ManifestError(
+                f"{path}: shard {shard.file!r} must have either sha256 or blake3, like all others"
+            )
     if not isinstance(name, str) or not name:
         raise ManifestError(f"{path}: 'name' is {name!r}; it must be a string")
     if claimed_hash != content_hash(shards):
@@ -201,8 +235,7 @@ class Dataset:
 
     def row(self, index: int) -> Row:
         """The index row of sample `index`. Raises IndexError outside 0 to len - 1."""
-        shard, within = self._place(index)
-        return Row(*self._index(self.manifest.shards[shard])[within].item())
+        return self.found(index)[1]
 
     def locate(self, index: int) -> tuple[Path, int, int]:
         """(shard file, first byte, number of bytes) of sample `index`."""
@@ -211,10 +244,14 @@ class Dataset:
 
     def span(self, index: int) -> tuple[ShardEntry, int, int]:
         """(shard, first byte, number of bytes) of sample `index`."""
+        shard, row = self.found(index)
+        return shard, row.offset, row.size
+
+    def found(self, index: int) -> tuple[ShardEntry, Row]:
+        """The shard that holds sample `index`, and the sample's row in its index."""
         shard, within = self._place(index)
         entry = self.manifest.shards[shard]
-        row = self._index(entry)[within]
-        return entry, int(row["offset"]), int(row["size"])
+        return entry, Row._make(self._index(entry)[within].item())
 
     def place_of(self, shard: ShardEntry) -> str:
         """Path or URL of a shard."""
@@ -269,4 +306,5 @@ def _map_index(directory: Path, shard: ShardEntry) -> NDArray[np.void]:
             f"{path} is not the index that {MANIFEST_FILE} names: it was changed; "
             "run `kinodit data index` to write it anew"
         )
-    return index
+    # The same bytes without the subclass, whose every row would be made in Python.
+    return np.asarray(index)

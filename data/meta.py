@@ -82,8 +82,8 @@ def parse_meta(key: str, document: Mapping[str, Any]) -> RecordMeta:
             f"sample {key!r}: its JSON is of schema {document['schema']!r}; "
             f"this version of kinodit reads schema {SCHEMA}"
         )
-    unknown = sorted(document.keys() - KNOWN_FIELDS)
-    if unknown:
+    if not document.keys() <= KNOWN_FIELDS:
+        unknown = sorted(document.keys() - KNOWN_FIELDS)
         raise RecordError(
             f"sample {key!r}: JSON field {unknown[0]!r} is unknown; put numbers under 'scores' "
             "and strings under 'extra'"
@@ -140,12 +140,15 @@ class _Fields:
 
     def integer(self, name: str, limit: int) -> int:
         value = self._document.get(name, 0)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
+        if type(value) is not int or not 0 <= value <= limit:
             self._refuse(name, value, f"an integer from 0 to {limit}")
         return value
 
     def number(self, name: str, limit: float) -> float:
-        value = self._finite(name, self._document.get(name, 0.0))
+        said = self._document.get(name, 0.0)
+        if type(said) is float and 0 <= said <= limit:
+            return said
+        value = self._finite(name, said)
         if not 0 <= value <= limit:
             self._refuse(name, value, f"a number from 0 to {limit:g}")
         return value
@@ -177,8 +180,13 @@ class _Fields:
         return tuple(self._caption(item) for item in value)
 
     def _caption(self, item: object) -> Caption:
-        if not isinstance(item, dict) or "text" not in item or item.keys() - CAPTION_FIELDS:
+        if not isinstance(item, dict) or "text" not in item or not item.keys() <= CAPTION_FIELDS:
             self._refuse("captions", item, f"objects with 'text' and of {sorted(CAPTION_FIELDS)}")
+        text, lang = item["text"], item.get("lang", "en")
+        source, weight = item.get("source", ""), item.get("weight", 1.0)
+        are_texts = type(text) is type(lang) is type(source) is str
+        if are_texts and type(weight) is float and 0 <= weight < math.inf:
+            return Caption(text, lang, source, weight)
         read = _Fields(self._key, item)
         weight = read._finite("captions.weight", item.get("weight", 1.0))
         if weight < 0:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from kinodit.data.checksums import crc32
 from kinodit.data.index import read_span, spans
 from kinodit.data.manifest import Dataset, ShardEntry
 from kinodit.data.record import KEY_PATTERN, Record, RecordError
@@ -44,7 +43,7 @@ class ShardReader:
 
     def __init__(self, dataset: Dataset, max_open: int = 32) -> None:
         self.dataset = dataset
-        self._files = _FileCache(max_open)
+        self._files = _FileCache(dataset.directory, max_open)
         self._remote = None
         if dataset.url:
             self._remote = RemoteShards(dataset.url, dataset.storage)
@@ -57,13 +56,13 @@ class ShardReader:
                 were indexed, or they are not exactly one sample of the record contract.
             ShardError: the shard is missing or its storage does not answer.
         """
-        shard, offset, size = self.dataset.span(index)
+        shard, row = self.dataset.found(index)
+        offset, size = row.offset, row.size
 
         def where() -> str:
             place = self.dataset.place_of(shard)
             return f"{place}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
 
-        expected = self.dataset.row(index).crc32
         if offset + size > shard.num_bytes:
             # Nothing is set aside for what an index may claim.
             raise SampleError(
@@ -71,15 +70,15 @@ class ShardReader:
                 f"{shard.num_bytes}. Run `kinodit data index` to write it anew"
             )
         span = self._read(shard, offset, size, where)
-        checksum = zlib.crc32(span)
-        if checksum != expected and self._remote is not None:
+        checksum = crc32(span)
+        if checksum != row.crc32 and self._remote is not None:
             # Damaged on its way, or where it was kept: what the storage says now decides.
             span = self._remote.read_again(shard, offset, size)
-            checksum = zlib.crc32(span)
-        if checksum != expected:
+            checksum = crc32(span)
+        if checksum != row.crc32:
             raise SampleError(
                 f"{where()} was changed after it was indexed: its {size} bytes have CRC-32 "
-                f"{checksum:08x}, the index says {expected:08x}. Restore the shard, or run "
+                f"{checksum:08x}, the index says {row.crc32:08x}. Restore the shard, or run "
                 "`kinodit data validate` to see what is damaged",
                 readable_key(span),
             )
@@ -108,8 +107,11 @@ class ShardReader:
         try:
             if self._remote is not None:
                 return self._remote.read(shard, offset, size)
-            with self._files.open(self.dataset.directory / shard.file) as descriptor:
-                return _read_exactly(descriptor, offset, size, where)
+            file = self._files.take(shard.file)
+            try:
+                return _read_exactly(file.descriptor, offset, size, where)
+            finally:
+                self._files.give_back(file)
         except StorageError as error:
             raise ShardError(f"{where()} cannot be read: {error}") from error
         except OSError as error:
@@ -148,31 +150,34 @@ class _OpenFile:
 
 
 class _FileCache:
-    """File descriptors by path, the longest unused closed first, none while it is in use.
+    """Open files of a folder by name, the longest unused closed first, none while it is in use.
 
     The count matters: a descriptor closed under a reader may be reopened by another thread as
     another file, and the read would return that file's bytes.
     """
 
-    def __init__(self, max_open: int) -> None:
+    def __init__(self, folder: Path, max_open: int) -> None:
+        self._folder = folder
         self._max_open = max_open
-        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = Lock()
 
-    @contextmanager
-    def open(self, path: Path) -> Iterator[int]:
+    def take(self, name: str) -> _OpenFile:
+        """The file, which stays open until it is given back."""
         with self._lock:
-            file = self._files.get(path)
+            file = self._files.get(name)
             if file is None:
-                file = self._files[path] = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            self._files.move_to_end(path)
+                descriptor = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+                file = self._files[name] = _OpenFile(descriptor)
+            self._files.move_to_end(name)
             file.num_users += 1
-        try:
-            yield file.descriptor
-        finally:
-            with self._lock:
-                file.num_users -= 1
-                self._shrink(self._max_open)
+        return file
+
+    def give_back(self, file: _OpenFile) -> None:
+        """Its user has read what it wanted."""
+        with self._lock:
+            file.num_users -= 1
+            self._shrink(self._max_open)
 
     def close(self) -> None:
         with self._lock:
@@ -181,6 +186,6 @@ class _FileCache:
     def _shrink(self, limit: int) -> None:
         if len(self._files) <= limit:
             return
-        unused = [path for path, file in self._files.items() if not file.num_users]
-        for path in unused[: len(self._files) - limit]:
-            os.close(self._files.pop(path).descriptor)
+        unused = [name for name, file in self._files.items() if not file.num_users]
+        for name in unused[: len(self._files) - limit]:
+            os.close(self._files.pop(name).descriptor)

@@ -55,6 +55,10 @@ REFERENCE_PATTERN = re.compile(
     rf"ref([0-{MAX_REFERENCES - 1}])\.({'|'.join(MEDIA_MEMBERS['image'])})"
 )
 
+_ALLOWED_MEMBERS = frozenset({"json", "txt", *UNUSED_MEMBERS}.union(*MEDIA_MEMBERS.values()))
+_APART = frozenset({"json", "txt", *UNUSED_MEMBERS})
+"""Members that a `Record` does not hold."""
+
 MAX_MEMBERS = 16
 MAX_MEMBER_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 20
@@ -100,12 +104,12 @@ def check_key(key: str) -> str:
 
 def check_member(key: str, name: str) -> str:
     """`name` itself. Raises RecordError if no sample may have a member of that name."""
-    allowed = {"json", "txt", *UNUSED_MEMBERS}.union(*MEDIA_MEMBERS.values())
-    patterns = (TENSOR_MEMBER_PATTERN, REFERENCE_PATTERN)
-    if name not in allowed and not any(pattern.fullmatch(name) for pattern in patterns):
+    if name in _ALLOWED_MEMBERS:
+        return name
+    if not (TENSOR_MEMBER_PATTERN.fullmatch(name) or REFERENCE_PATTERN.fullmatch(name)):
         raise RecordError(
             f"sample {key!r}: member {name[:160]!r} is not allowed; allowed are "
-            f"{', '.join(sorted(allowed))}, NAME.safetensors, and ref0 to "
+            f"{', '.join(sorted(_ALLOWED_MEMBERS))}, NAME.safetensors, and ref0 to "
             f"ref{MAX_REFERENCES - 1} with {', '.join(MEDIA_MEMBERS['image'])}"
         )
     return name
@@ -134,8 +138,7 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
         meta = parse_meta(key, document)
     else:
         meta = _foreign_meta(key, members, document)
-    apart = {"json", "txt", *UNUSED_MEMBERS}
-    rest = {name: data for name, data in members.items() if name not in apart}
+    rest = {name: data for name, data in members.items() if name not in _APART}
     _check_media(key, meta, rest)
     return Record(key, meta, rest)
 
@@ -163,16 +166,26 @@ def encode_record(record: Record) -> dict[str, str | bytes]:
     return {"__key__": record.key, **members}
 
 
-def _parse_json(key: str, payload: bytes) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise RecordError(f"sample {key!r}: its JSON holds {constant}, which is not a number")
+class _NoNumberError(ValueError):
+    """A constant that JSON does not have: NaN, Infinity."""
 
+
+def _refuse(constant: str) -> NoReturn:
+    raise _NoNumberError(constant)
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse)
+
+
+def _parse_json(key: str, payload: bytes) -> dict[str, Any]:
     if _is_deep(payload):
         raise RecordError(f"sample {key!r}: its JSON is nested more than {MAX_JSON_DEPTH} deep")
     try:
-        document = json.loads(payload, parse_constant=refuse)
-    except RecordError:
-        raise
+        document = _JSON.decode(payload.decode(json.detect_encoding(payload), "surrogatepass"))
+    except _NoNumberError as error:
+        raise RecordError(
+            f"sample {key!r}: its JSON holds {error}, which is not a number"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"sample {key!r}: its JSON cannot be parsed: {error}") from error
     if not isinstance(document, dict):
@@ -227,6 +240,8 @@ def _reference_members(members: Mapping[str, bytes]) -> list[str]:
 def _check_media(key: str, meta: RecordMeta, members: Mapping[str, bytes]) -> None:
     allowed = MEDIA_MEMBERS[meta.modality]
     media = [name for name in members if name in allowed]
+    if len(media) == len(members) == 1 and not meta.references:
+        return
     has_tensors = any(TENSOR_MEMBER_PATTERN.fullmatch(name) for name in members)
     if len(media) > 1 or not (media or has_tensors):
         raise RecordError(

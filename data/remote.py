@@ -140,7 +140,7 @@ def retried(
 
 def _block_name(shard: ShardEntry, number: int, length: int) -> str:
     """Named by contents: equal shards of two datasets share blocks, and no name becomes a path."""
-    return f"{hashlib.sha256(shard.sha256.encode()).hexdigest()}-{length}-{number}"
+    return f"{hashlib.sha256(shard.digest.encode()).hexdigest()}-{length}-{number}"
 
 
 def open_dataset(place: str, config: StorageConfig) -> Dataset:

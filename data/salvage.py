@@ -19,8 +19,7 @@ from kinodit.data.index import (
     Row,
     Span,
     index_row,
-    known_meta,
-    read_span,
+    read_meta,
     shard_bytes,
 )
 from kinodit.data.probe import MediumError
@@ -69,7 +68,7 @@ def salvage(
         else:
             try:
                 data = view[span.start : span.end]
-                rows.append(index_row(known_meta(read_span(view, span)), span.start, data))
+                rows.append(index_row(read_meta(view, span), span.start, data))
                 continue
             except (RecordError, MediumError) as error:
                 reason = str(error)

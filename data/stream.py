@@ -89,13 +89,9 @@ class StreamedDataset(Dataset):
     def __len__(self) -> int:
         return self.config.num_samples
 
-    def row(self, index: int) -> Row:
-        """What is planned for any sample."""
-        return self._row._replace(offset=index)
-
-    def span(self, index: int) -> tuple[ShardEntry, int, int]:
-        """The stream as a whole, and the place that the plan gave a sample."""
-        return self.manifest.shards[0], index, 0
+    def found(self, index: int) -> tuple[ShardEntry, Row]:
+        """The stream as a whole, and what is planned for any sample, at the place it has there."""
+        return self.manifest.shards[0], self._row._replace(offset=index)
 
     def pieces(self) -> Iterator[Piece]:
         """Rows that are all the same."""

@@ -7,6 +7,7 @@ Header layout: POSIX.1-2017, `pax`, "ustar Interchange Format".
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -17,6 +18,9 @@ from kinodit.models.errors import UserError
 BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
 _MAX_PAX_BYTES = 1 << 16
+_HEADER = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")
+_BLANKS = 8 * ord(" ")
+"""What the checksum itself counts as in its sum."""
 
 
 class TarError(UserError):
@@ -45,8 +49,7 @@ def members(buffer: bytes | memoryview, *, whole: bool) -> Iterator[TarMember]:
     view = memoryview(buffer)
     offset = 0
     while offset < len(view):
-        block = bytes(view[offset : offset + BLOCK])
-        if block == _ZERO_BLOCK:
+        if not view[offset] and view[offset : offset + BLOCK] == _ZERO_BLOCK:
             if not whole:
                 raise TarError(f"expected a tar header at byte {offset}, found zeros")
             return check_end(view, offset)
@@ -59,12 +62,24 @@ def members(buffer: bytes | memoryview, *, whole: bool) -> Iterator[TarMember]:
         )
 
 
+class _Header(NamedTuple):
+    """The fields of a header block that are looked at."""
+
+    name: bytes
+    size: bytes
+    checksum: bytes
+    kind: bytes
+    magic: bytes
+    prefix: bytes
+
+
 def _read_member(view: memoryview, start: int) -> TarMember:
     offset = start
     pax: dict[str, str] = {}
     while True:
-        header = _header(bytes(view[offset : offset + BLOCK]), offset)
-        size = int(pax.get("size", "0")) or _octal(header[124:136], "size", offset)
+        header = _header(view, offset)
+        size = int(pax.get("size", "0")) if pax else 0
+        size = size or _octal(header.size, "size", offset)
         if size > MAX_MEMBER_BYTES:
             raise TarError(
                 f"the header at byte {offset} claims {size} bytes; {MAX_MEMBER_BYTES} are allowed"
@@ -76,7 +91,7 @@ def _read_member(view: memoryview, start: int) -> TarMember:
                 f"the member at byte {offset} needs {end} bytes, but only {len(view)} are there: "
                 "it was cut off"
             )
-        kind = header[156:157]
+        kind = header.kind
         if kind == b"x" and not pax:
             pax = _pax(view, data, size, offset)
             offset = end
@@ -108,13 +123,13 @@ def next_member(read: Callable[[int], bytes], offset: int) -> bytes:
             raise TarError(
                 f"it ends at byte {offset} without an end-of-archive marker: it was cut off there"
             )
-        header = _header(block, offset + sum(map(len, parts)))
-        size = _octal(header[124:136], "size", offset)
+        header = _header(memoryview(block), 0, offset + sum(map(len, parts)))
+        size = _octal(header.size, "size", offset)
         if size > MAX_MEMBER_BYTES:
             raise TarError(
                 f"the header at byte {offset} claims {size} bytes; {MAX_MEMBER_BYTES} are allowed"
             )
-        is_pax = header[156:157] == b"x"
+        is_pax = header.kind == b"x"
         if is_pax and (size > _MAX_PAX_BYTES or parts):
             raise TarError(f"the PAX header at byte {offset} has {size} bytes, or is a second one")
         padded = -(-size // BLOCK) * BLOCK
@@ -128,22 +143,25 @@ def next_member(read: Callable[[int], bytes], offset: int) -> bytes:
             return b"".join(parts)
 
 
-def _header(header: bytes, offset: int) -> bytes:
-    if len(header) < BLOCK:
+def _header(view: memoryview, at: int, offset: int | None = None) -> _Header:
+    """The header at byte `at` of `view`, which is byte `offset` of the archive."""
+    offset = at if offset is None else offset
+    if len(view) < at + BLOCK:
         raise TarError(f"it is cut off within the header at byte {offset}")
-    claimed = _octal(header[148:156], "checksum", offset)
-    blanked = header[:148] + b" " * 8 + header[156:]
-    actual = _sum(blanked[:256]) + _sum(blanked[256:])
+    header = _Header._make(_HEADER.unpack_from(view, at))
+    claimed = _octal(header.checksum, "checksum", offset)
+    halves = _sum(view[at : at + 256]) + _sum(view[at + 256 : at + BLOCK])
+    actual = halves - _sum(header.checksum) + _BLANKS
     if claimed != actual:
         raise TarError(
             f"the header at byte {offset} is damaged: its checksum is {actual}, it says {claimed}"
         )
-    if header[257:262] != b"ustar":
+    if not header.magic.startswith(b"ustar"):
         raise TarError(f"the header at byte {offset} is not of the USTAR or PAX format")
     return header
 
 
-def _sum(piece: bytes) -> int:
+def _sum(piece: bytes | memoryview) -> int:
     """The sum of at most 256 bytes, faster than `sum`: one less than the lower half of Adler-32."""
     return (zlib.adler32(piece) & 0xFFFF) - 1
 
@@ -155,12 +173,11 @@ def _octal(text: bytes, what: str, offset: int) -> int:
     return int(digits, 8)
 
 
-def _name(header: bytes, offset: int) -> str:
-    name = header[0:100].split(b"\0", 1)[0]
+def _name(header: _Header, offset: int) -> str:
+    name = header.name.partition(b"\0")[0]
     # GNU tar writes "ustar  " and keeps times where USTAR has the prefix.
-    if header[257:263] == b"ustar\0":
-        prefix = header[345:500].split(b"\0", 1)[0]
-        name = prefix + b"/" + name if prefix else name
+    if header.prefix[0] and header.magic.startswith(b"ustar\0"):
+        name = header.prefix.partition(b"\0")[0] + b"/" + name
     try:
         return name.decode()
     except UnicodeDecodeError as error:

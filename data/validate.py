@@ -7,7 +7,6 @@ sample is judged by itself, and the report says how many are lost.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.checksums import ALGORITHMS, Digest, crc32
 from kinodit.data.index import INDEX_DTYPE, Row, index_row, read_span, spans
 from kinodit.data.manifest import Manifest, ShardEntry
 from kinodit.data.probe import MediumError, MediumFacts, probe
@@ -164,7 +164,7 @@ def _check_sample(
         record = read_span(data, found[0])
     except (TarError, RecordError) as error:
         return "", [Problem(file, name, "", "a record", str(error))]
-    crc = zlib.crc32(data)
+    crc = crc32(data)
     faults = []
     if crc != row.crc32:
         faults.append(Problem(file, key, "", f"CRC-32 {row.crc32:08x}", f"{crc:08x}"))
@@ -226,9 +226,12 @@ def _close(said: Any, found: Any) -> bool:
 def _check_whole(folder: Path, shard: ShardEntry) -> Iterator[Problem]:
     """The shard's digest, and that nothing hides behind its last sample."""
     view = np.memmap(folder / shard.file, np.uint8, "r").data
-    digest = hashlib.sha256(view).hexdigest()
-    if digest != shard.sha256:
-        yield Problem(shard.file, "", "", f"SHA-256 {shard.sha256}", digest)
+    digest = Digest(shard.algorithm)
+    digest.update(view)
+    expected = shard.blake3 or shard.sha256
+    if digest.hexdigest() != expected:
+        name = ALGORITHMS[shard.algorithm]
+        yield Problem(shard.file, "", "", f"{name} {expected}", digest.hexdigest())
     index = np.fromfile(folder / shard.index_file, dtype=INDEX_DTYPE)
     try:
         check_end(view, int(index[-1]["offset"] + index[-1]["size"]) if len(index) else 0)

@@ -37,6 +37,12 @@ def add_index_actions(actions: argparse._SubParsersAction[argparse.ArgumentParse
         default=min(8, os.cpu_count() or 1),
         help="processes that read shards (default: %(default)s)",
     )
+    action.add_argument(
+        "--hash",
+        choices=("blake3", "sha256"),
+        help="what names the bytes of shards (default: as in the manifest that is there, else "
+        "blake3)",
+    )
     action.set_defaults(act=_index)
     action = actions.add_parser(
         "export-energon",
@@ -56,6 +62,7 @@ def _index(args: argparse.Namespace) -> int:
         files=split.files if split else None,
         without=split.without if split else None,
         workers=args.workers,
+        algorithm=args.hash,
     )
     line = ProgressLine("MiB")
 

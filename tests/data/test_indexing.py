@@ -7,9 +7,11 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from PIL import Image
 
 from kinodit.data import indexing
@@ -17,10 +19,13 @@ from kinodit.data.index import INDEX_DTYPE, ManifestError
 from kinodit.data.indexing import JOURNAL_FILE, IndexOptions, Progress, index_shards
 from kinodit.data.manifest import Dataset, Manifest
 from kinodit.data.reader import ShardReader
+from kinodit.data.validate import validate
 from kinodit.data.writer import WriterError
 from tests.data.clips import clip_bytes
 from tests.data.shards import passing, picture, write_images, write_tar
 from tests.support.ranks import ROOT
+
+AS_WRITTEN = IndexOptions(algorithm="sha256")
 
 
 def indexed_files(folder: Path) -> dict[str, int]:
@@ -48,7 +53,7 @@ def build(path, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path, **options)
 indexing.build_index = build
-indexing.index_shards(Path(sys.argv[1]), "d")
+indexing.index_shards(Path(sys.argv[1]), "d", indexing.IndexOptions(algorithm="sha256"))
 """
     killed = subprocess.run(
         [sys.executable, "-c", script, str(folder)], cwd=ROOT, env={"PYTHONPATH": "src"}
@@ -58,7 +63,7 @@ indexing.index_shards(Path(sys.argv[1]), "d")
     assert sorted(before) == ["000000.idx", "000001.idx"]
     assert not (folder / "manifest.json").exists()
     seen: list[Progress] = []
-    report = index_shards(folder, "d", progress=seen.append)
+    report = index_shards(folder, "d", AS_WRITTEN, seen.append)
     assert report.num_kept == 2
     assert {name: indexed_files(folder)[name] for name in before} == before
     assert (folder / "manifest.json").read_bytes() == manifest
@@ -70,31 +75,33 @@ indexing.index_shards(Path(sys.argv[1]), "d")
     assert done == sorted(done) and len(done) > 6, "it tells of samples within a shard, too"
 
 
-@pytest.mark.parametrize("change", ["shard", "index", "options", "line"])
+@pytest.mark.parametrize("change", ["shard", "index", "options", "hash", "line"])
 def test_what_is_not_as_it_was_is_indexed_anew(tmp_path: Path, change: str) -> None:
     folder, manifest = unindexed(tmp_path / "d")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Manifest, "save", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            index_shards(folder, "d")
-    options = IndexOptions()
+            index_shards(folder, "d", AS_WRITTEN)
+    options = AS_WRITTEN
     if change == "shard":
         data = (folder / "000001.tar").read_bytes()
         (folder / "000001.tar").write_bytes(data)
     elif change == "index":
         (folder / "000001.idx").write_bytes(b"x" * 3 * INDEX_DTYPE.itemsize)
     elif change == "options":
-        options = IndexOptions(without={"000001.tar": frozenset({"image-004"})})
+        options = replace(AS_WRITTEN, without={"000001.tar": frozenset({"image-004"})})
+    elif change == "hash":
+        options = IndexOptions(algorithm="blake3")
     else:
         lines = (folder / JOURNAL_FILE).read_text().splitlines()
         (folder / JOURNAL_FILE).write_text("\n".join([lines[0], lines[2], lines[3], lines[1][:40]]))
     report = index_shards(folder, "d", options)
-    assert report.num_kept == 3
+    assert report.num_kept == (0 if change == "hash" else 3)
     if change == "options":
         assert report.manifest.num_samples == 11
         keys = [ShardReader(Dataset(folder)).read(n).key for n in range(11)]
         assert keys == [f"image-{n:03d}" for n in range(12) if n != 4]
-    else:
+    elif change != "hash":
         assert (folder / "manifest.json").read_bytes() == manifest
 
 
@@ -105,7 +112,7 @@ def interrupt(*_: object) -> None:
 def test_processes_index_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, manifest = unindexed(tmp_path / "d")
     monkeypatch.setattr(indexing, "MIN_WORKER_BYTES", 1)
-    index_shards(folder, "d", IndexOptions(workers=2))
+    index_shards(folder, "d", replace(AS_WRITTEN, workers=2))
     assert (folder / "manifest.json").read_bytes() == manifest
     data = bytearray((folder / "000002.tar").read_bytes())
     data[100] ^= 1
@@ -114,6 +121,39 @@ def test_processes_index_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         index_shards(folder, "d", IndexOptions(workers=2))
     with pytest.raises(WriterError, match="0 workers"):
         IndexOptions(workers=0)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_new_digests_are_blake3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_bad: bool
+) -> None:
+    monkeypatch.setattr("kinodit.data.index.HASHED_BYTES", 1200)
+    folder, _ = unindexed(tmp_path / "d")
+    manifest = index_shards(folder, "d", IndexOptions(skip_bad=skip_bad)).manifest
+    for shard in manifest.shards:
+        assert shard.blake3 == blake3((folder / shard.file).read_bytes()).hexdigest()
+        assert shard.num_bytes == (folder / shard.file).stat().st_size
+    document = json.loads((folder / "manifest.json").read_bytes())
+    assert document["schema"] == 2 and "sha256" not in document["shards"][0]
+    assert Dataset(folder).manifest == manifest
+    assert validate(folder).problems == ()
+    wrong = [replace(manifest.shards[0], blake3="0" * 64), *manifest.shards[1:]]
+    Manifest.of("d", wrong).save(folder)
+    (problem,) = validate(folder).problems
+    assert problem.expected == f"BLAKE3 {'0' * 64}" and problem.found == manifest.shards[0].blake3
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_manifest_keeps_its_kind_of_digest(tmp_path: Path, is_damaged: bool) -> None:
+    folder = write_images(tmp_path / "d", 3).directory
+    for algorithm in (None, "blake3", None):
+        before = (folder / "manifest.json").read_bytes()
+        if is_damaged:
+            (folder / "manifest.json").write_bytes(before[:-9])
+        manifest = index_shards(folder, "d", IndexOptions(algorithm=algorithm)).manifest
+        is_same = (folder / "manifest.json").read_bytes() == before
+        assert is_same == (algorithm is None)
+    assert manifest.algorithm == "blake3"
 
 
 def jpeg(number: int, width: int, height: int) -> bytes:

@@ -128,10 +128,20 @@ def edited(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+SHARD = {"file": "a.tar", "num_samples": 1, "num_bytes": 1, "index_sha256": "0"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "not a manifest of schema 1"),
+        ({"schema": 3}, "not a manifest of schema 1 or 2"),
+        ({"shards": [SHARD]}, "either sha256 or blake3"),
+        ({"shards": [{**SHARD, "sha256": "0", "blake3": "0"}]}, "either sha256 or blake3"),
+        (
+            {"shards": [{**SHARD, "sha256": "0"}, {**SHARD, "blake3": "0"}]},
+            "'a.tar' must have either sha256 or blake3, like all others",
+        ),
+        ({"shards": [{**SHARD, "blake3": 7}]}, "a field of a wrong type"),
         ({"content_hash": "00"}, "its content hash is"),
         ({"shards": [{"file": "a.tar"}]}, "does not have the fields"),
         ({"shards": 3}, "does not have the fields"),

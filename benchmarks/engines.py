@@ -110,13 +110,13 @@ def main() -> None:
     ideal = MOMENTS * 4 * num_weights / NUM_RANKS
     rows: list[Row] = []
     print(f"{num_weights / 1e6:.2f} M weights on {NUM_RANKS} ranks, {args.rounds} rounds")
-    print(f"{'engine':<10} {'state MiB':>10} {'of ideal':>9} {'step ms':>8} {'of native':>10}")
+    print(f"{'engine':<26} {'state MiB':>10} {'of ideal':>9} {'step ms':>8} {'of native':>10}")
     times = {name: max(statistics.median(found[name][1]) for _, found in by_rank) for name in names}
     for name in names:
         size = max(found[name][0] for _, found in by_rank)
         ratio, slower = size / ideal, times[name] / times["native"]
         print(
-            f"{name:<10} {size / 2**20:>10.2f} {ratio:>9.3f} {1000 * times[name]:>8.1f} "
+            f"{name:<26} {size / 2**20:>10.2f} {ratio:>9.3f} {1000 * times[name]:>8.1f} "
             f"{slower:>10.2f}"
         )
         for row, value in ((f"optimizer_bytes/{name}", ratio), (f"step_time/{name}", slower)):

@@ -146,5 +146,11 @@ def test_refused_with_the_reason(wish: Wish, reason: str, monkeypatch: pytest.Mo
 
 
 def test_a_library_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for plans of another machine, which still say what its kernels cannot do."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "not installed" in refusal(WISH)
+    elsewhere = replace(WISH, device="cpu", elsewhere=True)
+    assert refusal(elsewhere) == ""
+    assert "set parallel.ring=1" in refusal(
+        replace(elsewhere, parallel=ParallelConfig(cp=2, ring=2))
+    )

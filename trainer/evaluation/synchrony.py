@@ -102,19 +102,21 @@ def compare_events(clips: Sequence[Events]) -> dict[str, float]:
     """How far bounces and clicks of the same clip are apart, and by chance: of different clips.
 
     "lag_frames" is the median, "within_a_frame" the share, "events" how many were asked for;
-    nothing if there are none. A clip without bounces and clicks counts as one that missed.
+    nothing if none was. A clip without bounces or without clicks counts as one that
+    missed; one that has both, but at its ends alone, does not count.
     """
-    if not clips:
-        return {}
-    figures = {}
+    figures: dict[str, float] = {}
     for name, turn in (("", 0), ("_chance", 1)):
         others = [*clips[turn:], *clips[:turn]]
         lags = [lags_s(ours, theirs) for ours, theirs in zip(clips, others, strict=True)]
         missed = [
-            one if len(one) else np.array([clip.length_s])
-            for one, clip in zip(lags, clips, strict=True)
+            np.array([ours.length_s])
+            for one, ours, theirs in zip(lags, clips, others, strict=True)
+            if not (len(one) or (len(ours.bounces_s) and len(theirs.clicks_s)))
         ]
-        frames = np.concatenate(missed) / clips[0].frame_s
+        if not sum(map(len, [*lags, *missed])):
+            return {}
+        frames = np.concatenate([*lags, *missed]) / clips[0].frame_s
         figures[f"lag_frames{name}"] = float(np.median(frames))
         figures[f"within_a_frame{name}"] = float(np.mean(frames <= 1))
         if not name:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -78,3 +80,12 @@ def test_figures_beside_chance() -> None:
     silent = [clip(at(), at()) for _ in clips]
     assert compare_events(silent)["within_a_frame"] == 0
     assert compare_events([]) == {}
+
+
+def test_a_clip_whose_events_are_at_its_ends_says_nothing_and_one_without_them_missed() -> None:
+    inner, ends = clip(at(1.0), at(1.0)), clip(at(0.01, 1.99), at(0.01, 1.99))
+    assert compare_events([inner, ends])["within_a_frame"] == 1
+    assert compare_events([inner, ends])["events"] == 2
+    assert compare_events([ends]) == {}
+    for missing in (replace(ends, clicks_s=at()), replace(ends, bounces_s=at())):
+        assert compare_events([inner, missing])["within_a_frame"] == pytest.approx(2 / 3)

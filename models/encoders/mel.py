@@ -45,9 +45,12 @@ class MelConfig(AudioCodecConfig):
     num_bands:  mel bands: latent channels of each sound channel
     min_hz:     lower end of the lowest band
     max_hz:     upper end of the highest band; 0 is half the rate
-    floor_db:   what is quieter, against a sine of full scale, counts as silence. Latents lie in
+    floor_db:   what is quieter, against a sine of full scale, counts as silence. Levels lie in
                 -1 (silence) to 1 (full scale)
     rounds:     of Griffin-Lim, when sound is made
+    mean, std:  of a dataset's levels: latents are (level - mean) / std. Where sound is rare, levels
+                are nearly constant; a network that is given sound then hardly hears it beside
+                noise, whose deviation is 1
     """
 
     name: Literal["mel"] = "mel"
@@ -58,6 +61,8 @@ class MelConfig(AudioCodecConfig):
     max_hz: float = 0.0
     floor_db: float = -80.0
     rounds: int = 64
+    mean: float = 0.0
+    std: float = 1.0
 
     def __post_init__(self) -> None:
         if self.hop < 1 or self.window % 2 or self.window < 2 * self.hop:
@@ -69,6 +74,11 @@ class MelConfig(AudioCodecConfig):
             raise ConfigError(
                 f"the mel codec needs num_bands of at least 1, rounds of at least 0 and a negative "
                 f"floor_db, got {self.num_bands}, {self.rounds} and {self.floor_db}"
+            )
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ConfigError(
+                f"the mel codec needs a finite mean and a std above 0, got mean={self.mean}, "
+                f"std={self.std}"
             )
         if self.min_hz < 0 or (self.max_hz and self.max_hz <= self.min_hz):
             raise ConfigError(
@@ -89,25 +99,30 @@ class MelCodec:
         self.format = sound
         self.hop = config.hop
         self.latent_channels = sound.num_channels * config.num_bands
-        parts = ("mel 1", astuple(config), tuple(sound))
-        self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
+        *analysis, mean, std = astuple(config)
+        parts = ("mel 1", tuple(analysis), tuple(sound))
+        # Levels as they are have the fingerprint that they always had: what was encoded stays good.
+        named = repr(parts if (mean, std) == (0, 1) else (*parts, mean, std))
+        self.fingerprint = hashlib.sha256(named.encode()).hexdigest()
         self._window_W = torch.hann_window(config.window, dtype=torch.float64, device=device)
         self._bands_MF = _bands(config, sound.rate_hz).to(device)
         # The power of a sine of full scale, over all frequencies (Parseval).
         self._full_scale = config.window * self._window_W.square().sum() / 4
 
     def encode(self, sound: Tensor) -> Tensor:
-        """Float32 [A, N] to float32 [A M, N / hop, 1, 1] in [-1, 1] (full scale)."""
+        """Float32 [A, N] to float32 [A M, N / hop, 1, 1]."""
         check_sound(sound, self)
         power_AtF = self._analyse(sound.to(self._window_W)).abs().square() / self._full_scale
         level_AtM = 10 * (power_AtF @ self._bands_MF.T).clamp(min=1e-24).log10()
         latents_AtM = 1 - 2 * level_AtM.clamp(min=self.config.floor_db) / self.config.floor_db
+        latents_AtM = (latents_AtM - self.config.mean) / self.config.std
         return latents_AtM.transpose(1, 2).flatten(0, 1)[..., None, None].to(torch.float32)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [A M, t, 1, 1] of any float dtype to float32 [A, t hop]."""
         check_sound_latents(latents, self)
         latents_At = latents.to(self._window_W)[..., 0, 0].unflatten(0, (-1, self.config.num_bands))
+        latents_At = latents_At * self.config.std + self.config.mean
         level_AtM = (1 - latents_At.transpose(1, 2)) / 2 * self.config.floor_db
         heard = level_AtM > self.config.floor_db + 1e-9
         power_AtF = self._powers(10 ** (level_AtM.clamp(max=0) / 10) * heard) * self._full_scale

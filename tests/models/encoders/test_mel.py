@@ -76,11 +76,21 @@ def test_silence_comes_back_as_silence() -> None:
     assert bool((ours.decode(torch.full((24, 8, 1, 1), -1.0)) == 0).all())
 
 
+def test_latents_have_the_mean_and_deviation_that_are_taken_from_them() -> None:
+    plain, ours = codec(), codec(mean=-0.9, std=0.2)
+    sound = torch.cat([torch.zeros(1, 4096), tone(600, 0.512)], 1)
+    levels, latents = plain.encode(sound), ours.encode(sound)
+    assert torch.allclose(latents * 0.2 - 0.9, levels, atol=1e-6)
+    assert torch.allclose(ours.decode(latents), plain.decode(levels), atol=1e-4)
+
+
 def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ConfigError, match="two hops"):
         MelConfig(hop=600, window=1024)
     with pytest.raises(ConfigError, match="floor_db"):
         MelConfig(floor_db=0.0)
+    with pytest.raises(ConfigError, match="std above 0"):
+        MelConfig(std=0.0)
     with pytest.raises(ConfigError, match="min_hz < max_hz"):
         MelConfig(min_hz=500, max_hz=400)
     with pytest.raises(EncoderError, match=r"max_hz is 5000, above half of data.audio_rate=8000"):
@@ -93,4 +103,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 def test_the_fingerprint_follows_what_changes_latents() -> None:
     kinds = [codec(), codec(2), codec(hop=64), codec(floor_db=-60.0), codec(num_bands=20)]
+    kinds += [codec(mean=-0.9), codec(std=0.2)]
     assert len({kind.fingerprint for kind in kinds}) == len(kinds)
+    # Latents that were written before there was a mean are still found.
+    assert codec().fingerprint.startswith("c75bb4ff005671a6")

@@ -32,6 +32,8 @@ class BoundedCache(Generic[K, V]):
 
     def get(self, key: K) -> V | None:
         """The value of `key`, if it is still held."""
+        if not self._max_bytes:
+            return None
         with self._lock:
             if key not in self._values:
                 return None
@@ -40,6 +42,8 @@ class BoundedCache(Generic[K, V]):
 
     def put(self, key: K, value: V) -> None:
         """Holds `value`, and lets go of the longest unused ones that no longer fit beside it."""
+        if not self._max_bytes:
+            return
         size = self._num_bytes(value)
         if size > self._max_bytes:
             return

@@ -12,6 +12,7 @@ Format: Megatron-Energon 7.4, `flavors/webdataset/{structs,indexing,itar,prepare
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import uuid
 from collections.abc import Iterator
@@ -127,6 +128,8 @@ def write_nv_meta(dataset: Dataset) -> Path:
     shards = dataset.manifest.shards
     partial = directory / f"{FOLDER}.partial"
     with disk_errors(directory):
+        # What an export that failed has left.
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         excluded: list[str] = []
         counts: dict[str, int] = {}

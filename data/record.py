@@ -188,11 +188,29 @@ def _parse_json(key: str, payload: bytes) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"sample {key!r}: its JSON cannot be parsed: {error}") from error
+    if _may_hold_surrogates(payload) and not _is_unicode(document):
+        raise RecordError(
+            f"sample {key!r}: its JSON holds half of a surrogate pair, which no text of Unicode has"
+        )
     if not isinstance(document, dict):
         raise RecordError(
             f"sample {key!r}: its JSON is a {type(document).__name__}; it must be an object"
         )
     return cast(dict[str, Any], document)
+
+
+def _may_hold_surrogates(payload: bytes) -> bool:
+    """Whether they are escaped, written as if they were UTF-8, or it is UTF-16 or 32."""
+    return any(mark in payload for mark in (b"\\ud", b"\\uD", b"\xed", b"\0"))
+
+
+def _is_unicode(document: object) -> bool:
+    """Whether its text can be written: halves of pairs would end whatever encodes a caption."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_deep(payload: bytes) -> bool:

@@ -186,11 +186,11 @@ class SampleSource:
             caption = self._caption(meta, key)
             place = (encoded.fps, encoded.start_s, encoded.view)
             return DecodedSample(key, ref, caption, None, None, *place, meta, encoded)
-        found = self._cache.get(ref.sample_id)
+        found = self._cache.get(key.sample)
         if found is None or found.media.view != pick_view(found.meta, config, window_u, crop_u):
             found = self._decoded(step, ref, config, window_u, crop_u)
             if self._datasets[ref.dataset].is_exact:
-                self._cache.put(ref.sample_id, found)
+                self._cache.put(key.sample, found)
         return DecodedSample(
             key=key,
             ref=ref,

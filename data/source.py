@@ -208,7 +208,7 @@ def _read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 if not isinstance(row, dict):
                     raise SourceError(f"{path} line {number} is not a JSON object")
                 yield f"{path.name} line {number}", row
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read: {error}") from error
 
 
@@ -223,7 +223,7 @@ def _sidecars(name: str, path: Path) -> Mapping[str, Any]:
             columns.update(loaded)
         if text.is_file() and not {"captions", *_CAPTION} & set(columns):
             columns["caption"] = text.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{name}: its caption file cannot be read: {error}") from error

@@ -8,9 +8,9 @@ Header layout: POSIX.1-2017, `pax`, "ustar Interchange Format".
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from zlib import adler32
 
 from kinodit.data.record import MAX_MEMBER_BYTES
 from kinodit.models.errors import UserError
@@ -19,6 +19,7 @@ BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
 _MAX_PAX_BYTES = 1 << 16
 _HEADER = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")
+"""Name, size, checksum, type, magic and version, prefix."""
 _BLANKS = 8 * ord(" ")
 """What the checksum itself counts as in its sum."""
 
@@ -62,24 +63,13 @@ def members(buffer: bytes | memoryview, *, whole: bool) -> Iterator[TarMember]:
         )
 
 
-class _Header(NamedTuple):
-    """The fields of a header block that are looked at."""
-
-    name: bytes
-    size: bytes
-    checksum: bytes
-    kind: bytes
-    magic: bytes
-    prefix: bytes
-
-
 def _read_member(view: memoryview, start: int) -> TarMember:
     offset = start
     pax: dict[str, str] = {}
     while True:
-        header = _header(view, offset)
+        first, claimed, kind, magic, prefix = _header(view, offset)
         size = int(pax.get("size", "0")) if pax else 0
-        size = size or _octal(header.size, "size", offset)
+        size = size or _octal(claimed, "size", offset)
         if size > MAX_MEMBER_BYTES:
             raise TarError(
                 f"the header at byte {offset} claims {size} bytes; {MAX_MEMBER_BYTES} are allowed"
@@ -91,7 +81,6 @@ def _read_member(view: memoryview, start: int) -> TarMember:
                 f"the member at byte {offset} needs {end} bytes, but only {len(view)} are there: "
                 "it was cut off"
             )
-        kind = header.kind
         if kind == b"x" and not pax:
             pax = _pax(view, data, size, offset)
             offset = end
@@ -101,7 +90,7 @@ def _read_member(view: memoryview, start: int) -> TarMember:
                 f"the member at byte {offset} is of tar type {kind!r}; only regular files are "
                 "allowed (write with `tar --format=ustar`, files only)"
             )
-        name = pax.get("path") or _name(header, offset)
+        name = pax.get("path") or _name(first, magic, prefix, offset)
         return TarMember(name, start, data, size, end)
 
 
@@ -123,13 +112,13 @@ def next_member(read: Callable[[int], bytes], offset: int) -> bytes:
             raise TarError(
                 f"it ends at byte {offset} without an end-of-archive marker: it was cut off there"
             )
-        header = _header(memoryview(block), 0, offset + sum(map(len, parts)))
-        size = _octal(header.size, "size", offset)
+        _, claimed, kind, _, _ = _header(memoryview(block), 0, offset + sum(map(len, parts)))
+        size = _octal(claimed, "size", offset)
         if size > MAX_MEMBER_BYTES:
             raise TarError(
                 f"the header at byte {offset} claims {size} bytes; {MAX_MEMBER_BYTES} are allowed"
             )
-        is_pax = header.kind == b"x"
+        is_pax = kind == b"x"
         if is_pax and (size > _MAX_PAX_BYTES or parts):
             raise TarError(f"the PAX header at byte {offset} has {size} bytes, or is a second one")
         padded = -(-size // BLOCK) * BLOCK
@@ -143,27 +132,26 @@ def next_member(read: Callable[[int], bytes], offset: int) -> bytes:
             return b"".join(parts)
 
 
-def _header(view: memoryview, at: int, offset: int | None = None) -> _Header:
-    """The header at byte `at` of `view`, which is byte `offset` of the archive."""
+def _header(
+    view: memoryview, at: int, offset: int | None = None
+) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+    """Name, size, type, magic and prefix of the header at `at`, byte `offset` of the archive."""
     offset = at if offset is None else offset
     if len(view) < at + BLOCK:
         raise TarError(f"it is cut off within the header at byte {offset}")
-    header = _Header._make(_HEADER.unpack_from(view, at))
-    claimed = _octal(header.checksum, "checksum", offset)
-    halves = _sum(view[at : at + 256]) + _sum(view[at + 256 : at + BLOCK])
-    actual = halves - _sum(header.checksum) + _BLANKS
+    name, size, checksum, kind, magic, prefix = _HEADER.unpack_from(view, at)
+    claimed = _octal(checksum, "checksum", offset)
+    # The lower half of Adler-32 is one more than the sum of at most 256 bytes: faster than `sum`.
+    actual = _BLANKS - 1 - (adler32(checksum) & 0xFFFF)
+    actual += adler32(view[at : at + 256]) & 0xFFFF
+    actual += adler32(view[at + 256 : at + BLOCK]) & 0xFFFF
     if claimed != actual:
         raise TarError(
             f"the header at byte {offset} is damaged: its checksum is {actual}, it says {claimed}"
         )
-    if not header.magic.startswith(b"ustar"):
+    if not magic.startswith(b"ustar"):
         raise TarError(f"the header at byte {offset} is not of the USTAR or PAX format")
-    return header
-
-
-def _sum(piece: bytes | memoryview) -> int:
-    """The sum of at most 256 bytes, faster than `sum`: one less than the lower half of Adler-32."""
-    return (zlib.adler32(piece) & 0xFFFF) - 1
+    return name, size, kind, magic, prefix
 
 
 def _octal(text: bytes, what: str, offset: int) -> int:
@@ -173,11 +161,11 @@ def _octal(text: bytes, what: str, offset: int) -> int:
     return int(digits, 8)
 
 
-def _name(header: _Header, offset: int) -> str:
-    name = header.name.partition(b"\0")[0]
+def _name(name: bytes, magic: bytes, prefix: bytes, offset: int) -> str:
+    name = name.partition(b"\0")[0]
     # GNU tar writes "ustar  " and keeps times where USTAR has the prefix.
-    if header.prefix[0] and header.magic.startswith(b"ustar\0"):
-        name = header.prefix.partition(b"\0")[0] + b"/" + name
+    if prefix[0] and magic.startswith(b"ustar\0"):
+        name = prefix.partition(b"\0")[0] + b"/" + name
     try:
         return name.decode()
     except UnicodeDecodeError as error:

@@ -94,6 +94,19 @@ def test_names_of_a_split_are_neither_paths_nor_bombs(
         read_split(folder, "train")
 
 
+def test_an_export_that_failed_can_be_repeated(tmp_path: Path) -> None:
+    dataset = write_images(tmp_path / "d")
+    shard = tmp_path / "d" / "000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(bytes(512) + whole[512:])
+    for _ in range(2):
+        with pytest.raises(ManifestError, match="energon cannot leave out"):
+            write_nv_meta(dataset)
+    shard.write_bytes(whole)
+    assert write_nv_meta(dataset).is_dir()
+    assert not (tmp_path / "d" / ".nv-meta.partial").exists()
+
+
 def test_what_is_exported_says_where_everything_lies(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     write_images(folder)

@@ -126,6 +126,30 @@ def test_json_that_is_not_an_object_of_finite_numbers_is_refused(payload: bytes)
         parse_record("k", {"png": b"p", "json": payload})
 
 
+@pytest.mark.parametrize(
+    "payload",
+    [
+        rb'{"caption": "a \ud83d fox"}',
+        rb'{"caption": "a \uDC00 fox"}',
+        b'{"caption": "a \xed\xa0\x80 fox"}',
+        '{"caption": "a \ud83d fox"}'.encode("utf-16-le", "surrogatepass"),
+        rb'{"schema": 1, "modality": "image", "extra": {"\ud800": "x"}}',
+    ],
+)
+def test_halves_of_surrogate_pairs_are_refused(payload: bytes) -> None:
+    """No encoder of captions takes them: they would end a run."""
+    with pytest.raises(RecordError, match="half of a surrogate pair"):
+        parse_record("k", {"png": b"p", "json": payload})
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_whole_pairs_and_other_scripts_are_text(escaped: bool) -> None:
+    text = "여우 \U0001f98a a fox"
+    payload = json.dumps({"caption": text}, ensure_ascii=escaped).encode()
+    meta = parse_record("k", {"png": b"p", "json": payload}).meta
+    assert [caption.text for caption in meta.captions] == [text]
+
+
 def test_text_and_members_are_bounded() -> None:
     with pytest.raises(RecordError, match="allowed"):
         parse_record("k", {"png": b"p", "txt": bytes(MAX_TEXT_BYTES + 1)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,6 +18,7 @@ from kinodit.data.tasks import pooled_name
 from kinodit.models.encoders.base import (
     AudioCodec,
     Posterior,
+    SplitTextEncoder,
     TextEncoder,
     TextFeatures,
     VideoCodec,
@@ -135,6 +136,7 @@ class SampleEncoder:
         self._captions = BoundedCache[tuple[str, str], TextFeatures](
             caption_cache_mib * MIB, lambda f: _num_bytes(f.tokens) + _num_bytes(f.pooled)
         )
+        self._prepared: dict[tuple[str, str], TextFeatures] = {}
         self._latents = BoundedCache[tuple[str, str, View], Posterior](
             latent_cache_mib * MIB,
             lambda p: _num_bytes(p.mean) + (0 if p.logvar is None else _num_bytes(p.logvar)),
@@ -143,23 +145,66 @@ class SampleEncoder:
     def encode(self, pack: Sequence[DecodedSample]) -> list[EncodedSample]:
         """The samples of one pack as the model's inputs.
 
+        Collective where the weights of an encoder of text are split.
+
         Raises:
             ConfigError: a sample's pictures or sound were decoded, which no encoder here takes.
             EncoderError: a codec does not take clips of this size.
         """
+        self._prepare(
+            (name, caption)
+            for sample in pack
+            for name in self._split
+            for caption in (self._caption(sample, name),)
+            if caption and self._kept(sample, name, caption) is None
+        )
         return [self._encode(sample) for sample in pack]
+
+    def prepare(self, captions: Sequence[str]) -> None:
+        """Have `captions` ready for `text`, until the next call of this or of `encode`.
+
+        Collective where the weights of an encoder of text are split: each rank brings its own
+        captions. Without such an encoder nothing has to be prepared.
+        """
+        self._prepare((name, text) for name in self._split for text in captions if text)
+
+    @property
+    def _split(self) -> dict[str, SplitTextEncoder]:
+        """Stream -> encoder of captions whose weights are split."""
+        texts = self.encoders.texts.items()
+        return {name: one for name, one in texts if isinstance(one, SplitTextEncoder)}
+
+    def _prepare(self, wanted: Iterable[tuple[str, str]]) -> None:
+        """Features of (stream, caption) by split encoders, of all ranks' at once. Collective."""
+        split = self._split
+        if not split:
+            return
+        needed = list(dict.fromkeys(wanted))
+        # Those that are remembered are held as well: the others might push them out.
+        held = {key: features for key in needed if (features := self._captions.get(key))}
+        for stream, encoder in split.items():
+            missing = [text for name, text in needed if name == stream and (name, text) not in held]
+            for text, features in zip(missing, encoder.encode(missing), strict=True):
+                held[stream, text] = features
+                self._captions.put((stream, text), features)
+        self._prepared = held
 
     def text(self, caption: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Token features {"text": [L, D]} and conditions {"text_pooled": [D]} of a caption.
 
-        Of each encoder: stream NAME has the condition NAME_pooled.
+        Of each encoder: stream NAME has the condition NAME_pooled. Of a caption that is not empty,
+        encoders whose weights are split have to be told before, by `prepare`.
         """
         return _named({name: self._features(caption, name) for name in self.encoders.texts})
 
     def _features(self, caption: str, name: str = TEXT) -> TextFeatures:
-        features = self._captions.get((name, caption))
+        features = self._prepared.get((name, caption)) or self._captions.get((name, caption))
         if features is None:
-            (features,) = self.encoders.texts[name].encode([caption])
+            encoder = self.encoders.texts[name]
+            if isinstance(encoder, SplitTextEncoder):
+                assert not caption, "a split encoder is asked outside of `prepare` and `encode`"
+                return encoder.empty
+            (features,) = encoder.encode([caption])
             self._captions.put((name, caption), features)
         return features
 
@@ -182,11 +227,7 @@ class SampleEncoder:
         return self._features("").tokens.device
 
     def _encode(self, sample: DecodedSample) -> EncodedSample:
-        draw = uniform(sample_generator(self._seed, sample.key, "condition_dropout"))
-        caption = "" if draw < self._condition_dropout else sample.caption
-        text, conditions = _named(
-            {name: self._given(sample, name, caption) for name in self.encoders.texts}
-        )
+        text, conditions = _named({name: self._given(sample, name) for name in self.encoders.texts})
         latents = {
             stream: posterior.draw(sample_generator(self._seed, sample.key, f"posterior/{stream}"))
             for stream, posterior in self._posteriors(sample).items()
@@ -205,14 +246,23 @@ class SampleEncoder:
             references={self._pictured(sample): pictures} if pictures else {},
         )
 
-    def _given(self, sample: DecodedSample, name: str, caption: str) -> TextFeatures:
+    def _given(self, sample: DecodedSample, name: str) -> TextFeatures:
         """What one encoder makes of a sample's caption, or of the empty one where it is dropped."""
+        caption = self._caption(sample, name)
+        kept = self._kept(sample, name, caption)
+        return self._features(caption, name) if kept is None else kept.to(self.device)
+
+    def _caption(self, sample: DecodedSample, name: str) -> str:
+        """What one encoder is given of a sample: its caption, or the empty one."""
+        draw = uniform(sample_generator(self._seed, sample.key, "condition_dropout"))
+        caption = "" if draw < self._condition_dropout else sample.caption
         dropout = self._text_dropout.get(name, 0.0)
         source = sample_generator(self._seed, sample.key, f"condition_dropout/{name}")
-        if dropout and uniform(source) < dropout:
-            caption = ""
-        kept = sample.encoded.texts.get(caption) if sample.encoded and name == TEXT else None
-        return self._features(caption, name) if kept is None else kept.to(self.device)
+        return "" if dropout and uniform(source) < dropout else caption
+
+    def _kept(self, sample: DecodedSample, name: str, caption: str) -> TextFeatures | None:
+        """What a cache on disk has of it."""
+        return sample.encoded.texts.get(caption) if sample.encoded and name == TEXT else None
 
     def _pictures(self, sample: DecodedSample) -> list[Posterior]:
         """What is known of the latents of its reference pictures."""

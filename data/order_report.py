@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kinodit.data.fill import cost_of
 from kinodit.data.manifest import Dataset
 from kinodit.data.plan import GlobalBatch, assign, plan
+from kinodit.data.reference_counts import ReferenceCounts
 from kinodit.data.spec import DatasetSpec, PlanSpec
 
 _PIECE = 1 << 20
@@ -86,7 +87,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class OrderReport:
-    """What `kinodit data plan` shows."""
+    """What `kinodit data plan` shows. references: None where the recipe takes none."""
 
     datasets: tuple[DatasetLine, ...]
     classes: tuple[ClassLine, ...]
@@ -94,6 +95,7 @@ class OrderReport:
     num_ranks: int
     token_budget: int | None
     steps: Steps
+    references: ReferenceCounts | None = None
 
 
 def collect(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from kinodit.data.encode import IMAGE
 from kinodit.data.manifest import Dataset
+from kinodit.data.record import RecordMeta
+from kinodit.data.reference_counts import ReferenceCounts, count_references
 from kinodit.data.select import open_datasets, plan_spec
 from kinodit.data.spec import CostModel, PlanSpec
 from kinodit.launch.plan.workload import Given, audio_sizes, codec_shapes, text_tokens
@@ -45,3 +48,22 @@ def data_order(config: RunConfig) -> DataOrder:
     datasets = open_datasets(config.data)
     spec = plan_spec(config.data, datasets, cost, config.run.seed)
     return DataOrder(spec, datasets, tuple(notes))
+
+
+def reference_counts(config: RunConfig, order: DataOrder, num_steps: int) -> ReferenceCounts | None:
+    """Reference pictures in the packs of the first steps; None if the recipe has none, or streams.
+
+    Raises:
+        UserError: a record is damaged, or no task fits a sample.
+    """
+    if not config.data.max_references or not all(d.is_exact for d in order.spec.datasets):
+        return None
+
+    def streams_of(meta: RecordMeta) -> list[str]:
+        if meta.modality == "audio":
+            return []
+        is_still = meta.modality == "image" and IMAGE in config.model.streams
+        has_sound = meta.has_audio and config.data.use_audio
+        return [IMAGE if is_still else VIDEO, *([AUDIO] if has_sound else [])]
+
+    return count_references(order.spec, order.datasets, config.tasks, streams_of, num_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from kinodit.launch.progress_line import ProgressLine
@@ -22,8 +22,8 @@ def _add_plan(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     action = actions.add_parser(
         "plan",
         help="what a recipe's data order will do: sizes, epochs, packs, balance, reads",
-        description="Looks at the first steps of the plan; neither samples nor encoders' weights "
-        "are read.",
+        description="Looks at the first steps of the plan; encoders' weights are not read, and of "
+        "samples only the records of these steps, if the recipe takes reference pictures.",
     )
     action.add_argument("config", type=Path, help="a recipe, for example configs/t2v_tiny.yaml")
     action.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
@@ -52,7 +52,7 @@ def _add_verify_ledger(actions: argparse._SubParsersAction[argparse.ArgumentPars
 def _plan(args: argparse.Namespace) -> int:
     from kinodit.data.order_report import collect
     from kinodit.data.select import check_epochs
-    from kinodit.launch.data_order import data_order
+    from kinodit.launch.data_order import data_order, reference_counts
     from kinodit.launch.order_table import table
     from kinodit.models.errors import ConfigError
     from kinodit.trainer.config import load_config
@@ -65,6 +65,7 @@ def _plan(args: argparse.Namespace) -> int:
     order = data_order(config)
     check_epochs(config.data, order.spec, config.run.steps)
     report = collect(order.spec, order.datasets, ranks, args.steps)
+    report = replace(report, references=reference_counts(config, order, report.steps.num_steps))
     if args.json:
         document = asdict(report)
         del document["tokens"]

@@ -87,6 +87,17 @@ def _steps(report: OrderReport) -> list[str]:
             f"of a shard correlate by {CORRELATION:g}",
         ),
     ]
+    if report.references is not None:
+        found = report.references
+        rows.insert(
+            2,
+            (
+                "reference pictures",
+                f"{found.with_some / found.num_steps:.1f} samples of a step bring some; of these "
+                f"{found.pictures / found.num_steps:.1f} take part, at most {found.most} in a "
+                "pack; the order counts the most that there can be for every sample",
+            ),
+        )
     head = f"of the first {steps.num_steps} steps"
     return [head, *(f"  {name:<22} {text}" for name, text in rows)]
 

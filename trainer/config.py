@@ -111,12 +111,22 @@ class ModalitiesConfig:
 
     share_encoding: ranks that share a pack (parallel.cp x parallel.tp) encode a part of it each and
                     exchange what they made; else each encodes all of it
+    shard_ranks:    neighbouring ranks that hold the weights of text encoders with shard=true
+                    together; 0: those of a node
     """
 
     video: VideoModality = field(default_factory=VideoModality)
     audio: AudioModality = field(default_factory=AudioModality)
     text: TextModality = field(default_factory=TextModality)
     share_encoding: bool = False
+    shard_ranks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shard_ranks < 0 or self.shard_ranks == 1:
+            raise ConfigError(
+                f"modalities.shard_ranks={self.shard_ranks}: must be at least 2, or 0 for the "
+                "ranks of a node"
+            )
 
 
 @dataclass(frozen=True)
@@ -212,6 +222,7 @@ CONFIG_FILE = "config.yaml"
 
 MAY_CHANGE_ON_RESUME = (
     "modalities.share_encoding",
+    "modalities.shard_ranks",
     "run.out_dir",
     "run.deadline_s",
     "run.require_certificate",
@@ -234,6 +245,9 @@ MAY_CHANGE_ON_RESUME = (
     "run.stop_after_steps",
 )
 """Keys that leave the loss curve as it is, so that a run may go on with other values."""
+
+PLACES_OF_WEIGHTS = (".offload", ".shard")
+"""Keys of the same kind of every encoder, within `modalities`."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -399,10 +413,16 @@ def check_resumable(saved_yaml: str, config: RunConfig, where: Path) -> None:
     changed = [
         f"{key}: was {old}, is {new}"
         for key, old, new in differences(with_later_keys(saved, current), current)
-        if not key.startswith(MAY_CHANGE_ON_RESUME)
+        if not may_change(key)
     ]
     if changed:
         raise ConfigError(
             f"{where} holds a run of another recipe ({'; '.join(changed)}): choose another "
             "run.name, or undo these changes"
         )
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may go on with another value of `key`."""
+    is_place = key.startswith("modalities.") and key.endswith(PLACES_OF_WEIGHTS)
+    return is_place or key.startswith(MAY_CHANGE_ON_RESUME)

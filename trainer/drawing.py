@@ -104,6 +104,8 @@ class Drawing:
             order = replace(order, prompt="")
         _check_given(order)
         cuts = self._cuts(order)
+        spoken = () if order.prompt is None else (*(cut.prompt for cut in cuts), self.negative)
+        self.encoder.prepare(spoken)
         batches = [self._batches(order, cut) for cut in cuts]
         whole = batches[0][ALL] if len(cuts) == 1 else self._batch(order, cuts[0].whole(order), ALL)
         start = self._start(whole, order)

@@ -19,10 +19,10 @@ from kinodit.data.spec import PlanSpec
 from kinodit.trainer.certify.certificate import sources
 from kinodit.trainer.checkpoint import Accept, Manifest
 from kinodit.trainer.config import (
-    MAY_CHANGE_ON_RESUME,
     RunConfig,
     config_to_yaml,
     differences,
+    may_change,
     with_later_keys,
 )
 from kinodit.trainer.environment import describe_environment
@@ -68,7 +68,7 @@ def drift(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], 
     before = with_later_keys(saved.get("config", {}), now["config"])
     for key, old, new in differences(before, now["config"]):
         # The name of a run is that of its folder, which may have been copied or moved.
-        harmless = key == "run.name" or key.startswith(MAY_CHANGE_ON_RESUME)
+        harmless = key == "run.name" or may_change(key)
         (listed if harmless else refused).append(f"{key}: was {old}, is {new}")
     for section in ("mesh", "versions"):
         changed = differences(saved.get(section, {}), now[section])

@@ -62,6 +62,7 @@ from kinodit.trainer.setup import (
     task_mix,
 )
 from kinodit.trainer.sinks import Sinks, require_extras
+from kinodit.trainer.split_encoders import split_encoders
 from kinodit.trainer.state import TrainState
 from kinodit.trainer.step import Step
 from kinodit.trainer.streams import check_streams, not_exact, streamed
@@ -123,7 +124,8 @@ def _train(
     warning = mesh.from_main(lambda: certificate_warning(config, topology.world_size))
     check_streams(config)
     datasets = open_datasets(config.data)
-    encoders = fitted_encoders(config, run_dir, datasets, mesh)
+    whole = fitted_encoders(config, run_dir, datasets, mesh)
+    encoders = split_encoders(whole, config.modalities.shard_ranks, topology, mesh.device)
     check_encoders(config.data, encoders.fingerprints)
     spec = plan_spec(config.data, datasets, cost_model(config, encoders), config.run.seed)
     check_epochs(config.data, spec, config.run.steps)

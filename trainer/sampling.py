@@ -17,6 +17,7 @@ from kinodit.trainer.gallery import Entry, Gallery
 from kinodit.trainer.generate import SampleConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.setup import Parts, build_parts, master_dtype
+from kinodit.trainer.split_encoders import split_encoders
 from kinodit.trainer.state import CheckpointError
 from kinodit.trainer.topology import Topology
 
@@ -61,7 +62,8 @@ def load_parts(
     path = find_checkpoint(run_dir, step)
     config = dataclasses.replace(config, parallel=ParallelConfig(), engine=NativeConfig())
     mesh = build_mesh(config.parallel, topology.world_size, topology.rank, device)
-    encoders = build_encoders(config, run_dir, device)
+    whole = build_encoders(config, run_dir, device)
+    encoders = split_encoders(whole, 0, topology, device)
     parts = build_parts(config, mesh, SampleEncoder(encoders, config.run.seed, 0.0))
     tensors = checkpoint.collect(parts.engine, parts.emas)
     checkpoint.load(path, tensors, mesh)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kinodit.models.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from kinodit.data.reference_counts import ReferenceCounts
     from kinodit.launch.plan.estimate import Settings
     from kinodit.launch.plan.search import Found
     from kinodit.trainer.config import RunConfig
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 
 HELP = (
     "Estimate memory, communication and step time of every layout of a recipe on a cluster that "
-    "need not exist, and list the fastest that fit. Opens no data; needs no GPU."
+    "need not exist, and list the fastest that fit. Opens no data, but to count the reference "
+    "pictures of a recipe that takes some; needs no GPU."
 )
 NOTHING_FITS = 1
+NUM_STEPS_READ = 16
+"""Of the data order, whose records say how many reference pictures they have."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,15 +107,23 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
     from kinodit.launch.plan.workload import Given, read_workload
     from kinodit.trainer.parallel.volume import Formats
 
+    counts = _reference_counts(config)
     given = Given(
         codec=_codec(args.codec),
         video_tokens=args.video_tokens,
         text_tokens=args.text_tokens,
         segments=args.segments,
         encoder_gib=args.encoder_gib,
+        pictures=None if counts is None else counts.most,
     )
     precision = config.precision
     workload = read_workload(config, given)
+    if counts is not None:
+        workload = workload.noting(
+            f"of the {counts.num_samples} samples of the first {counts.num_steps} steps "
+            f"{counts.with_some} bring reference pictures along, of which {counts.pictures} take "
+            f"part; every pack is taken with {counts.most}, as the one that has most"
+        )
     if args.gpus == 1 and precision.compute_dtype.itemsize < precision.params_dtype.itemsize:
         workload = workload.noting(
             "one process computes under autocast, which widens some tensors: activations are "
@@ -137,6 +149,19 @@ def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
         micro_batches=config.engine.micro_batches,
         wish=_wish(config),
     )
+
+
+def _reference_counts(config: RunConfig) -> ReferenceCounts | None:
+    """What the data has of reference pictures, if it is on this machine; records alone say so."""
+    from kinodit.data.manifest import MANIFEST_FILE
+    from kinodit.launch.data_order import data_order, reference_counts
+
+    data = config.data
+    folders = [Path(entry.path) for entry in data.datasets.values()]
+    is_here = all((folder / MANIFEST_FILE).is_file() for folder in folders)
+    if not data.max_references or not folders or not is_here:
+        return None
+    return reference_counts(config, data_order(config), NUM_STEPS_READ)
 
 
 def _wish(config: RunConfig) -> Wish | None:

@@ -205,7 +205,9 @@ class Estimator:
         parts = {
             **at_rest,
             "activations": taken.peak,
-            "encoders": settings.workload.encoder_bytes,
+            "encoders": settings.workload.frozen.on_rank(
+                settings.cluster.num_gpus, settings.cluster.per_node, taken.peak
+            ),
             "buffers": buffers + self._batch_bytes(parallel),
         }
         return Memory({name: parts[name] for name in PARTS}, host)

@@ -6,25 +6,21 @@ a step can hold.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from kinodit.data.packing import PackSpec, StreamSpec
 from kinodit.data.sound import num_audio_samples
 from kinodit.data.tasks import pooled_name
+from kinodit.launch.plan.frozen import FrozenWeights, frozen_weights, is_here
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.encoders.audio_vae import AudioVaeConfig
 from kinodit.models.encoders.base import (
     AudioCodec,
-    EncoderError,
     SoundFormat,
     TextEncoderConfig,
     VideoCodec,
@@ -40,8 +36,6 @@ from kinodit.models.flops import forward_flops
 from kinodit.trainer.batches import AUDIO, IMAGE, TEXT, VIDEO, fit_model
 from kinodit.trainer.config import RunConfig
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 @dataclass(frozen=True)
 class Given:
@@ -52,6 +46,7 @@ class Given:
     text_tokens:  of one caption
     segments:     samples in a pack
     encoder_gib:  memory of both encoders
+    pictures:     reference pictures in a pack
     """
 
     codec: tuple[int, int, int, int] | None = None
@@ -59,6 +54,7 @@ class Given:
     text_tokens: int | None = None
     segments: int | None = None
     encoder_gib: float | None = None
+    pictures: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("video_tokens", "text_tokens", "segments"):
@@ -81,10 +77,10 @@ ASSUMED_AUDIO_CODEC = (2048, 64)
 class Workload:
     """A step: `packs` of `segments` samples each, and the model that computes them.
 
-    tokens:        stream -> tokens of one sample
-    levels:        noise levels of one sample
-    encoder_bytes: weights of text encoder and codec, which every rank has
-    notes:         what was assumed
+    tokens: stream -> tokens of one sample
+    levels: noise levels of one sample
+    frozen: weights of the encoders
+    notes:  what was assumed
     """
 
     model: MMDiTConfig
@@ -92,7 +88,7 @@ class Workload:
     segments: int
     packs: int
     levels: int = 1
-    encoder_bytes: int = 0
+    frozen: FrozenWeights = field(default_factory=FrozenWeights)
     notes: tuple[str, ...] = ()
 
     def of_pass(self, merged: int) -> Workload:
@@ -136,8 +132,20 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
         pooled[pooled_name(name)] = dim
         if name == TEXT or name in config.model.streams:
             tokens[name], streams[name] = count, StreamSpec(name, width)
+    samples, packs = config.data.samples_per_step, config.data.packs_per_step
+    segments, pictures = given.segments or -(-samples // packs), 0
     if VIDEO in config.model.streams:
-        tokens[VIDEO], channels = _video(config, given, notes)
+        tokens[VIDEO], of_picture, channels = _video(config, given, notes)
+        in_pack = segments * config.data.max_references
+        if given.pictures is not None:
+            in_pack = min(in_pack, given.pictures)
+        elif in_pack:
+            notes.append(
+                "the datasets are not on this machine: every sample is taken with data."
+                f"max_references={config.data.max_references} reference pictures, the most that it "
+                "can have"
+            )
+        pictures = -(-in_pack * of_picture // segments)
         streams[VIDEO] = StreamSpec(VIDEO, channels, config.modalities.video.patch)
         if IMAGE in config.model.streams:
             # A sample has either; it is taken as a clip, the most that it can be.
@@ -149,15 +157,14 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
     order += [name for name in streams if name not in order]
     spec = PackSpec(tuple(streams[name] for name in order), pooled)
     if given.encoder_gib is None:
-        encoder_bytes = _encoder_bytes(config, notes)
+        frozen = frozen_weights(config, notes)
     else:
-        encoder_bytes = round(given.encoder_gib * 2**30)
+        frozen = FrozenWeights(round(given.encoder_gib * 2**30))
     if config.engine.compile:
         notes.append(
             "engine.compile fuses pointwise work, which then keeps and moves less: activations and "
             "time are those without it, the most that they can be"
         )
-    samples, packs = config.data.samples_per_step, config.data.packs_per_step
     if packs > samples:
         raise ConfigError(
             f"data.packs_per_step is {packs} with data.samples_per_step {samples}: every pack "
@@ -173,17 +180,18 @@ def read_workload(config: RunConfig, given: Given) -> Workload:
         model=fit_model(config.model, spec),
         tokens={
             name: tokens[name] * (1 if name in config.modalities.text.all else growth)
+            + (pictures if name == VIDEO else 0)
             for name in order
         },
-        segments=given.segments or -(-samples // packs),
+        segments=segments,
         packs=packs,
-        encoder_bytes=encoder_bytes,
+        frozen=frozen,
         notes=tuple(notes),
     )
 
 
-def _video(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int]:
-    """(tokens of a clip, latent channels)."""
+def _video(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int, int]:
+    """(tokens of a clip, of a reference picture, latent channels)."""
     data, patch = config.data, config.modalities.video.patch
     size = (data.num_frames, data.height, data.width)
     shapes = codec_shapes(config, given, notes)
@@ -194,8 +202,9 @@ def _video(config: RunConfig, given: Given, notes: list[str]) -> tuple[int, int]
             f"modalities.video.patch={list(patch)}: change data.num_frames, height or width, or "
             "the patch"
         )
-    pictures = data.max_references * (grid[1] // patch[1]) * (grid[2] // patch[2])
-    return given.video_tokens or math.prod(grid) // math.prod(patch) + pictures, channels
+    # What is said of a clip on the command line is said of its pictures as well.
+    of_picture = 0 if given.video_tokens else (grid[1] // patch[1]) * (grid[2] // patch[2])
+    return given.video_tokens or math.prod(grid) // math.prod(patch), of_picture, channels
 
 
 def audio_sizes(config: RunConfig, notes: list[str]) -> tuple[int, int]:
@@ -213,7 +222,7 @@ def audio_sizes(config: RunConfig, notes: list[str]) -> tuple[int, int]:
 
 def _audio_codec_here(config: RunConfig) -> AudioCodec | None:
     codec, data = config.modalities.audio.codec, config.data
-    if isinstance(codec, AudioVaeConfig) and not _is_here(codec.path, None):
+    if isinstance(codec, AudioVaeConfig) and not is_here(codec.path, None):
         return None
     try:
         return codec.build(torch.device("cpu"), SoundFormat(data.audio_rate, data.audio_channels))
@@ -261,7 +270,7 @@ def _codec_here(config: RunConfig) -> VideoCodec | None:
     host = torch.device("cpu")
     if isinstance(codec, WaveletConfig):
         return replace(codec, standardisation=None).build(host)
-    if isinstance(codec, DiffusersVaeConfig) and not _is_here(codec.path, None):
+    if isinstance(codec, DiffusersVaeConfig) and not is_here(codec.path, None):
         return None
     try:
         return codec.build(host)
@@ -286,7 +295,7 @@ def text_sizes(
         return given.text_tokens or encoder.max_tokens, encoder.dim, encoder.dim
     assert isinstance(encoder, TransformersTextConfig)
     tokens = given.text_tokens or encoder.max_tokens - encoder.skip_tokens
-    if not _is_here(encoder.path, encoder.package):
+    if not is_here(encoder.path, encoder.package):
         stream = config.model.streams.get(name)
         pooled = config.model.conditions.get(pooled_name(name))
         width = stream.in_channels if stream else 1
@@ -307,52 +316,3 @@ def text_sizes(
     if encoder.pooled == "model" and projected:
         pooled_dim = int(document.get("projection_dim") or found)
     return tokens, wide, pooled_dim
-
-
-def _is_here(path: str | None, package: str | None) -> bool:
-    try:
-        weights_folder(path, package, "an encoder")
-    except EncoderError:
-        return False
-    return True
-
-
-def _encoder_bytes(config: RunConfig, notes: list[str]) -> int:
-    """Weights of the encoders in the formats that they are loaded in."""
-    modalities, streams = config.modalities, config.model.streams
-    named: list[tuple[str, object]] = [
-        ("text encoder" if name == TEXT else f"text encoder {name}", encoder)
-        for name, encoder in modalities.text.all.items()
-    ]
-    named += [("video codec", modalities.video.codec)] if VIDEO in streams else []
-    named += [("audio codec", modalities.audio.codec)] if AUDIO in streams else []
-    total, missing = 0, []
-    parts: Iterable[tuple[str, str | None, str | None, str]] = [
-        (name, part.path, getattr(part, "package", None), part.dtype)
-        for name, part in named
-        if isinstance(part, TransformersTextConfig | DiffusersVaeConfig | AudioVaeConfig)
-    ]
-    for name, path, package, dtype in parts:
-        if _is_here(path, package):
-            total += _numbers_in(weights_folder(path, package, name)) * ITEM_BYTES[dtype]
-        else:
-            missing.append(name)
-    if missing:
-        notes.append(f"weights of the {' and the '.join(missing)} count as 0 (--encoder-gib)")
-    return total
-
-
-def _numbers_in(folder: Path) -> int:
-    """Numbers in the folder's safetensors, by their headers."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header: dict[str, Any] = json.loads(stream.read(length))
-        except (OSError, ValueError, struct.error) as error:
-            raise ConfigError(f"cannot read the header of {file}: {error}") from error
-        total += sum(
-            math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
-        )
-    return total

@@ -88,6 +88,21 @@ class TextEncoder(Protocol):
         """Features of each caption, on the encoder's device, independent of the others."""
 
 
+@runtime_checkable
+class SplitTextEncoder(Protocol):
+    """A text encoder whose weights several callers hold together, each a part.
+
+    `encode` is for all of them at once: each brings captions of its own, or none.
+    """
+
+    @property
+    def empty(self) -> TextFeatures:
+        """Features of the empty caption, which each knows without the others."""
+
+    def encode(self, captions: Sequence[str]) -> list[TextFeatures]:
+        """Features of each caption, as those of `TextEncoder`. Collective."""
+
+
 class VideoCodec(Protocol):
     """Pixels to latents and back. `fingerprint` changes when the latents could.
 

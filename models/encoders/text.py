@@ -7,7 +7,7 @@ alone in what is returned), D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinodit.models.encoders.base import EncoderError, TextEncoderConfig, TextFeatures
 from kinodit.models.encoders.folder import fingerprint, read_json, weights_folder
@@ -46,6 +46,7 @@ class TransformersTextConfig(TextEncoderConfig):
     dtype:          of the weights; features are float32
     batch_size:     captions encoded at once
     offload:        weights are in the host's memory while no caption is encoded
+    shard:          weights are split over the ranks of a run that has several
     """
 
     name: Literal["transformers"] = "transformers"
@@ -61,8 +62,14 @@ class TransformersTextConfig(TextEncoderConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 32
     offload: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
+        if self.offload and self.shard:
+            raise ConfigError(
+                "a text encoder has offload=true, which copies all of its weights to the device, "
+                "and shard=true, which gathers them block by block: set one of them to false"
+            )
         if max(self.chosen) >= 0:
             raise ConfigError(
                 f"a text encoder's layer counts from the end: -1, -2, got {max(self.chosen)}"
@@ -109,7 +116,10 @@ class TransformersTextEncoder:
             raise EncoderError(f"{what}: there is no tokenizer folder {self._tokenizer_folder}")
         self._tokenizer, self._model = _load(self._folder, self._tokenizer_folder, config)
         self._model.eval().requires_grad_(False)
-        self._resident = Resident(self._model, device, offload=config.offload)
+        self._entry: nn.Module = self._model
+        self._resident: Resident | None = None
+        if not config.shard:
+            self._place()
         text_config = self._model.config.get_text_config()
         self.token_dim: int = text_config.hidden_size * len(config.chosen)
         self.pooled_dim: int = self.token_dim
@@ -128,7 +138,7 @@ class TransformersTextEncoder:
     def fingerprint(self) -> str:
         """Hash of the settings that matter and of the files of weights and tokenizer."""
         settings = asdict(self._config)
-        for place in ("path", "package", "tokenizer_path", "batch_size", "offload"):
+        for place in ("path", "package", "tokenizer_path", "batch_size", "offload", "shard"):
             del settings[place]
         if not self._config.layers:
             # Encoders of one layer keep the fingerprints that they had.
@@ -139,10 +149,42 @@ class TransformersTextEncoder:
         """Features of each caption: tokens [L, D] (real ones only), pooled; float32."""
         rows = [self._token_ids(caption) for caption in captions]
         features: list[TextFeatures] = []
-        with self._resident.use():
+        with self._place().use():
             for start in range(0, len(rows), self._config.batch_size):
                 features += self._encode_rows(rows[start : start + self._config.batch_size])
         return features
+
+    @property
+    def splits(self) -> bool:
+        """Whether the weights are to be split over ranks, if there are several."""
+        return self._config.shard
+
+    def split(self, apply: Callable[[nn.Module, Sequence[nn.Module]], None]) -> None:
+        """Let `apply` split the weights, which are on the host: once, before anything is encoded.
+
+        It is given the model, and those of its modules whose weights are used one after the other:
+        the blocks, and the table of tokens. From then on `encode` is for all ranks at once.
+
+        Raises:
+            EncoderError: the model has no blocks.
+        """
+        assert self._resident is None, "the weights have their place already"
+        blocks = _blocks(self._model)
+        if not blocks:
+            raise EncoderError(
+                f"the text encoder in {self._folder} has no list of blocks to split: set "
+                "shard=false, or offload=true instead"
+            )
+        # FSDP2 gives a module that it wraps another class, by whose name the library knows models.
+        self._entry = _Entry(self._model)
+        apply(self._entry, blocks)
+        self._place()
+
+    def _place(self) -> Resident:
+        """The weights where they are used from; at first use those that nobody has split."""
+        if self._resident is None:
+            self._resident = Resident(self._model, self._device, offload=self._config.offload)
+        return self._resident
 
     def _token_ids(self, caption: str) -> list[int]:
         text = self._config.template.replace(CAPTION, caption)
@@ -161,7 +203,7 @@ class TransformersTextEncoder:
         pad = self._tokenizer.pad_token_id or 0
         ids_PL = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
         real_PL = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        output = self._model(
+        output = self._entry(
             input_ids=ids_PL.to(self._device),
             attention_mask=real_PL.to(self._device),
             output_hidden_states=config.chosen != (-1,),
@@ -222,6 +264,34 @@ def _load(folder: Path, tokenizer_folder: Path, config: TransformersTextConfig) 
             f"for instance {sorted(missing)[0]!r}: they are those of another model"
         )
     return tokenizer, model
+
+
+class _Entry(nn.Module):
+    """A module around a model, which can be wrapped in its place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    """The members of the outermost lists of modules, and the table of tokens if it has its own."""
+    blocks: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            blocks += list(module)
+            inside.update(part for block in module for part in block.modules())
+    if not blocks:
+        return []
+    # T5 has two tables of the same weights: as one module they have one owner.
+    model.set_input_embeddings(model.get_input_embeddings())
+    table = model.get_input_embeddings()
+    users = {m for m in model.modules() for p in m.parameters(recurse=False) if p is table.weight}
+    return [*blocks, table] if users == {table} else blocks
 
 
 def _model_class(transformers: Any, folder: Path) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -37,7 +37,14 @@ SCALE_1 = GuidanceConfig(scale=1.0)
 class Words:
     """A caption's features: as many tokens as it has letters, at least one."""
 
+    def __init__(self) -> None:
+        self.prepared: list[str] = []
+
+    def prepare(self, captions: Sequence[str]) -> None:
+        self.prepared = ["", *captions]
+
     def text(self, caption: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        assert caption in self.prepared, "ranks that hold an encoder together were not told"
         source = generator("words", caption)
         tokens = normal(source, (max(1, len(caption)), 5)).double()
         return {"text": tokens}, {"text_pooled": normal(source, (4,)).double()}
@@ -99,7 +106,9 @@ def drawn(network: Counting, wish: Order, **changes: Any) -> dict[str, Tensor]:
 
 def packed(prompt: str) -> TokenBatch:
     """A clip to be drawn from a prompt."""
-    text, conditions = Words().text(prompt)
+    words = Words()
+    words.prepare([prompt])
+    text, conditions = words.text(prompt)
     latents = {"video": torch.zeros(6, 4, 2, 3), "audio": torch.zeros(3, 8, 1, 1)}
     key = SampleKey(0, 1, "prompt")
     return pack([EncodedSample(key, latents, SECONDS, text, conditions)], SPEC)

@@ -65,14 +65,14 @@ def test_what_the_recipe_does_not_say_can_be_said() -> None:
     plain = read_workload(config, Given())
     # 81 frames: 21 latents; 480 x 832 pixels: 30 x 52 tokens.
     assert plain.tokens["video"] == 21 * 30 * 52
-    assert (plain.encoder_bytes, plain.packs, plain.segments) == (0, 64, 1)
+    assert (plain.frozen.whole, plain.packs, plain.segments) == (0, 64, 1)
     given = read_workload(
         config, Given(codec=(8, 16, 16, 32), text_tokens=226, segments=3, encoder_gib=2.0)
     )
     # 11 latents of 15 x 26 tokens, whose channels the model's stream takes over.
     assert given.tokens == {"text": 226, "video": 11 * 15 * 26}
     assert given.model.streams["video"].in_channels == 4 * 32
-    assert given.encoder_bytes == 2 * 2**30 and given.segments == 3
+    assert given.frozen.whole == 2 * 2**30 and given.segments == 3
 
 
 def test_latents_that_do_not_divide_are_refused() -> None:
@@ -85,7 +85,7 @@ def test_the_recipe_s_own_encoders_are_weighed() -> None:
     workload = read_workload(load_config(TINY, []), Given())
     assert workload.tokens == {"text": 16, "video": 16}
     # A MiniLM of 22.7 M parameters in float32.
-    assert workload.encoder_bytes == pytest.approx(4 * 22.7e6, rel=0.02)
+    assert workload.frozen.whole == pytest.approx(4 * 22.7e6, rel=0.02)
 
 
 @pytest.mark.parametrize("gpus", ["8", "1024"])
@@ -120,3 +120,28 @@ def test_a_dry_run_tells_what_differs(
     assert cli.main(["plan", *arguments]) == 1
     differing = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]
     assert len(differing) == 2 and all("optimizer" in line for line in differing)
+
+
+def test_weights_that_are_split_or_brought_count_as_such() -> None:
+    layers, text = 6, "modalities.text.encoder."
+    plain = read_workload(load_config(TINY, []), Given()).frozen
+    assert plain.on_rank(8, 8, 0) == plain.on_rank(1, 8, 10**12) == plain.whole
+
+    brought = read_workload(load_config(TINY, [f"{text}offload=true"]), Given()).frozen
+    assert (brought.whole, brought.offloaded) == (0, plain.whole)
+    # They are there before the activations are, and in their place.
+    assert brought.on_rank(8, 8, 0) == plain.whole and brought.on_rank(8, 8, plain.whole) == 0
+    assert brought.on_rank(8, 8, plain.whole // 2) == plain.whole - plain.whole // 2
+
+    split = read_workload(load_config(TINY, [f"{text}shard=true"]), Given()).frozen
+    assert (split.whole, split.split) == (0, plain.whole)
+    many = 10**12
+    assert split.on_rank(1, 8, 0) == plain.whole
+    assert split.on_rank(16, 8, many) == -(-plain.whole // 8)
+    assert split.on_rank(16, 1, many) == -(-plain.whole // 16)
+    # MiniLM: its table of tokens is larger than any of its blocks.
+    table = 4 * 30522 * 384
+    assert split.gathered == 2 * table > 2 * (plain.whole - table) // layers
+    assert split.on_rank(16, 8, 0) == split.on_rank(16, 8, many) + split.gathered
+    config = load_config(TINY, [f"{text}shard=true", "modalities.shard_ranks=2"])
+    assert read_workload(config, Given()).frozen.on_rank(16, 8, many) == -(-plain.whole // 2)

@@ -83,7 +83,8 @@ class Clip:
     video: uint8 [T, H, W, 3]; None: there is only sound
     sound: float32 [A, N] in [-1, 1] at `rate_hz`; None: there is none
     given: bool [t, h, w], which latent cells of a generated video the task gave; None: no task
-    pictures: [R, H, W, 3], drawn together with it as a group; None: it was drawn alone
+    pictures: [R, H, W, 3], drawn together with it as a group, or those that it was drawn after;
+              None: it was drawn alone
     """
 
     index: int

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             f"--dry-run builds the native engine, and engine.name is {config.engine.name}: "
             "leave it out, or add engine.name=native"
         )
-    settings = _settings(args, config)
+    settings = settings_of(args, config)
     found = search(settings, config.parallel, config.remat)
     print(show.plan(settings, found, args.top))
     print(f"planned in {time.monotonic() - start_s:.1f} s")
@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _settings(args: argparse.Namespace, config: RunConfig) -> Settings:
+def settings_of(args: argparse.Namespace, config: RunConfig) -> Settings:
+    """What the arguments and the recipe say of the step, the model and the cluster."""
     from kinodit.launch.plan.estimate import Settings
     from kinodit.launch.plan.hardware import build_cluster
     from kinodit.launch.plan.state import Weights

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from kinodit.launch.report.read import Run, number
+from kinodit.launch.report.read import Run, SampleFile, number
 from kinodit.trainer.evaluation.table import loss_rows, sample_groups
 
 
@@ -35,9 +36,18 @@ def evaluation_section(run: Run) -> dict[str, Any] | None:
             {
                 "title": task.replace("_", " ") or "from captions",
                 "num_clips": num_clips,
+                "what": _what(run.evaluated.get(task, [])),
                 "rows": rows,
                 "clips": run.evaluated.get(task, []),
             }
             for task, num_clips, rows in groups
         ],
     }
+
+
+def _what(files: Sequence[SampleFile]) -> str:
+    """What there are so many of."""
+    suffixes = {file.path.suffix for file in files}
+    if suffixes == {".png"}:
+        return "pictures"
+    return "sounds" if suffixes and suffixes <= {".wav", ".flac"} else "clips"

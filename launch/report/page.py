@@ -269,6 +269,8 @@ def _embed(file: SampleFile) -> dict[str, Any]:
         "has_sound": "sound" in file.entry,
         "src": src,
     }
+    if file.pictures:
+        embedded["pictures"] = [_data_uri(path)[1] for path in file.pictures]
     if file.picture is not None:
         embedded["picture"] = _data_uri(file.picture)[1]
     return embedded

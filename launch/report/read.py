@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from kinodit.models.errors import UserError
+from kinodit.trainer.evaluation.drawn import PICTURES_FOLDER
+from kinodit.trainer.evaluation.table import PICTURES
 from kinodit.trainer.jsonl import read_rows
 from kinodit.trainer.redact import redact, redact_text
 
@@ -37,11 +39,13 @@ class SampleFile:
     """One sampled clip, picture or sound: its entry of index.json and where its file lies.
 
     picture: what stands for a file that is only heard
+    pictures: those that it was drawn after, or together with
     """
 
     entry: Row
     path: Path
     picture: Path | None = None
+    pictures: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ def _evaluation(
         return {}, {}
     figures = _mapping(steps[-1] / "evaluation.json", notes)
     indexes = {"": steps[-1] / "index.json"}
+    indexes[PICTURES] = steps[-1] / PICTURES_FOLDER / "index.json"
     indexes |= {p.parent.name: p for p in sorted((steps[-1] / "tasks").glob("*/index.json"))}
     clips = {task: _files(path, notes)[:MAX_EVALUATED_CLIPS] for task, path in indexes.items()}
     return figures, clips
@@ -264,6 +269,11 @@ def _files(index_path: Path, notes: list[str]) -> list[SampleFile]:
             entry,
             index_path.parent / Path(str(entry["file"])).name,
             _beside(index_path, entry.get("picture")),
+            tuple(
+                path
+                for name in entry.get("pictures", ())
+                if (path := _beside(index_path, name)) is not None
+            ),
         )
         for entry in entries
     ]

@@ -44,6 +44,13 @@ function frame(entry, step) {
   }, media);
 }
 
+/** The pictures that it was drawn after, or together with, in a row. */
+function before(entry) {
+  const pictures = entry.pictures || [];
+  const images = pictures.map((src, index) => html("img", { src, class: "pixels", alt: `picture ${index + 1} before` }));
+  return pictures.length ? [html("div", { class: "before" }, ...images)] : [];
+}
+
 function ratio(entry) {
   return entry.width && entry.height ? `aspect-ratio: ${entry.width} / ${entry.height}` : "";
 }
@@ -127,7 +134,7 @@ function showStep() {
     const { step, entries } = samples[state.index];
     label.textContent = `step ${step.toLocaleString("en")}`;
     grid.replaceChildren(...entries.map((entry) => html("figure", { class: "clip" },
-      frame(entry, step), html("figcaption", {}, entry.prompt, html("small", {}, details(entry))))));
+      ...before(entry), frame(entry, step), html("figcaption", {}, entry.prompt, html("small", {}, details(entry))))));
     begin();
   };
   const scrub = html("div", { class: "card scrub" }, html("label", {}, "Training step", slider, label), html("label", {}, "Time in clip", time));
@@ -143,7 +150,7 @@ function showAll() {
     const strip = html("div", { class: "strip", tabindex: "0" });
     for (const { step, entries } of samples)
       for (const entry of entries.filter((one) => one.prompt === prompt))
-        strip.append(html("figure", {}, frame(entry, step), html("figcaption", {}, `step ${step.toLocaleString("en")}`)));
+        strip.append(html("figure", {}, ...before(entry), frame(entry, step), html("figcaption", {}, `step ${step.toLocaleString("en")}`)));
     list.append(html("div", { class: "card row" }, html("h3", {}, prompt), strip));
     // The newest clips are the ones to see first.
     requestAnimationFrame(() => { strip.scrollLeft = strip.scrollWidth; });

@@ -100,11 +100,11 @@ def test_both_commands_say_so(recipe: Path, capsys: pytest.CaptureFixture[str]) 
     config = load_config(recipe)
     counts = reference_counts(config, data_order(config), 16)
     assert counts is not None
-    command = ["plan", str(recipe), "--gpus", "1", "--gpu-memory", "80"]
-    assert main(command) == 0
+    cluster = ["--gpus", "1", "--gpu-memory", "80"]
+    assert main(["plan", str(recipe), *cluster]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"{counts.with_some} bring reference pictures along, of which {counts.pictures}" in said
-    assert main([*command, "data.datasets.clips.path=/nowhere"]) == 0
+    assert main(["plan", str(recipe), "data.datasets.clips.path=/nowhere", *cluster]) == 0
     assert "the datasets are not on this machine" in " ".join(capsys.readouterr().out.split())
 
     assert main(["data", "plan", str(recipe), "--steps", "16"]) == 0

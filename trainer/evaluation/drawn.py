@@ -16,16 +16,19 @@ from kinodit.data.decode import DecodedSample
 from kinodit.data.encode import AUDIO, TEXT, VIDEO, SampleEncoder
 from kinodit.models.encoders.features import Extractor
 from kinodit.trainer.config import RunConfig
+from kinodit.trainer.evaluation.edit import compare_edit
 from kinodit.trainer.evaluation.figures import Measured, Media, figures_of, measure
 from kinodit.trainer.evaluation.fill import compare_fill, pixels_of
 from kinodit.trainer.evaluation.truth import Told
 from kinodit.trainer.gallery import save_gallery
-from kinodit.trainer.generate import Clip, SampleConfig, using_ema
+from kinodit.trainer.generate import Clip, ClipShape, SampleConfig, using_ema
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.setup import Parts, clip_shape, master_dtype, sampling_shift
 
 NUM_SHOWN = 64
 """Samples that are kept as files."""
+PICTURES_FOLDER = "pictures"
+"""Of pictures that were drawn from captions, beside the clips."""
 
 
 GivenOf = tuple[Mapping[str, Tensor], Sequence[Tensor]]
@@ -47,8 +50,19 @@ class DrawnSamples:
     folder: Path
 
     def from_captions(self) -> dict[str, Any]:
-        """Clips as `sample` of the recipe has them, for the captions of the validation set."""
-        return self._figures(list(self.own), self.config.sample, self.folder, [])
+        """Clips as `sample` of the recipe has them, for the captions of the validation set.
+
+        Still images among its clips are drawn as such, and have figures of their own, "pictures".
+        """
+        shape = clip_shape(self.config)
+        stills = [s for s in self.own if shape.num_frames > 1 and _is_still(s)]
+        clips = [s for s in self.own if s not in stills]
+        figures = self._figures(clips, self.config.sample, shape, self.folder, [])
+        still = dataclasses.replace(shape, num_frames=1, num_samples=0)
+        pictures = self._figures(
+            stills, self.config.sample, still, self.folder / PICTURES_FOLDER, []
+        )
+        return {**figures, "pictures": pictures} if pictures["num_samples"] else figures
 
     def by_task(self, task: str) -> dict[str, Any]:
         """Clips of a task, which is given what it asks for of each sample that has it.
@@ -59,7 +73,8 @@ class DrawnSamples:
         settings = dataclasses.replace(self.config.sample, task=task, given="")
         if config.stream(TEXT, True).use == "absent":
             settings = dataclasses.replace(settings, negative="")
-        grids = self.parts.generator(torch.float32).grids(clip_shape(self.config))
+        shape = clip_shape(self.config)
+        grids = self.parts.generator(torch.float32).grids(shape)
         needed = [
             name
             for name in grids
@@ -77,12 +92,13 @@ class DrawnSamples:
                 latents = {name: encoded.latents[name].cpu() for name in needed}
                 given.append((sample.key.slot, (latents, pictures)))
         folder = self.folder / "tasks" / task
-        return self._figures(fitting, settings, folder, given)
+        return self._figures(fitting, settings, shape, folder, given)
 
     def _figures(
         self,
         own: Sequence[DecodedSample],
         settings: SampleConfig,
+        shape: ClipShape,
         folder: Path,
         own_given: Sequence[tuple[int, GivenOf]],
     ) -> dict[str, Any]:
@@ -92,28 +108,39 @@ class DrawnSamples:
         given = sorted(_gathered(mesh, own_given), key=lambda row: row[0])
         if not every:
             return {"num_samples": 0}
-        clips = self._clips([caption for _, caption, _ in every], settings, [g for _, g in given])
+        captions = [caption for _, caption, _ in every]
+        clips = self._clips(captions, settings, shape, [g for _, g in given])
         # What ten thousand samples are measured by is a few numbers each; their pixels stay where
         # they are, but for those that are shown, and those that are compared with the real ones.
         shown = _gathered(mesh, [clip for clip in clips if clip.index < NUM_SHOWN])
         shown.sort(key=lambda clip: clip.index)
-        mesh.from_main(lambda: save_gallery(folder, shown, settings))
-        in_part = [c for c in clips if c.given is not None and bool(c.given.any())]
+        config = None if not settings.task else self.config.tasks[settings.task]
+        edits = config is not None and any(
+            config.stream(name, False).references == "clean" for name in config.wanting
+        )
+        in_part = [c for c in clips if edits or (c.given is not None and bool(c.given.any()))]
         compared = {clip.index: clip for clip in _gathered(mesh, in_part)}
+        place = {slot: index for index, (slot, _, _) in enumerate(every)}
+        if edits:
+            own_before = [(place[s.key.slot], s.references) for s in own]
+            before = dict(_gathered(mesh, [row for row in own_before if row[0] < NUM_SHOWN]))
+            shown = [dataclasses.replace(clip, pictures=before[clip.index]) for clip in shown]
+        mesh.from_main(lambda: save_gallery(folder, shown, settings))
         made = [
             self._measured(clip.index, media_of(clip), clip.prompt, every[clip.index][2])
             for clip in clips
         ]
-        place = {slot: index for index, (slot, _, _) in enumerate(every)}
         rate_hz = self.config.data.audio_rate
         real = []
         for sample in own:
             index = place[sample.key.slot]
             media = Media(sample.video, sample.fps, sample.audio, rate_hz)
             measured = self._measured(index, media, sample.caption, told(sample))
-            real.append(self._with_fill(measured, compared.get(index), sample))
+            measured = self._with_fill(measured, compared.get(index), sample)
+            if edits:
+                measured = _with_edit(measured, compared.get(index), sample)
+            real.append(measured)
         made, real = (sorted(_gathered(mesh, side), key=_place) for side in (made, real))
-        config = None if not settings.task else self.config.tasks[settings.task]
         generated = [
             name
             for name in (VIDEO, AUDIO)
@@ -123,13 +150,17 @@ class DrawnSamples:
         return {"num_samples": len(every), **figures}
 
     def _clips(
-        self, captions: Sequence[str], settings: SampleConfig, given: Sequence[GivenOf]
+        self,
+        captions: Sequence[str],
+        settings: SampleConfig,
+        shape: ClipShape,
+        given: Sequence[GivenOf],
     ) -> list[Clip]:
         config, parts = self.config, self.parts
         with using_ema(parts.emas, settings.ema):
             return parts.generator(master_dtype(config))(
                 captions,
-                clip_shape(config),
+                shape,
                 settings,
                 sampling_shift(config, parts),
                 [latents for latents, _ in given],
@@ -158,6 +189,20 @@ class DrawnSamples:
         coded = codec.decode(codec.encode(real.to(self.parts.mesh.device))).cpu()
         filled = compare_fill(clip.video, real, coded, given)
         return dataclasses.replace(measured, filled=filled)
+
+
+def _with_edit(measured: Measured, clip: Clip | None, sample: DecodedSample) -> Measured:
+    """With how near to the sample the picture is that was drawn after its reference pictures."""
+    real, references = sample.video, sample.references
+    if clip is None or clip.video is None or real is None or references is None:
+        return measured
+    if clip.video.shape != real.shape:
+        return measured  # a sample that keeps its own size
+    return dataclasses.replace(measured, edited=compare_edit(clip.video, real, references))
+
+
+def _is_still(sample: DecodedSample) -> bool:
+    return sample.video is not None and len(sample.video) == 1
 
 
 def media_of(clip: Clip) -> Media:

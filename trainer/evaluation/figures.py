@@ -12,6 +12,7 @@ from torch import Tensor
 from kinodit.models.encoders.features import Extractor
 from kinodit.trainer.evaluation import embedded
 from kinodit.trainer.evaluation.distance import Features, frechet, kernel_distance
+from kinodit.trainer.evaluation.edit import Edited, edit_figures
 from kinodit.trainer.evaluation.fill import Filled, fill_figures
 from kinodit.trainer.evaluation.synchrony import Events, compare_events, events_of
 from kinodit.trainer.evaluation.truth import Seen, Told, compare, see
@@ -49,6 +50,7 @@ class Measured:
     scores:   extractor -> agreement of picture and caption
     events:   bounces and clicks, of clips that were to have them
     filled:   of a real clip: how near the one is that was given a part of it
+    edited:   of a real sample: how near what was drawn after its reference pictures is
     """
 
     place: int
@@ -58,6 +60,7 @@ class Measured:
     seen: Seen | None = None
     events: Events | None = None
     filled: Filled | None = None
+    edited: Edited | None = None
 
 
 def measure(
@@ -135,4 +138,7 @@ def figures_of(
     fill = fill_figures([m.filled for m in real if m.filled is not None])
     if fill:
         figures["fill"] = fill
+    edit = edit_figures([m.edited for m in real if m.edited is not None])
+    if edit:
+        figures["edit"] = edit
     return figures

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kinodit.data.config import DatasetConfig
 from kinodit.data.encode import SampleEncoder
 from kinodit.trainer import checkpoint
 from kinodit.trainer.config import RunConfig
@@ -70,6 +72,7 @@ def evaluate_run(
     """
     step = checkpoint.step_of(find_checkpoint(run_dir, wanted.step))
     tasks = wanted.chosen(config)
+    config = _decoding(config)
     if wanted.num_samples:
         settings = dataclasses.replace(config.eval, num_samples=wanted.num_samples)
         config = dataclasses.replace(config, eval=settings)
@@ -93,3 +96,16 @@ def evaluate_run(
 
     parts.mesh.from_main(write)
     return figures
+
+
+def _decoding(config: RunConfig) -> RunConfig:
+    """The same without caches of what samples were encoded to: pixels and sounds are measured."""
+
+    def bare(datasets: Mapping[str, DatasetConfig]) -> dict[str, DatasetConfig]:
+        return {name: dataclasses.replace(entry, cache="") for name, entry in datasets.items()}
+
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, datasets=bare(config.data.datasets)),
+        eval=dataclasses.replace(config.eval, datasets=bare(config.eval.datasets)),
+    )

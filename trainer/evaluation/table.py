@@ -23,6 +23,9 @@ TRUTHS = (
 )
 """In the order in which they are shown."""
 
+PICTURES = "pictures from captions"
+"""Still images that were drawn from captions beside clips: no task can have this name."""
+
 
 @dataclass(frozen=True)
 class FigureRow:
@@ -86,12 +89,24 @@ def sample_rows(figures: Mapping[str, Any]) -> list[FigureRow]:
         rows.append(FigureRow("error of what is filled in", _text(fill.get("fill_error")), (copy,)))
         rows.append(FigureRow("clips nearer than a copy", _text(fill.get("nearer_than_copy"))))
         rows.append(FigureRow("error of what is given", _text(fill.get("kept_error")), (codec,)))
+    edit = _mapping(figures.get("edit"))
+    if edit:
+        copy = ("copy of the last reference", _text(edit.get("copy_error")))
+        rows.append(FigureRow("error to the real picture", _text(edit.get("error")), (copy,)))
+        rows.append(FigureRow("nearer than the copy", _text(edit.get("nearer_than_copy"))))
     return rows
 
 
 def sample_groups(figures: Mapping[str, Any]) -> list[tuple[str, int, list[FigureRow]]]:
-    """(task, number of clips, rows); the task is "" for clips from captions alone."""
-    groups = [("", figures), *_mapping(figures.get("tasks")).items()]
+    """(task, number of clips, rows); the task is "" for clips from captions alone.
+
+    Beside clips, pictures from captions alone are `PICTURES`.
+    """
+    groups = [
+        ("", figures),
+        (PICTURES, figures.get("pictures")),
+        *_mapping(figures.get("tasks")).items(),
+    ]
     return [
         (str(task), int(_number(_mapping(of_task).get("num_samples"), 0)), sample_rows(of_task))
         for task, of_task in groups

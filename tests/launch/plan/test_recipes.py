@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from kinodit.launch.cli import main
+from kinodit.launch.commands import plan
+from kinodit.launch.plan.estimate import Estimator
+from kinodit.launch.plan.search import judge
 from kinodit.launch.plan.workload import Given, read_workload
 from kinodit.models.flops import count_active_parameters, count_parameters
 from kinodit.trainer.config import load_config
@@ -46,3 +51,33 @@ def test_the_planner_finds_a_layout_of_a_large_recipe(name: str, tmp_path: Path)
     arguments = ["--gpus", str(gpus), "--gpu-memory", "80", "--json", str(file)]
     assert main(["plan", str(path), *arguments]) == 0
     assert json.loads(file.read_text())
+
+
+TABLE = [
+    (name, int(gpus), int(gib))
+    for name, gpus, gib in re.findall(
+        r"^\| `(\w+)\.yaml` .* (\d+) GPUs of 80 GiB: (\d+) GiB each, planned",
+        (ROOT / "configs" / "README.md").read_text(),
+        re.MULTILINE,
+    )
+]
+
+
+def test_the_table_has_every_large_recipe() -> None:
+    large = {path.stem for path in (ROOT / "configs").glob("*.yaml") if "_tiny" not in path.stem}
+    assert {name for name, _, _ in TABLE} == large
+
+
+@pytest.mark.parametrize(("name", "gpus", "gib"), TABLE)
+def test_the_table_says_what_the_planner_says_of_a_recipe_s_own_layout(
+    name: str, gpus: int, gib: int
+) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    args = parser.parse_args([str(path), "--gpus", str(gpus), "--gpu-memory", "80"])
+    config = load_config(path)
+    verdict = judge(Estimator(plan.settings_of(args, config)), config.parallel, config.remat)
+    assert not verdict.problem
+    assert verdict.estimate is not None
+    assert round(verdict.estimate.memory.total / 2**30) == gib

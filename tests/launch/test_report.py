@@ -142,6 +142,26 @@ def test_clips_on_request_and_their_measured_directions_are_shown(tmp_path: Path
     assert re.search(r">\s*88\s*<", tile[:400]) and "of 32 clips; chance is 25 %" in tile[:400]
 
 
+def test_pictures_are_shown_before_what_was_drawn_after_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", total_steps=100, every=50)
+    folder = run / "samples" / "manual"
+    write_samples(folder, 1.0, ["make it blue"])
+    index = folder / "index.json"
+    (entry,) = json.loads(index.read_text())
+    for number in range(2):
+        (folder / f"000.ref{number}.png").write_bytes(b"picture %d" % number)
+    names = ["000.ref0.png", "000.ref1.png", "absent.png", "../../config.yaml"]
+    index.write_text(json.dumps([{**entry, "pictures": names}]))
+    html = write_report(run, now=LONG_AFTER).read_text()
+    section = html[html.index('<section id="drawn">') : html.index('<section id="training">')]
+    shown = re.findall(r'<img class="pixels" src="(.*?)" alt="picture \d before">', section)
+    assert [base64.b64decode(src.partition(",")[2]) for src in shown] == [
+        b"picture 0",
+        b"picture 1",
+    ]
+    assert section.index("before") < section.index("<video")
+
+
 def test_the_newest_evaluation_is_shown_by_task(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", total_steps=100, every=50)
     assert 'id="evaluation"' not in write_report(run, now=LONG_AFTER).read_text()

@@ -4,7 +4,7 @@ Every task that is given a part of the video: its first frame, its last, some be
 some between, what is around a hole, what is in it. Clips are held out: other scenes of the same
 theatre. What is drawn is a sample, which is farther from the clip than the mean of all that could
 have been there; a copy has no such handicap. The ci size has plain backgrounds and eight pictures
-that move, and trains a fifth as long.
+that move, and trains a third as long.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ CLAIMED = {
     "consumed_count",
     "direction",
     "experts",
+    "fill",
     "floor",
     "hangs",
     "fuzz",

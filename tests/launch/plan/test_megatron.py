@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kinodit.launch.plan.buckets import buckets_messages, buckets_of, buckets_plan
-from kinodit.launch.plan.estimate import Estimator
+from kinodit.launch.plan.estimate import Estimator, crowd
 from kinodit.launch.plan.measure import (
     families,
     measure,
@@ -149,6 +149,14 @@ def test_ranks_of_the_distributed_optimizer_hold_what_was_planned(
         assert one.state == buckets_plan(buckets, weights, formats, 1, one.index).state
     fullest = buckets_plan(buckets, weights, formats, 1).state.total
     assert fullest == max(one.state.total for one in found)
+
+
+def test_tp_ranks_with_the_same_tokens_share_a_pack_with_others_alone() -> None:
+    split, same = (crowd(FAMILIES["flux"], SHARED, copied=copied) for copied in (False, True))
+    assert (split.num_shares, same.num_shares) == (4, 2)
+    assert split.num_ranks == same.num_ranks == 4
+    assert same.own == same.seen == split.seen and same.held == split.held
+    assert 2 * split.num_own == same.num_own
 
 
 def test_it_sends_what_the_paper_says() -> None:

@@ -129,6 +129,41 @@ def test_every_group_comes_from_megatron_core(
         assert not found["other linears"] and found["linears"] > 20
 
 
+def expert_groups(
+    rank: int, world_size: int, parallel: ParallelConfig
+) -> tuple[dict[str, list[int]], ...]:
+    """Ranks of each axis of the experts' mesh: the native engine's, this one's, one passed in."""
+    native = build_mesh(parallel, NativeConfig(), world_size, rank, CPU)
+    own = build_mesh(parallel, MegatronConfig(), world_size, rank, CPU)
+    assert own.device_mesh is not None and own.expert_mesh is not None
+    collection = core.ProcessGroupCollection(
+        pp=own.device_mesh.get_group(0),
+        dp_cp=own.device_mesh.get_group(1),
+        ep=own.expert_mesh.get_group("ep"),
+        expt_dp=own.expert_mesh.get_group("dp_shard_cp"),
+    )
+    given = build_mesh(parallel, MegatronConfig(), world_size, rank, CPU, collection)
+    found = []
+    for mesh in (native, own, given):
+        experts = mesh.expert_mesh
+        assert experts is not None and experts.mesh_dim_names is not None
+        found.append(
+            {
+                axis: dist.get_process_group_ranks(experts.get_group(axis))
+                for axis in experts.mesh_dim_names
+            }
+        )
+    return tuple(found)
+
+
+@pytest.mark.gloo
+def test_experts_are_dealt_out_to_the_ranks_of_the_native_mesh(four: Ranks) -> None:
+    for rank, found in enumerate(four.run(expert_groups, layout(dp_shard=4, ep=2))):
+        assert found[0] == found[1] == found[2]
+        assert found[1]["ep"] == [rank // 2 * 2, rank // 2 * 2 + 1]
+        assert found[1]["dp_shard_cp"] == [rank % 2, rank % 2 + 2]
+
+
 def refused(rank: int, world_size: int, parallel: ParallelConfig) -> str:
     collection = core.ProcessGroupCollection(tp=dist.group.WORLD)
     with pytest.raises(ConfigError) as caught:

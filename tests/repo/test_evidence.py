@@ -25,6 +25,7 @@ CLAIMED = {
     "fuzz",
     "kill_points",
     "mutants",
+    "naming",
     "pair",
     "replay",
     "restarts",

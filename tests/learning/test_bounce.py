@@ -1,8 +1,8 @@
 """A ball that bounces and clicks: one checkpoint draws both, the sound of a video, and its video.
 
-Bounces and clicks are read back from pixels and samples of what was drawn for unseen clips: in the
-middle they are far less than a frame (1/16 s) apart, and nearly all within one. Chance is that of
-bounces and clicks of different clips.
+Bounces and clicks are read back from pixels and samples of what was drawn for unseen clips: the
+median is far less than a frame (1/16 s), and most are within one. Chance is that of bounces and
+clicks of different clips.
 """
 
 from __future__ import annotations

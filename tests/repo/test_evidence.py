@@ -11,6 +11,7 @@ from tests.support.evidence import EVIDENCE, changed_keys, recipe_of
 
 FILES = sorted(EVIDENCE.glob("*.json"))
 CLAIMED = {
+    "bounce",
     "certificates",
     "checksum_quiet1c",
     "checksum_quiet2r",

@@ -57,7 +57,7 @@ SIZES = {
         ("object", "sound"),
         0.55,
     ),
-    "full": Size(SPRITES, 1200, 256, (), ("everything_named",), 0.8),
+    "full": Size(SPRITES, 1200, 256, (), ("object", "direction", "sound"), 0.8),
 }
 
 

@@ -37,7 +37,7 @@ class Digest:
     """The digest of bytes that come piece by piece; `num_bytes` so far.
 
     BLAKE3 (O'Connor et al., "BLAKE3: one function, fast everywhere", 2020) is as hard to forge as
-    SHA-256, and 3 to 6 times as fast on one core with AVX2 or AVX-512.
+    SHA-256, and some three times as fast on one core with AVX-512.
     """
 
     def __init__(self, algorithm: Algorithm) -> None:

@@ -1,6 +1,7 @@
 """Which tokens of a generated stream are given: frames, or a box in all frames.
 
-Shape legend: N tokens of one stream, T frames.
+Shape legend: N tokens of one stream; T frames, H rows, W columns of pixels; t, h, w of latent
+cells.
 """
 
 from __future__ import annotations
@@ -72,3 +73,18 @@ def _in_box(
             first = (places[axis] * (sizes - length + 1)).floor()
         inside &= (cell >= first) & (cell < first + length)
     return inside
+
+
+def pixels_of(cells: Tensor, size: tuple[int, int, int], stride: int) -> Tensor:
+    """Bool [T, H, W] of latent cells [t, h, w]: which pixels they hold.
+
+    size:   T, H, W
+    stride: frames of a latent one; fewer frames than all of them are those of a codec, such as a
+            causal one, whose first cell holds the first frame alone
+    """
+    grown = cells
+    for dim, length in ((1, size[1]), (2, size[2])):
+        grown = grown.repeat_interleave(length // cells.shape[dim], dim=dim)
+    if len(cells) * stride == size[0]:
+        return grown.repeat_interleave(stride, dim=0)
+    return torch.cat([grown[:1], grown[1:].repeat_interleave(stride, dim=0)])

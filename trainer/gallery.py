@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ PICTURE_ROWS = 96
 """Of the spectrogram of a sound without pictures."""
 SHEET_ROWS = 40
 """Of the spectrogram under the frames of a clip."""
+NOT_GIVEN = 128
+"""The grey of what a task gave nothing of."""
 _log = logging.getLogger("kinodit")
 
 
@@ -35,20 +37,33 @@ def save_gallery(folder: Path, clips: Sequence[Clip], config: SampleConfig) -> l
     """Write clips, index.json and sheet.png; the index's entries.
 
     A clip is an mp4 with its sound, and a file of the sound alone (whole: mp4 has lossy sound); of
-    one frame it is a PNG, without pictures the file of its sound and a PNG of its spectrogram.
+    one frame it is a PNG, without pictures the file of its sound and a PNG of its spectrogram. Of
+    a clip that was given in part there is NNN.given.mp4 (or PNG), grey where it was not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries = [_save_clip(folder, clip, config) for clip in clips]
     if clips:
-        below = [None if clip.video is None else _spectrogram(clip, SHEET_ROWS) for clip in clips]
-        sheet = contact_sheet(
-            [_spectrogram_video(c) if c.video is None else _all_frames(c) for c in clips],
-            [clip.prompt for clip in clips],
-            below=below,
-        )
-        write_png(folder / "sheet.png", torch.tensor(sheet))
+        rows = [row for clip in clips for row in _sheet_rows(clip)]
+        videos, captions, below = zip(*rows, strict=True)
+        write_png(folder / "sheet.png", torch.tensor(contact_sheet(videos, captions, below=below)))
     (folder / "index.json").write_text(json.dumps(entries, indent=1))
     return entries
+
+
+def _sheet_rows(clip: Clip) -> Iterator[tuple[Pixels | Tensor, str, Pixels | None]]:
+    """(frames, caption, what is under them) of the rows of a contact sheet."""
+    if clip.video is None:
+        yield _spectrogram_video(clip), clip.prompt, None
+        return
+    if clip.is_given_in_part:
+        yield _given_part(clip), f"{clip.prompt} – what was given", None
+    yield _all_frames(clip), clip.prompt, _spectrogram(clip, SHEET_ROWS)
+
+
+def _given_part(clip: Clip) -> Tensor:
+    """The frames of a clip, grey where its task gave nothing: uint8 [T, H, W, 3]."""
+    assert clip.video is not None and clip.given is not None
+    return clip.video.where(clip.given.unsqueeze(-1), NOT_GIVEN)
 
 
 def _all_frames(clip: Clip) -> Tensor:
@@ -68,6 +83,8 @@ def _save_clip(folder: Path, clip: Clip, config: SampleConfig) -> Entry:
     }
     if config.negative:
         entry["negative"] = config.negative
+    if clip.task:
+        entry["task"] = clip.task
     if clip.sound is not None:
         entry |= {"sound": f"{name}.{config.sound_format}", "rate_hz": clip.rate_hz}
         write_sound(folder / f"{name}.{config.sound_format}", clip.sound, clip.rate_hz)
@@ -78,11 +95,11 @@ def _save_clip(folder: Path, clip: Clip, config: SampleConfig) -> Entry:
         return entry | {"file": entry["sound"], "picture": f"{name}.png"}
     num_frames, height, width, _ = clip.video.shape
     entry["file"] = f"{name}.{'mp4' if num_frames > 1 else 'png'}"
-    if num_frames > 1:
-        sound = None if clip.sound is None else (clip.sound, clip.rate_hz)
-        write_mp4(folder / f"{name}.mp4", clip.video, clip.fps, sound)
-    else:
-        write_png(folder / f"{name}.png", clip.video[0])
+    sound = None if clip.sound is None else (clip.sound, clip.rate_hz)
+    _write(folder / str(entry["file"]), clip.video, clip.fps, sound)
+    if clip.is_given_in_part:
+        entry["given"] = f"{name}.given.{'mp4' if num_frames > 1 else 'png'}"
+        _write(folder / str(entry["given"]), _given_part(clip), clip.fps)
     if clip.pictures is not None:
         entry["pictures"] = [f"{name}.ref{number}.png" for number in range(len(clip.pictures))]
         for number, picture in enumerate(clip.pictures):
@@ -93,6 +110,14 @@ def _save_clip(folder: Path, clip: Clip, config: SampleConfig) -> Entry:
         "height": height,
         "width": width,
     }
+
+
+def _write(path: Path, video: Tensor, fps: float, sound: tuple[Tensor, int] | None = None) -> None:
+    """A clip as mp4, one frame as PNG."""
+    if len(video) > 1:
+        write_mp4(path, video, fps, sound)
+    else:
+        write_png(path, video[0])
 
 
 def _spectrogram(clip: Clip, height: int) -> Pixels | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kinodit.data.encode import AUDIO, IMAGE, TEXT, VIDEO, SampleEncoder
 from kinodit.data.packing import PackSpec
+from kinodit.data.region import pixels_of
 from kinodit.data.tasks import DrawnTask, TaskConfig
 from kinodit.models.diffusion.guidance import GuidanceConfig
 from kinodit.models.diffusion.objective import Objective
@@ -82,7 +83,8 @@ class Clip:
 
     video: uint8 [T, H, W, 3]; None: there is only sound
     sound: float32 [A, N] in [-1, 1] at `rate_hz`; None: there is none
-    given: bool [t, h, w], which latent cells of a generated video the task gave; None: no task
+    given: bool [T, H, W], which pixels of a generated video the task gave; None: no task
+    task:  its name; "": none
     pictures: [R, H, W, 3], drawn together with it as a group, or those that it was drawn after;
               None: it was drawn alone
     """
@@ -96,6 +98,12 @@ class Clip:
     rate_hz: int = 0
     given: Tensor | None = None
     pictures: Tensor | None = None
+    task: str = ""
+
+    @property
+    def is_given_in_part(self) -> bool:
+        """Whether the task gave a part of its video, and not all of it."""
+        return self.given is not None and bool(self.given.any()) and not bool(self.given.all())
 
 
 @contextmanager
@@ -188,7 +196,8 @@ class Generator:
                 made = draw(wish)
                 if prompt is not None:
                     clip = self._clip(made, prompt, index, shape, config.seed)
-                    clips.append(replace(clip, given=draw.given_cells(wish).get(VIDEO)))
+                    pixels = self._given_pixels(draw.given_cells(wish), clip)
+                    clips.append(replace(clip, given=pixels, task=config.task))
         return clips
 
     def _clip(
@@ -214,6 +223,15 @@ class Generator:
             sound = sound[:, : shape.num_samples]
             rate_hz = encoders.audio.format.rate_hz
         return Clip(index, prompt, seed, shape.fps, video, sound, rate_hz, pictures=pictures)
+
+    def _given_pixels(self, cells: Mapping[str, Tensor], clip: Clip) -> Tensor | None:
+        """Bool [T, H, W] of the cells of its video that a task gave."""
+        if VIDEO not in cells or clip.video is None:
+            return None
+        assert self.encoder.encoders.video is not None
+        num_frames, height, width, _ = clip.video.shape
+        stride = self.encoder.encoders.video.stride[0]
+        return pixels_of(cells[VIDEO], (num_frames, height, width), stride)
 
     def _task(self, config: SampleConfig) -> DrawnTask | None:
         """The task that is asked for, with nothing dropped; what it leaves open is drawn."""

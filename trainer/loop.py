@@ -17,6 +17,7 @@ from kinodit.trainer.ema import Ema
 from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.metrics import Row, Window, pack_flops
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.peak import Peak
 from kinodit.trainer.progress import Progress
 from kinodit.trainer.quarantine import Quarantine
 from kinodit.trainer.resilience import pulse
@@ -54,7 +55,7 @@ class Loop:
     ledger: Ledger | None
     consumed: ConsumedLedger | None
     progress: Progress | None
-    peak_flops: float
+    peak: Peak
 
     def run(self, state: TrainState) -> TrainState:
         """Train from `state` to the recipe's last step; saves there.
@@ -219,7 +220,7 @@ class Loop:
         lr, weights = self._lr(state.step - 1), self.config.objective.loss_weights
         wait_s = self.guard.take_wait_s()
         elapsed_s, seconds = window.spent()
-        row = window.row(state.step, lr, self.mesh, self.peak_flops, weights, wait_s)
+        row = window.row(state.step, lr, self.mesh, self.peak.flops_s(), weights, wait_s)
         self._account(state.step, elapsed_s, _with_data_of_slowest(seconds, row, window.num_steps))
         if self.ledger is not None:
             row["goodput"] = self.ledger.goodput.share

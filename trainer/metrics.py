@@ -17,35 +17,12 @@ from kinodit.models.moe.tally import Sums
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer import balance
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.peak import share_of_peak
 from kinodit.trainer.resilience import pulse
 from kinodit.trainer.resilience.stragglers import DATA_WAIT, own_time, report, table
 from kinodit.trainer.step import NUM_NOISE_BINS, StepResult
 
 Row = dict[str, object]
-
-PEAK_TFLOPS_BF16 = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
-"""Dense bf16 tensor-core peaks of the vendors' data sheets, by a part of the device's name."""
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s of one rank: a data-sheet figure on CUDA, a measured matrix product on a CPU.
-
-    0 where neither is known; MFU is then reported as 0.
-    """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = (peak for part, peak in PEAK_TFLOPS_BF16.items() if part in name)
-        factor = {torch.bfloat16: 1.0, torch.float32: 0.5}.get(dtype, 0.0)
-        return next(known, 0.0) * factor * 1e12
-    size = 768
-    a = torch.ones(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
 
 BETWEEN_STEPS = ("eval", "checkpoint")
 """Activities that are no part of a step."""
@@ -146,8 +123,9 @@ class Window:
     ) -> Row:
         """The row of metrics.jsonl for the steps in this window. Collective: all ranks call it.
 
-        `peak` is one rank's peak FLOP/s; `agreement_wait_s` what this rank waited at the ends of
-        the steps. Losses are means over the steps of the window. As all wait for the rank whose
+        `peak` is one rank's peak FLOP/s, 0 if it is not known: the row has no "mfu" then, nor where
+        more was reached (`share_of_peak`). `agreement_wait_s` is what this rank waited at the ends
+        of the steps. Losses are means over the steps of the window. As all wait for the rank whose
         samples come last, `data_wait_s` is that of the rank that waited longest for its own.
         """
         assert self.sums is not None and self.grad_norm is not None
@@ -185,10 +163,12 @@ class Window:
             "tokens_per_s": tokens / elapsed_s,
             "samples_per_s": samples / elapsed_s,
             "flops": flops / self.num_steps,
-            "mfu": flops / elapsed_s / (peak * mesh.world_size) if peak else 0.0,
             "memory_gib": _peak_memory_gib(mesh.device),
             "skipped_steps": self.num_skipped,
         }
+        mfu = share_of_peak(flops / elapsed_s, peak * mesh.world_size)
+        if mfu is not None:
+            row["mfu"] = mfu
         row |= report(rank_times, self.num_steps)
         row |= balance.report(self.loads, num_updates)
         for name, value in zip(self.modalities, losses, strict=True):

@@ -36,9 +36,9 @@ from kinodit.trainer.entry import count_start, farewell, is_over, lock_folder, o
 from kinodit.trainer.events import append_event
 from kinodit.trainer.gallery import Gallery
 from kinodit.trainer.loop import Loop
-from kinodit.trainer.metrics import peak_flops
 from kinodit.trainer.parallel.mesh import Mesh, placement_warning
 from kinodit.trainer.parallel.traffic import listening
+from kinodit.trainer.peak import Peak
 from kinodit.trainer.progress import Progress
 from kinodit.trainer.quarantine import Quarantine
 from kinodit.trainer.resilience import pulse
@@ -253,7 +253,7 @@ def _attempt(
             ledger=ledger,
             consumed=consumed,
             progress=progress,
-            peak_flops=peak_flops(mesh.device, config.precision.compute_dtype),
+            peak=Peak(mesh.device, config.precision.compute_dtype),
         ).run(state)
         pulse.beat("end", slow=True)
         if sinks is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kinodit.models.errors import ConfigError
-from kinodit.trainer.metrics import PEAK_TFLOPS_BF16
+from kinodit.trainer.peak import PEAK_TFLOPS_BF16
 
 GIB = 2**30
 

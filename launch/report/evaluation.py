@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kinodit.launch.report.read import Run, SampleFile, number
-from kinodit.trainer.evaluation.table import loss_rows, sample_groups
+from kinodit.launch.report.told import told
+from kinodit.trainer.evaluation.table import PICTURES, loss_rows, sample_groups
 
 
 def evaluation_section(run: Run) -> dict[str, Any] | None:
@@ -35,6 +36,7 @@ def evaluation_section(run: Run) -> dict[str, Any] | None:
         "groups": [
             {
                 "title": task.replace("_", " ") or "from captions",
+                "told": told(run.config, "" if task == PICTURES else task, stills=task == PICTURES),
                 "num_clips": num_clips,
                 "what": _what(run.evaluated.get(task, [])),
                 "rows": rows,

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from kinodit.launch.report.read import (
     run_state,
 )
 from kinodit.launch.report.series import mean, train_columns, validation_columns
+from kinodit.launch.report.told import told
 from kinodit.trainer.progress import duration
 from kinodit.trainer.streams import NOT_EXACT, streamed_in
 
@@ -108,6 +110,8 @@ def render(run: Run, now: float, max_media_mib: float) -> str:
         experts=expert_maps(run.train),
         evaluation=evaluation_section(run),
         embed=_embed,
+        told=partial(told, run.config),
+        sampled_task=str(run.config.get("sample", {}).get("task") or ""),
         drawn=[_embed(file) for file in run.drawn],
         notes=notes,
         events=_event_rows(run.events),
@@ -182,7 +186,7 @@ def _tiles(run: Run) -> list[dict[str, str]]:
     hint = f"{samples:.3g} samples/s" if math.isfinite(samples) else "recent"
     add("Throughput", rate, _short(rate), "tokens/s", hint)
     mfu = average("mfu")
-    add("MFU", mfu, f"{100 * mfu:.1f}", "%", "share of the peak FLOP/s in use")
+    add("MFU", mfu, f"{100 * mfu:.1f}", "%", "of the peak FLOP/s, by the model alone")
     step_s = average("step_s")
     wait = average("data_wait_s") / step_s if step_s > 0 else math.nan
     add("Data wait", wait, f"{100 * wait:.1f}", "%", f"of a step of {step_s:.3g} s")
@@ -262,7 +266,9 @@ def _spread(sizes: Sequence[int], limit: float) -> list[int]:
 
 def _embed(file: SampleFile) -> dict[str, Any]:
     media_type, src = _data_uri(file.path)
-    details = ("prompt", "seed", "steps", "guidance", "fps", "num_frames", "height", "width")
+    details = (
+        "prompt", "task", "seed", "steps", "guidance", "fps", "num_frames", "height", "width",
+    )  # fmt: skip
     embedded = {
         **{key: file.entry[key] for key in details if key in file.entry},
         "kind": media_type.split("/")[0],
@@ -271,6 +277,8 @@ def _embed(file: SampleFile) -> dict[str, Any]:
     }
     if file.pictures:
         embedded["pictures"] = [_data_uri(path)[1] for path in file.pictures]
+    if file.given is not None:
+        embedded["given"] = _data_uri(file.given)[1]
     if file.picture is not None:
         embedded["picture"] = _data_uri(file.picture)[1]
     return embedded

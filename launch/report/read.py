@@ -40,12 +40,14 @@ class SampleFile:
 
     picture: what stands for a file that is only heard
     pictures: those that it was drawn after, or together with
+    given: the part of it that was given
     """
 
     entry: Row
     path: Path
     picture: Path | None = None
     pictures: tuple[Path, ...] = ()
+    given: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         config=redact(_mapping(config_path, notes)),
         environment=redact(_mapping(folder / "environment.json", notes)),
-        train=_one_per_step(rows, "train"),
+        train=_without_wrong_mfu(_one_per_step(rows, "train"), notes),
         validation=_one_per_step(rows, "validation"),
         events=[_event(row) for row in _rows(folder / "events.jsonl", notes)],
         samples=_samples(folder / "samples", notes),
@@ -204,6 +206,20 @@ def _one_per_step(rows: Sequence[Row], kind: str) -> list[Row]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def _without_wrong_mfu(rows: list[Row], notes: list[str]) -> list[Row]:
+    """Rows without an MFU above 1, of a peak that was measured while the CPU had other work."""
+    num_wrong = sum(number(row.get("mfu", 0.0)) > 1 for row in rows)
+    num_left_out = num_wrong + sum("flops" in row and "mfu" not in row for row in rows)
+    if num_left_out:
+        notes.append(
+            f"MFU is left out of {num_left_out} of {len(rows)} rows: no peak is known for the "
+            "device, or more was reached than was measured of it while it had other work."
+        )
+    if not num_wrong:
+        return rows
+    return [{k: v for k, v in row.items() if k != "mfu" or not number(v) > 1} for row in rows]
+
+
 def _event(row: Row) -> Row:
     message = redact_text(str(row.get("message", "")))
     return row | {"event": str(row.get("event", "")), "message": message}
@@ -274,6 +290,7 @@ def _files(index_path: Path, notes: list[str]) -> list[SampleFile]:
                 for name in entry.get("pictures", ())
                 if (path := _beside(index_path, name)) is not None
             ),
+            _beside(index_path, entry.get("given")),
         )
         for entry in entries
     ]

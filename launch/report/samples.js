@@ -44,11 +44,15 @@ function frame(entry, step) {
   }, media);
 }
 
-/** The pictures that it was drawn after, or together with, in a row. */
-function before(entry) {
+/** A clip: after the pictures that it was drawn after or together with, and beside the part of it that was given. */
+function shown(entry, step) {
   const pictures = entry.pictures || [];
   const images = pictures.map((src, index) => html("img", { src, class: "pixels", alt: `picture ${index + 1} before` }));
-  return pictures.length ? [html("div", { class: "before" }, ...images)] : [];
+  const before = pictures.length ? [html("div", { class: "before" }, ...images)] : [];
+  if (!entry.given) return [...before, frame(entry, step)];
+  const given = frame({ ...entry, src: entry.given, has_sound: false, prompt: `given: ${entry.prompt}` }, step);
+  given.title = "what was given; grey was not";
+  return [...before, html("div", { class: "half" }, given, frame(entry, step))];
 }
 
 function ratio(entry) {
@@ -134,7 +138,7 @@ function showStep() {
     const { step, entries } = samples[state.index];
     label.textContent = `step ${step.toLocaleString("en")}`;
     grid.replaceChildren(...entries.map((entry) => html("figure", { class: "clip" },
-      ...before(entry), frame(entry, step), html("figcaption", {}, entry.prompt, html("small", {}, details(entry))))));
+      ...shown(entry, step), html("figcaption", {}, entry.prompt, html("small", {}, details(entry))))));
     begin();
   };
   const scrub = html("div", { class: "card scrub" }, html("label", {}, "Training step", slider, label), html("label", {}, "Time in clip", time));
@@ -150,7 +154,7 @@ function showAll() {
     const strip = html("div", { class: "strip", tabindex: "0" });
     for (const { step, entries } of samples)
       for (const entry of entries.filter((one) => one.prompt === prompt))
-        strip.append(html("figure", {}, ...before(entry), frame(entry, step), html("figcaption", {}, `step ${step.toLocaleString("en")}`)));
+        strip.append(html("figure", {}, ...shown(entry, step), html("figcaption", {}, `step ${step.toLocaleString("en")}`)));
     list.append(html("div", { class: "card row" }, html("h3", {}, prompt), strip));
     // The newest clips are the ones to see first.
     requestAnimationFrame(() => { strip.scrollLeft = strip.scrollWidth; });

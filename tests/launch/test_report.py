@@ -113,6 +113,25 @@ def test_series_are_those_of_the_rows(html: str, run_dir: Path) -> None:
     ]
 
 
+def test_no_more_than_the_peak_is_shown_in_use(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", sample_steps=())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "train"]
+    trained[-1]["mfu"], trained[-2]["mfu"] = 1.31, 0.25
+    del trained[-3]["mfu"]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    html = write_report(run, now=LONG_AFTER).read_text()
+    column = page_data(html)["train"]["columns"]["mfu"]["mean"]
+    assert column[-3:] == [None, 0.25, None] and max(filter(None, column)) < 1
+    assert f"MFU is left out of 2 of {len(trained)} rows" in html
+    (run / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps({**row, 'mfu': 2.0})}\n" for row in rows)
+    )
+    html = write_report(run, now=LONG_AFTER).read_text()
+    assert "mfu" not in page_data(html)["train"]["columns"]
+    assert '<div class="tile-label">MFU' not in html
+
+
 def test_clips_are_inside(html: str, run_dir: Path) -> None:
     samples = page_data(html)["samples"]
     assert [sample["step"] for sample in samples] == [400, 1200, 2000]
@@ -160,6 +179,38 @@ def test_pictures_are_shown_before_what_was_drawn_after_them(tmp_path: Path) -> 
         b"picture 1",
     ]
     assert section.index("before") < section.index("<video")
+
+
+def test_what_was_given_is_shown_beside_what_was_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", total_steps=100, every=50, sample_steps=(100,))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] = {"streams": {"text": {"output": False}, "video": {"output": True}}}
+    config["tasks"] = {"first_frame": {"streams": {"video": {"given": "prefix"}}}}
+    config["sample"] = {"task": "first_frame"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for folder in (run / "samples" / "manual", run / "samples" / "step-00000100"):
+        write_samples(folder, 1.0, ["it rains"])
+        (entry,) = json.loads((folder / "index.json").read_text())
+        (folder / "000.given.mp4").write_bytes(b"the first frame")
+        entry |= {"given": "000.given.mp4", "task": "first_frame"}
+        (folder / "index.json").write_text(json.dumps([entry]))
+    html = write_report(run, now=LONG_AFTER).read_text()
+    given = f"data:video/mp4;base64,{base64.b64encode(b'the first frame').decode()}"
+    section = html[html.index('<section id="drawn">') : html.index('<section id="training">')]
+    assert section.count("<video") == 2 and section.index(given) < section.index("it rains")
+    assert "it rains<small>first frame</small>" in section
+    ((entry,),) = [sample["entries"] for sample in page_data(html)["samples"]]
+    assert entry["given"] == given
+    words = re.findall(r"<span><i>(\w+)</i> (.*?)</span>", html)
+    assert words == [
+        ("given", "caption, first frame of the video"),
+        ("drawn", "the rest of the video"),
+    ]
+    if CHROMIUM is not None:
+        document, said = browse(run / "report.html", tmp_path / "profile")
+        assert said == ""
+        shown = re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
+        assert shown.count('<div class="half">') == 2 and shown.count("<video") == 4
 
 
 def test_the_newest_evaluation_is_shown_by_task(tmp_path: Path) -> None:

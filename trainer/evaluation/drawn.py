@@ -18,7 +18,7 @@ from kinodit.models.encoders.features import Extractor
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.evaluation.edit import compare_edit
 from kinodit.trainer.evaluation.figures import Measured, Media, figures_of, measure
-from kinodit.trainer.evaluation.fill import compare_fill, pixels_of
+from kinodit.trainer.evaluation.fill import compare_fill
 from kinodit.trainer.evaluation.truth import Told
 from kinodit.trainer.gallery import save_gallery
 from kinodit.trainer.generate import Clip, ClipShape, SampleConfig, using_ema
@@ -180,14 +180,12 @@ class DrawnSamples:
         real = sample.video
         if clip is None or clip.given is None or clip.video is None or real is None:
             return measured
-        num_frames, height, width, _ = real.shape
-        given = pixels_of(clip.given, (num_frames, height, width))
-        if not bool(given.any()) or bool(given.all()):
+        if not clip.is_given_in_part or clip.given.shape != real.shape[:3]:
             return measured
         codec = self.encoder.encoders.video
         assert codec is not None
         coded = codec.decode(codec.encode(real.to(self.parts.mesh.device))).cpu()
-        filled = compare_fill(clip.video, real, coded, given)
+        filled = compare_fill(clip.video, real, coded, clip.given)
         return dataclasses.replace(measured, filled=filled)
 
 

@@ -1,6 +1,6 @@
 """What a task fills in, beside a copy of what it is given.
 
-Shape legend: T frames, H rows, W columns of pixels; t, h, w of latent cells.
+Shape legend: T frames, H rows, W columns of pixels.
 """
 
 from __future__ import annotations
@@ -27,21 +27,6 @@ class Filled:
     kept_error: float
     codec_error: float
     given: int
-
-
-def pixels_of(cells: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Bool [T, H, W] of latent cells [t, h, w]: which pixels they hold.
-
-    A first cell may hold the first frame alone, as in causal codecs: `size` (T, H, W) tells.
-    """
-    grown = cells
-    for dim, length in ((1, size[1]), (2, size[2])):
-        grown = grown.repeat_interleave(length // cells.shape[dim], dim=dim)
-    frames, latent_frames = size[0], cells.shape[0]
-    if frames % latent_frames == 0:
-        return grown.repeat_interleave(frames // latent_frames, dim=0)
-    stride = (frames - 1) // (latent_frames - 1)
-    return torch.cat([grown[:1], grown[1:].repeat_interleave(stride, dim=0)])
 
 
 def copied(video: Tensor, given: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kinodit.models.random import generator
-from kinodit.trainer.evaluation.fill import compare_fill, copied, fill_figures, pixels_of
+from kinodit.trainer.evaluation.fill import compare_fill, copied, fill_figures
 
 
 def noise(*key: str, frames: int = 5) -> torch.Tensor:
@@ -18,16 +18,6 @@ def of_frames(*given: int, frames: int = 5) -> torch.Tensor:
     mask = torch.zeros(frames, 4, 6, dtype=torch.bool)
     mask[list(given)] = True
     return mask
-
-
-def test_cells_grow_to_the_pixels_that_they_hold() -> None:
-    cells = torch.tensor([[[True, False]], [[False, True]]])
-    every = pixels_of(cells, (4, 2, 4))
-    assert every.shape == (4, 2, 4)
-    assert every[:2, :, :2].all() and every[2:, :, 2:].all() and int(every.sum()) == 16
-    # A codec with a first frame of its own: one frame, then the others of a stride of 4.
-    alone = pixels_of(cells, (5, 2, 4))
-    assert alone[:1, :, :2].all() and alone[1:, :, 2:].all() and int(alone.sum()) == 20
 
 
 def test_a_copy_is_the_nearest_frame_that_is_given() -> None:

@@ -6,23 +6,26 @@ media are the same bytes.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 from kinodit.data.config import DecodeConfig
-from kinodit.data.container import DecodeError
+from kinodit.data.container import DecodeError, too_slow
 from kinodit.data.index import known_meta
+from kinodit.data.killable import Answer, CrashedError, HungError, KillableProcess, answers
 from kinodit.data.manifest import Dataset, Manifest
 from kinodit.data.ocr import TextDetector
-from kinodit.data.probe import MediumError
+from kinodit.data.probe import MediumError, MediumFacts
 from kinodit.data.reader import SampleError, ShardReader
-from kinodit.data.record import Record
-from kinodit.data.scores import Measured, measure
+from kinodit.data.record import SCHEMA, Record, parse_meta
+from kinodit.data.scores import measure
 from kinodit.data.writer import DEFAULT_SHARD_BYTES, DatasetWriter
 from kinodit.models.errors import UserError
 
@@ -41,21 +44,13 @@ class CurateReport:
     left_out: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What a process says of one sample."""
-
-    key: str
-    measured: Measured | None = None
-    reason: str = ""
-
-
 def curate(
     source: Path | str,
     destination: Path | str,
     *,
     with_text: bool = False,
     workers: int = 2,
+    limits: DecodeConfig = LIMITS,
     name: str = "",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -63,18 +58,21 @@ def curate(
     """Writes `destination`: the samples of `source` with what `kinodit.data.scores` measures.
 
     A score that a record has already is measured anew. Times of shot cuts are in `extra.cuts_s`.
+    Media are opened in processes that can be killed: one that crashes its decoder, or hangs in it,
+    is left out like others that are damaged.
 
     Args:
         source: a dataset on a file system.
         destination: a folder that does not exist, or is empty.
         with_text: also how much of the picture is text.
         workers: processes that measure.
+        limits: of decoding; a medium may take `decode_limit_s`.
         name: of the copy; that of its folder by default.
         shard_bytes: length of its shards, about.
         progress: called with (samples done, samples).
 
     Raises:
-        CurateError: a process died, or none is asked for.
+        CurateError: no process is asked for.
         ManifestError, WriterError: the source or the destination cannot be used.
         MissingExtraError: `with_text`, and its detector is not installed.
     """
@@ -85,57 +83,98 @@ def curate(
         TextDetector()
     left_out: list[tuple[str, str]] = []
     reader = ShardReader(dataset)
-    with DatasetWriter(destination, name, shard_bytes) as writer:
-        for index, found in enumerate(_measured(dataset, with_text, workers)):
-            if found.measured is None:
-                left_out.append((found.key or f"sample {index}", found.reason))
+    jobs = [(str(dataset.directory), index, with_text, limits) for index in range(len(dataset))]
+    with (
+        DatasetWriter(destination, name, shard_bytes) as writer,
+        ThreadPoolExecutor(workers) as threads,
+        _processes(workers) as ask,
+        closing(_in_order(threads, ask, jobs)) as found,
+    ):
+        for index, said in enumerate(found):
+            if "refused" in said:
+                left_out.append((said["key"] or f"sample {index}", said["refused"]))
             else:
-                writer.write(_scored(reader.read(index), found.measured))
+                writer.write(_scored(reader.read(index), said))
             progress(index + 1, len(dataset))
     reader.close()
     return CurateReport(Manifest.load(Path(destination)), tuple(left_out))
 
 
-def _measured(dataset: Dataset, with_text: bool, workers: int) -> Iterator[_Found]:
-    """What is found of each sample, in their order."""
-    work = [(str(dataset.directory), index, with_text) for index in range(len(dataset))]
-    if workers == 1:
-        yield from map(_measure_one, work)
-        return
-    context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(workers, context)
+_Job = tuple[str, int, bool, DecodeConfig]
+"""Folder, sample, whether text is looked for, limits."""
+
+
+def _in_order(
+    threads: ThreadPoolExecutor, ask: Callable[[_Job], Answer], jobs: list[_Job]
+) -> Generator[Answer, None, None]:
+    """What is said of each job, in their order; once it is closed, nothing more is begun."""
     try:
-        yield from pool.map(_measure_one, work, chunksize=4)
-    except BrokenProcessPool as error:
-        raise CurateError(
-            "a process that measured died, of a medium that crashes its decoder or for want of "
-            "memory: `kinodit data validate --decode` and --workers 1 show which"
-        ) from error
+        yield from threads.map(ask, jobs)
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _measure_one(job: tuple[str, int, bool]) -> _Found:
-    directory, index, with_text = job
+@contextmanager
+def _processes(count: int) -> Iterator[Callable[[_Job], Answer]]:
+    """Gives what asks one of `count` processes that measure, and waits for it."""
+    free: SimpleQueue[KillableProcess] = SimpleQueue()
+    processes = [KillableProcess(_serve, "measure") for _ in range(count)]
+    for process in processes:
+        free.put(process)
+
+    def ask(job: _Job) -> Answer:
+        process = free.get()
+        try:
+            return process.ask(lambda link, pid, is_new: link.send(job), job[-1].decode_limit_s)
+        except CrashedError:
+            reason = "its decoder crashed, and did so again in a new process"
+        except HungError:
+            reason = f"{too_slow(job[-1])}: its decoder hung and was killed"
+        finally:
+            free.put(process)
+        return {"key": "", "refused": reason}
+
+    try:
+        yield ask
+    finally:
+        for process in processes:
+            process.stop()
+        for _ in processes:
+            free.get().close()
+
+
+def _serve(link: Connection) -> None:
+    """The process that measures."""
+    answers(link, lambda link: link.recv(), _measured)
+
+
+def _measured(job: _Job) -> Answer:
+    """What is found of one sample: its key, and why it is refused, or scores, cuts and size."""
+    directory, index, with_text, limits = job
     try:
         record = _reader(directory).read(index)
     except SampleError as error:
-        return _Found(error.key, reason=str(error))
+        return {"key": error.key, "refused": str(error)[:4000]}
     try:
-        known_meta(record)
-        return _Found(record.key, measure(record, LIMITS, _detector() if with_text else None))
+        known = known_meta(record)
+        found = measure(record, limits, _detector() if with_text else None)
     except (DecodeError, MediumError) as error:
-        return _Found(record.key, reason=str(error))
+        return {"key": record.key, "refused": str(error)[:4000]}
+    facts = {part.name: getattr(known, part.name) for part in fields(MediumFacts)}
+    return {"key": record.key, "scores": found.scores, "cuts_s": found.cuts_s, "facts": facts}
 
 
-def _scored(record: Record, measured: Measured) -> Record:
-    meta = known_meta(record)
-    extra = {name: value for name, value in meta.extra.items() if name != "cuts_s"}
-    if measured.cuts_s:
-        extra["cuts_s"] = " ".join(f"{time_s:.3f}" for time_s in measured.cuts_s)
-    scores = {name: round(value, 6) for name, value in measured.scores.items()}
-    meta = replace(meta, scores={**meta.scores, **scores}, extra=extra)
-    return replace(record, meta=meta)
+def _scored(record: Record, said: dict[str, Any]) -> Record:
+    """The record with what a process found, which is not trusted: it is checked like a record's."""
+    scores = {name: round(value, 6) for name, value in said["scores"].items()}
+    document = {"schema": SCHEMA, "modality": record.meta.modality, "scores": scores}
+    checked = parse_meta(record.key, {**document, **said["facts"]})
+    extra = {name: value for name, value in record.meta.extra.items() if name != "cuts_s"}
+    if said["cuts_s"]:
+        extra["cuts_s"] = " ".join(f"{time_s:.3f}" for time_s in said["cuts_s"])
+    facts = {part.name: getattr(checked, part.name) for part in fields(MediumFacts)}
+    scores = {**record.meta.scores, **checked.scores}
+    return replace(record, meta=replace(record.meta, **facts, scores=scores, extra=extra))
 
 
 @lru_cache(1)

@@ -16,6 +16,8 @@ SCHEMA = 1
 MAX_SIDE = 16_384
 MAX_FRAMES = 10_000_000
 MAX_DURATION_S = 4_000_000.0
+MAX_FPS = 1000.0
+MAX_SAMPLE_RATE = 1_000_000
 MAX_REFERENCES = 8
 """Reference pictures that a sample may bring along."""
 
@@ -99,11 +101,11 @@ def parse_meta(key: str, document: Mapping[str, Any]) -> RecordMeta:
         modality=modality,
         width=read.integer("width", MAX_SIDE),
         height=read.integer("height", MAX_SIDE),
-        fps=read.number("fps", 1000.0),
+        fps=read.number("fps", MAX_FPS),
         num_frames=read.integer("num_frames", MAX_FRAMES),
         duration_s=read.number("duration_s", MAX_DURATION_S),
         has_audio=read.flag("has_audio"),
-        sample_rate=read.integer("sample_rate", 1_000_000),
+        sample_rate=read.integer("sample_rate", MAX_SAMPLE_RATE),
         captions=read.captions(),
         scores=read.scores(),
         extra=read.strings("extra"),

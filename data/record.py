@@ -42,6 +42,15 @@ __all__ = [
     "parse_record",
 ]
 
+try:
+    from kinodit.data.usual_meta import usual_meta
+except ImportError:
+    # msgspec has no build here: every record is parsed the slow way, to the same.
+    def usual_meta(key: str, payload: bytes) -> RecordMeta | None:
+        """None: `parse_meta` takes them all."""
+        return None
+
+
 MEDIA_MEMBERS: Mapping[Modality, tuple[str, ...]] = {
     "video": ("mp4", "webm"),
     "image": ("jpg", "jpeg", "png", "webp"),
@@ -133,11 +142,13 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
             raise RecordError(
                 f"sample {key!r}: member {name!r} has {len(payload)} bytes; {limit} are allowed"
             )
-    document = _parse_json(key, members["json"]) if "json" in members else {}
-    if "schema" in document:
-        meta = parse_meta(key, document)
-    else:
-        meta = _foreign_meta(key, members, document)
+    meta = usual_meta(key, members["json"]) if "json" in members else None
+    if meta is None:
+        document = _parse_json(key, members["json"]) if "json" in members else {}
+        if "schema" in document:
+            meta = parse_meta(key, document)
+        else:
+            meta = _foreign_meta(key, members, document)
     rest = {name: data for name, data in members.items() if name not in _APART}
     _check_media(key, meta, rest)
     return Record(key, meta, rest)

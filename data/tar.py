@@ -22,6 +22,8 @@ _HEADER = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")
 """Name, size, checksum, type, magic and version, prefix."""
 _BLANKS = 8 * ord(" ")
 """What the checksum itself counts as in its sum."""
+_ENDS = b"\0 "
+"""What may come behind the digits of a number."""
 
 
 class TarError(UserError):
@@ -54,13 +56,43 @@ def members(buffer: bytes | memoryview, *, whole: bool) -> Iterator[TarMember]:
             if not whole:
                 raise TarError(f"expected a tar header at byte {offset}, found zeros")
             return check_end(view, offset)
-        member = _read_member(view, offset)
+        member = _plain_member(view, offset) or _read_member(view, offset)
         yield member
         offset = member.end
     if whole:
         raise TarError(
             f"it ends at byte {offset} without an end-of-archive marker: it was cut off there"
         )
+
+
+def _plain_member(view: memoryview, start: int) -> TarMember | None:
+    """The member at `start` if it is what nearly all are: a file with one USTAR header, as written.
+
+    None for all else and for whatever is wrong, of which `_read_member` judges: reading a clip
+    without decoding it is little else than this.
+    """
+    data = start + BLOCK
+    if data > len(view):
+        return None
+    first, claimed, checksum, kind, magic, prefix = _HEADER.unpack_from(view, start)
+    name, digits = first.partition(b"\0")[0], claimed[:11]
+    if (
+        kind != b"0"
+        or prefix[0]
+        or magic != b"ustar\x0000"
+        or claimed[11] not in _ENDS
+        or checksum[6:] != b"\0 "
+        or not (digits.isdigit() and checksum[:6].isdigit())
+    ):
+        return None
+    try:
+        size, said, text = int(digits, 8), int(checksum[:6], 8), name.decode()
+    except ValueError:
+        return None
+    end = data + -(-size // BLOCK) * BLOCK
+    if said != _sum(view, start, checksum) or size > MAX_MEMBER_BYTES or end > len(view):
+        return None
+    return TarMember(text, start, data, size, end)
 
 
 def _read_member(view: memoryview, start: int) -> TarMember:
@@ -141,10 +173,7 @@ def _header(
         raise TarError(f"it is cut off within the header at byte {offset}")
     name, size, checksum, kind, magic, prefix = _HEADER.unpack_from(view, at)
     claimed = _octal(checksum, "checksum", offset)
-    # The lower half of Adler-32 is one more than the sum of at most 256 bytes: faster than `sum`.
-    actual = _BLANKS - 1 - (adler32(checksum) & 0xFFFF)
-    actual += adler32(view[at : at + 256]) & 0xFFFF
-    actual += adler32(view[at + 256 : at + BLOCK]) & 0xFFFF
+    actual = _sum(view, at, checksum)
     if claimed != actual:
         raise TarError(
             f"the header at byte {offset} is damaged: its checksum is {actual}, it says {claimed}"
@@ -152,6 +181,14 @@ def _header(
     if not magic.startswith(b"ustar"):
         raise TarError(f"the header at byte {offset} is not of the USTAR or PAX format")
     return name, size, kind, magic, prefix
+
+
+def _sum(view: memoryview, at: int, checksum: bytes) -> int:
+    """The checksum that the header at `at` should have; it has `checksum`."""
+    # The lower half of Adler-32 is one more than the sum of at most 256 bytes: faster than `sum`.
+    own = _BLANKS - 1 - (adler32(checksum) & 0xFFFF)
+    halves = adler32(view[at : at + 256]) & 0xFFFF, adler32(view[at + 256 : at + BLOCK]) & 0xFFFF
+    return own + halves[0] + halves[1]
 
 
 def _octal(text: bytes, what: str, offset: int) -> int:

@@ -1,25 +1,12 @@
-"""Decoding in a process of its own: what a medium does to its decoder ends there.
-
-A worker gets records over a socket and puts pixels and sound into memory that both sides see. Its
-answers are JSON: nothing that comes from a process that has opened untrusted media is unpickled.
-Workers are forked from a server that has imported what they need and nothing of the trainer's, so
-that a new one is there in milliseconds.
-"""
+"""Decoding in a process of its own, which puts pixels and sound into memory that both sides see."""
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
-import multiprocessing
 import os
-import resource
-import signal
-import traceback
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
-from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -30,15 +17,11 @@ from kinodit.data.colour import MATRICES, Planes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, too_slow
 from kinodit.data.decode import DecodedMedia, View, decode
+from kinodit.data.killable import Answer, CrashedError, HungError, KillableProcess, answers
 from kinodit.data.picture import Crop
 from kinodit.data.record import Record
 from kinodit.data.sound import num_audio_samples
 
-GRACE_S = 5.0
-"""Beyond `decode_limit_s`, which a decoder that still answers keeps by itself."""
-START_LIMIT_S = 120.0
-"""How long the first answer may take: the server imports torch before it forks."""
-MAX_ANSWER_BYTES = 1 << 20
 _FLOAT_BYTES = 4
 
 
@@ -49,96 +32,66 @@ class DecodeWorker:
     """
 
     def __init__(self) -> None:
-        self._process: BaseProcess | None = None
-        self._link: Connection | None = None
+        self._process = KillableProcess(_serve, "decode")
         self._memory: mmap.mmap | None = None
-        self.num_started = 0
 
     @property
     def pid(self) -> int | None:
         """The process's id while there is one."""
-        return self._process.pid if self._process else None
+        return self._process.pid
+
+    @property
+    def num_started(self) -> int:
+        """Processes so far."""
+        return self._process.num_started
 
     def decode(
         self, record: Record, config: DecodeConfig, window_u: float, crop_u: Crop
     ) -> DecodedMedia:
         """As `kinodit.data.decode.decode`, in the worker.
 
-        A worker that dies is replaced, and the sample tried once more: it may have been killed by
-        someone else, for want of memory say.
-
         Raises:
             DecodeError: as there; or the process died over this sample twice, or was killed because
                 it did not answer in `decode_limit_s`.
         """
         where = f"sample {record.key!r}"
-        for _ in range(2):
-            answer = self._ask(record, config, window_u, crop_u)
-            if answer is not None:
-                break
-        else:
-            raise DecodeError(
-                f"{where}: its decoder crashed, and did so again in a new process", record.key
-            )
-        if answer == {}:
+
+        def send(link: Connection, pid: int, is_new: bool) -> None:
+            descriptor = self._room(config, is_new)
+            try:
+                link.send((descriptor >= 0, record, config, window_u, crop_u))
+                if descriptor >= 0:
+                    send_handle(link, descriptor, pid)
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+        try:
+            answer = self._process.ask(send, config.decode_limit_s)
+        except CrashedError as error:
+            reason = f"{where}: its decoder crashed, and did so again in a new process"
+            raise DecodeError(reason, record.key) from error
+        except HungError as error:
             reason = f"{where}: {too_slow(config)}: its decoder hung and was killed"
-            raise DecodeError(reason, record.key)
-        if "fault" in answer:
-            raise RuntimeError(f"a worker failed:\n{answer['fault']}")
+            raise DecodeError(reason, record.key) from error
         if "refused" in answer:
             raise DecodeError(answer["refused"], record.key)
         return self._received(answer, config)
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process.close()
-        for part in (self._link, self._memory):
-            if part is not None:
-                part.close()
-        self._process = self._link = self._memory = None
+        self._process.close()
+        if self._memory is not None:
+            self._memory.close()
+        self._memory = None
 
-    def _ask(
-        self, record: Record, config: DecodeConfig, window_u: float, crop_u: Crop
-    ) -> dict[str, Any] | None:
-        """The worker's answer; None if it died, {} if it was killed because it gave none."""
-        limit_s = config.decode_limit_s + GRACE_S
-        if self._process is None:
-            self._start()
-            limit_s += START_LIMIT_S
-        assert self._link is not None
-        try:
-            self._send(self._room(config), (record, config, window_u, crop_u), limit_s)
-            if not self._link.poll(limit_s):
-                self.close()
-                return {}
-            answer: dict[str, Any] = json.loads(self._link.recv_bytes(MAX_ANSWER_BYTES))
-            return answer
-        except (EOFError, OSError, ValueError):
-            self.close()
-            return None
+    def _room(self, config: DecodeConfig, is_new: bool) -> int:
+        """Makes memory for what `config` asks for; a descriptor of it if it is new, else -1.
 
-    def _send(self, descriptor: int, request: tuple[Any, ...], limit_s: float) -> None:
-        """A process that was stopped takes nothing in: it is killed, and sending then fails."""
-        assert self._link is not None and self._process is not None
-        timer = Timer(limit_s, self._process.kill)
-        timer.start()
-        try:
-            self._link.send((descriptor >= 0, *request))
-            if descriptor >= 0:
-                assert self._process.pid is not None
-                send_handle(self._link, descriptor, self._process.pid)
-        finally:
-            timer.cancel()
-            if descriptor >= 0:
-                os.close(descriptor)
-
-    def _room(self, config: DecodeConfig) -> int:
-        """Makes memory for what `config` asks for; a descriptor of it if it is new, else -1."""
+        `is_new`: the process is, and has no memory yet.
+        """
         num_bytes = sum(_sizes(config))
-        if self._memory is not None and len(self._memory) >= num_bytes:
+        if self._memory is not None and len(self._memory) >= num_bytes and not is_new:
             return -1
         if self._memory is not None:
             self._memory.close()
@@ -146,16 +99,6 @@ class DecodeWorker:
         os.ftruncate(descriptor, num_bytes)
         self._memory = mmap.mmap(descriptor, num_bytes)
         return descriptor
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), name="decode", daemon=True)
-        self._process.start()
-        theirs.close()
-        self._link = ours
-        self.num_started += 1
 
     def _received(self, answer: dict[str, Any], config: DecodeConfig) -> DecodedMedia:
         """A copy of what lies in the shared memory, checked: the other side is not trusted."""
@@ -215,30 +158,27 @@ def _sizes(config: DecodeConfig) -> tuple[int, int, int]:
 
 
 def _serve(link: Connection) -> None:
-    """The worker: answers until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    torch.set_num_threads(1)
+    """The worker's process."""
     memory: mmap.mmap | None = None
-    while True:
-        try:
-            is_new, record, config, window_u, crop_u = link.recv()
-            if is_new:
-                descriptor = recv_handle(link)
-                memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-                os.close(descriptor)
-        except (EOFError, OSError):
-            return
+
+    def receive(link: Connection) -> Any:
+        nonlocal memory
+        is_new, *request = link.recv()
+        if is_new:
+            descriptor = recv_handle(link)
+            memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+            os.close(descriptor)
+        return request
+
+    def work(request: Any) -> Answer:
+        record, config, window_u, crop_u = request
         assert memory is not None
         try:
-            answer = _answer(decode(record, config, window_u, crop_u), memory, _sizes(config))
+            return _answer(decode(record, config, window_u, crop_u), memory, _sizes(config))
         except DecodeError as error:
-            answer = {"refused": str(error)[:4000]}
-        except Exception:
-            # A fault of ours: told with its stack, and raised where the run can see it.
-            link.send_bytes(json.dumps({"fault": traceback.format_exc()[-8000:]}).encode())
-            raise
-        link.send_bytes(json.dumps(answer).encode())
+            return {"refused": str(error)[:4000]}
+
+    answers(link, receive, work)
 
 
 def _answer(media: DecodedMedia, memory: mmap.mmap, sizes: tuple[int, int, int]) -> dict[str, Any]:

@@ -163,10 +163,18 @@ def _add_curate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "(default: %(default)s)",
     )
     action.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    action.add_argument(
+        "--decode-limit-s",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="how long a medium may take before its decoder is killed (default: %(default)g)",
+    )
     action.set_defaults(act=_curate)
 
 
 def _curate(args: argparse.Namespace) -> int:
+    from kinodit.data.config import DecodeConfig
     from kinodit.data.curate import curate
     from kinodit.data.ocr import is_there
 
@@ -177,6 +185,7 @@ def _curate(args: argparse.Namespace) -> int:
         args.destination,
         with_text=with_text,
         workers=args.workers,
+        limits=DecodeConfig(decode_limit_s=args.decode_limit_s),
         name=args.name,
         progress=lambda done, total: line.show(done, total, ""),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,12 @@ import pytest
 from kinodit.data.config import DataConfig, DatasetConfig
 from kinodit.data.container import DecodeError
 from kinodit.data.curate import LIMITS, CurateError, curate
+from kinodit.data.killable import Answer, KillableProcess
 from kinodit.data.manifest import Dataset
 from kinodit.data.media import write_mp4
 from kinodit.data.ocr import covered, is_there
 from kinodit.data.reader import ShardReader
-from kinodit.data.record import Record
+from kinodit.data.record import Record, RecordError
 from kinodit.data.scores import displacement, measure, shot_cuts
 from kinodit.data.select import open_datasets, plan_spec
 from kinodit.data.spec import CostModel
@@ -161,7 +165,8 @@ def test_the_copy_is_filtered_on(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "scored"
-    assert main(["data", "curate", str(dataset), str(copy), "--workers", "1", "--text", "no"]) == 0
+    options = ["--workers", "1", "--text", "no", "--decode-limit-s", "60"]
+    assert main(["data", "curate", str(dataset), str(copy), *options]) == 0
     captured = capsys.readouterr()
     assert "4 samples with scores, 1 left out" in captured.out
     assert "left out: k4: " in captured.err
@@ -183,6 +188,45 @@ def test_the_copy_is_filtered_on(
             new.meta.captions,
         )
     assert set(after.read(2).meta.scores) == {"clarity"}
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_medium_that_hangs_its_decoder_is_left_out(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_number: int
+) -> None:
+    """One whose process is killed by somebody else is measured by the next process."""
+
+    class Struck(KillableProcess):
+        def ask(self, send: Any, limit_s: float) -> Answer:
+            if self.pid is not None and self.num_started == 1:
+                os.kill(self.pid, signal_number)
+            return super().ask(send, limit_s)
+
+    monkeypatch.setattr("kinodit.data.curate.KillableProcess", Struck)
+    monkeypatch.setattr("kinodit.data.killable.GRACE_S", 0.5)
+    hasty = replace(LIMITS, decode_limit_s=1.5)
+    report = curate(dataset, tmp_path / "scored", workers=1, limits=hasty, name="d")
+    reasons = dict(report.left_out)
+    expected = {"sample 1", "k4"} if signal_number == signal.SIGSTOP else {"k4"}
+    assert set(reasons) == expected and "damaged" in reasons["k4"]
+    assert "hung and was killed" in reasons.get("sample 1", "its decoder hung and was killed")
+    reader = ShardReader(Dataset(tmp_path / "scored"))
+    keys = [reader.read(index).key for index in range(report.manifest.num_samples)]
+    assert keys == [key for key in ("k0", "k1", "k2", "k3") if key != "k1" or "k1" in keys]
+    assert ("k1" in keys) == (signal_number == signal.SIGKILL)
+
+
+def test_what_a_process_says_is_not_trusted(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lying(KillableProcess):
+        def ask(self, send: Any, limit_s: float) -> Answer:
+            facts = {"width": 1 << 40}
+            return {"key": "k0", "scores": {"cuts": 1}, "cuts_s": [], "facts": facts}
+
+    monkeypatch.setattr("kinodit.data.curate.KillableProcess", Lying)
+    with pytest.raises(RecordError, match="'width'"):
+        curate(dataset, tmp_path / "scored", workers=2)
 
 
 @pytest.mark.slow

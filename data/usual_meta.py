@@ -1,0 +1,88 @@
+"""`KEY.json` parsed and checked in one pass, by msgspec: every sample that is read goes through it.
+
+What does not pass here may still be right, in a way that is not usual; `kinodit.data.meta` judges,
+and names what is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from kinodit.data.meta import (
+    MAX_DURATION_S,
+    MAX_FPS,
+    MAX_FRAMES,
+    MAX_REFERENCES,
+    MAX_SAMPLE_RATE,
+    MAX_SIDE,
+    Caption,
+    Modality,
+    RecordMeta,
+)
+
+_Side = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE)]
+
+
+class _UsualCaption(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """`Caption` as JSON has it."""
+
+    text: str
+    lang: str = "en"
+    source: str = ""
+    weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+
+
+class _UsualMeta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """`RecordMeta` as JSON has it, with the bounds that `parse_meta` checks."""
+
+    schema: Literal[1]
+    modality: Modality
+    id: str | msgspec.UnsetType = msgspec.UNSET
+    width: _Side = 0
+    height: _Side = 0
+    fps: Annotated[float, msgspec.Meta(ge=0, le=MAX_FPS)] = 0.0
+    num_frames: Annotated[int, msgspec.Meta(ge=0, le=MAX_FRAMES)] = 0
+    duration_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_DURATION_S)] = 0.0
+    has_audio: bool = False
+    sample_rate: Annotated[int, msgspec.Meta(ge=0, le=MAX_SAMPLE_RATE)] = 0
+    captions: tuple[_UsualCaption, ...] = ()
+    scores: dict[str, float] = {}
+    extra: dict[str, str] = {}
+    source: str = ""
+    licence: str = ""
+    sha256: dict[str, str] = {}
+    references: Annotated[list[str], msgspec.Meta(max_length=MAX_REFERENCES)] = []
+
+
+_USUAL = msgspec.json.Decoder(_UsualMeta)
+
+
+def usual_meta(key: str, payload: bytes) -> RecordMeta | None:
+    """What `parse_meta` makes of the JSON `payload` of sample `key`, if it is as it should be.
+
+    None if it is not, or is in a way that msgspec does not take (UTF-16, say).
+    """
+    try:
+        said = _USUAL.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return RecordMeta(
+        key if said.id is msgspec.UNSET else said.id,
+        said.modality,
+        said.width,
+        said.height,
+        said.fps,
+        said.num_frames,
+        said.duration_s,
+        said.has_audio,
+        said.sample_rate,
+        tuple([Caption(c.text, c.lang, c.source, c.weight) for c in said.captions]),
+        said.scores,
+        said.extra,
+        said.source,
+        said.licence,
+        said.sha256,
+        tuple(said.references),
+    )

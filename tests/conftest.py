@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.support.compiled import built, folders_below
 
 if TYPE_CHECKING:
     from tests.support.ranks import Groups, Ranks
@@ -27,6 +31,25 @@ def _no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name in launcher or name.startswith(("SLURM_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the default run, builds at run time go where they are noticed; others keep theirs."""
+    if "not slow" in config.option.markexpr:
+        folder = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ.update(folders_below(Path(folder.name)))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test of the default run makes anything compile, in any process."""
+    is_default = "not slow" in request.config.option.markexpr
+    before = built(os.environ) if is_default else set()
+    yield
+    if is_default:
+        new = sorted(built(os.environ) - before)
+        assert not new, f"compiled at run time, or about to be: {new}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

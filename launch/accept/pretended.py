@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +32,11 @@ from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.certify.layouts import num_ranks
 from kinodit.trainer.parallel import expert, ring, tensor
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
-from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.sequence import CutLayout, cut
+
+Prepare = Callable[[MMDiT, Mesh], None]
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,28 @@ def forward(
     whole: TokenBatch,
     rank: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    before: Prepare | None = None,
+    after: Prepare | None = None,
 ) -> Pretended:
     """The forward of `rank` on its part of the pack `whole`, which is on the host.
 
     `parallel.dp_shard` must be given. This process must be in no process group.
+
+    before, after: what an engine does with the model, on the meta device, before and after it is
+                   laid out
     """
     with pretended_group(rank, num_ranks(parallel)):
         mesh = build_mesh(parallel, num_ranks(parallel), rank, torch.device("cpu"))
         with torch.device("meta"):
             model = MMDiT(config)
+        if before is not None:
+            before(model, mesh)
         unsharded = dataclasses.replace(mesh, device_mesh=None)
         parallelize(
             model, unsharded, parallel, PrecisionConfig(), RematConfig(), compile_blocks=False
         )
+        if after is not None:
+            after(model, mesh)
         model.to(dtype)
         own = cut(whole, mesh.place).of(whole) if mesh.place.num_shares > 1 else whole
         return _run(model, own, dtype, is_split=mesh.tp_mesh is not None)

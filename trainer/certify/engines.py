@@ -31,14 +31,23 @@ ENGINES: Mapping[str, EngineConfig] = {
     "megatron-distributed-no-sp": MegatronConfig(
         sequence_parallel=False, data_parallel="distributed_optimizer", bucket_numel=4096
     ),
+    # They have the layouts alone that deal experts out.
+    "megatron-alltoall": MegatronConfig(dispatcher="alltoall"),
+    "megatron-alltoall-no-sp": MegatronConfig(sequence_parallel=False, dispatcher="alltoall"),
 }
 
 
 def certified_as(engine: EngineConfig) -> str:
     """The key of ENGINES that stands for a recipe's engine."""
     if isinstance(engine, MegatronConfig):
-        for kernels in (engine.linears, engine.attention, engine.experts):
-            if kernels not in ("core", "own"):
+        for kernels in (
+            engine.linears,
+            engine.attention,
+            engine.norms,
+            engine.experts,
+            engine.dispatcher,
+        ):
+            if kernels not in ("core", "own", "alltoall"):
                 # No row has it: nothing but CUDA runs it.
                 return f"{engine.name}-{kernels}"
     if isinstance(engine, DeepSpeedConfig):
@@ -46,6 +55,7 @@ def certified_as(engine: EngineConfig) -> str:
     if isinstance(engine, MegatronConfig):
         is_distributed = engine.data_parallel == "distributed_optimizer"
         sharing = "-distributed" if is_distributed else ""
+        sharing += "" if engine.dispatcher == "own" else f"-{engine.dispatcher}"
         return engine.name + sharing + ("" if engine.sequence_parallel else "-no-sp")
     return engine.name
 

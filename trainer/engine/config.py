@@ -42,8 +42,9 @@ class DeepSpeedConfig(EngineConfig):
                        well
     hpz:               ranks within which stage 3 keeps a second copy of the parameters, so that the
                        backward gathers them nearby (ZeRO++, arXiv 2306.10209, section 3.2); 1: none
-    offload_optimizer: where optimizer state lives and updates run
+    offload_optimizer: where optimizer state lives; off the device, updates run on the host
     offload_params:    where the partitions of parameters live (stage 3)
+    nvme_path:         folder on a disk for what is offloaded to nvme; nothing stays there
     megatron:          take process groups and linears from megatron-core
     extra:             further keys of DeepSpeed's own JSON config; none that follow from the recipe
     """
@@ -53,6 +54,7 @@ class DeepSpeedConfig(EngineConfig):
     hpz: int = 1
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_params: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str = ""
     megatron: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -78,8 +80,13 @@ class MegatronConfig(EngineConfig):
                        precision.float8=tensorwise
     attention:         whose kernels compute attention within a rank: the model's own, or
                        TransformerEngine's, which need CUDA; cp ranks exchange heads either way
+    norms:             whose kernels compute norms that have weights, and turn queries and keys:
+                       torch's, one by one, or TransformerEngine's, which need CUDA
     experts:           whose kernels compute products of experts: torch's, or those of the
                        grouped_gemm that megatron-core uses, which need CUDA
+    dispatcher:        who takes tokens to experts that parallel.ep deals out: the trainer's own
+                       exchange, megatron-core's alltoall dispatcher, or its flex dispatcher, whose
+                       kernels are DeepEP's and need CUDA
     """
 
     name: Literal["megatron"] = "megatron"
@@ -89,7 +96,9 @@ class MegatronConfig(EngineConfig):
     bucket_numel: int = 0
     linears: Literal["core", "transformer_engine"] = "core"
     attention: Literal["own", "transformer_engine"] = "own"
+    norms: Literal["own", "transformer_engine"] = "own"
     experts: Literal["own", "grouped_gemm"] = "own"
+    dispatcher: Literal["own", "alltoall", "flex"] = "own"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import math
 from dataclasses import dataclass
 
 from kinodit.models.errors import ConfigError, MissingExtraError
@@ -157,10 +159,16 @@ def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
             f"engine.hpz={engine.hpz} does not divide the {num_ranks} ranks that parameters are "
             "partitioned over (parallel.dp_shard x cp): set engine.hpz to a divisor of it, or to 1"
         )
-    if "nvme" in (engine.offload_optimizer, engine.offload_params):
+    on_disk = "nvme" in (engine.offload_optimizer, engine.offload_params)
+    if on_disk and not engine.nvme_path:
         return (
-            "engine.offload_optimizer or offload_params=nvme: checkpoints and averages cannot "
-            "reach what DeepSpeed has put on a disk; offload to cpu"
+            "engine.offload_optimizer or engine.offload_params=nvme without a folder: set "
+            "engine.nvme_path to one on a disk of the node"
+        )
+    if engine.nvme_path and not on_disk:
+        return (
+            f"engine.nvme_path={engine.nvme_path}, but nothing is offloaded there: set "
+            "engine.offload_optimizer=nvme, or leave it out"
         )
     return conflict(engine, wish.precision)
 
@@ -175,7 +183,7 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
             "engine.compile=true with engine.name=megatron: its linears are kernels of their own "
             "that a compiled graph breaks at; set engine.compile=false, or engine.name=native"
         )
-    for key, other in (("linears", "core"), ("attention", "own"), ("experts", "own")):
+    for key, other in OTHER_KERNELS.items():
         if getattr(engine, key) != other and not wish.elsewhere:
             reason = _of_kernels(wish, engine, key, other)
             if reason:
@@ -186,6 +194,10 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
             "of a ring are put together by the log-sum-exp of each, which TransformerEngine keeps "
             "to itself; set parallel.ring=1 (heads are exchanged), or engine.attention=own"
         )
+    if engine.dispatcher != "own":
+        reason = _of_dispatcher(engine, wish)
+        if reason:
+            return reason
     if engine.data_parallel == "distributed_optimizer":
         reason = _of_distributed_optimizer(engine, wish)
         if reason:
@@ -203,6 +215,18 @@ def _of_megatron(engine: MegatronConfig, wish: Wish) -> str:
             f"remat.mode={wish.remat.mode}: what is computed again in the backward would not be in "
             "float8; set remat.mode to none or offload, or precision.float8=none"
         )
+    return ""
+
+
+def _of_dispatcher(engine: MegatronConfig, wish: Wish) -> str:
+    asked = f"engine.dispatcher={engine.dispatcher}"
+    if wish.parallel.ep == 1:
+        return (
+            f"{asked} with parallel.ep=1: every rank has all experts, and nothing is dispatched; "
+            "set parallel.ep, or engine.dispatcher=own"
+        )
+    if engine.dispatcher == "flex" and not wish.elsewhere:
+        return _of_kernels(wish, engine, "dispatcher", "own")
     return ""
 
 
@@ -239,7 +263,8 @@ def _of_distributed_optimizer(engine: MegatronConfig, wish: Wish) -> str:
 
 
 def _of_kernels(wish: Wish, engine: MegatronConfig, key: str, other: str) -> str:
-    module, library, source = KERNELS[getattr(engine, key)]
+    found = KERNELS[getattr(engine, key)]
+    module, library = found.module, found.library
     asked, instead = f"engine.{key}={getattr(engine, key)}", f"engine.{key}={other}"
     if wish.device != "cuda":
         return f"{asked} needs a CUDA device, found {wish.device}: set {instead}"
@@ -253,21 +278,60 @@ def _of_kernels(wish: Wish, engine: MegatronConfig, key: str, other: str) -> str
     if importlib.util.find_spec(module) is None:
         return (
             f"{asked} needs {library}, which is not installed: pip install "
-            f"{source} in an image with CUDA, or set {instead}"
+            f"{found.source} in an image with CUDA, or set {instead}"
+        )
+    version = _version(module)
+    if version and not found.least <= _numbers(version) < found.most:
+        return (
+            f"{asked} is written against another release of {library} than {version}: pip install "
+            f"{found.source}, or set {instead}"
         )
     return ""
 
 
+def _version(distribution: str) -> str:
+    """Of what is installed; "" if it was put there by hand."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two of a version: 2.11.0+abc -> (2, 11)."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where kernels come from.
+
+    source:      what to install
+    least, most: from which release on, and before which; any where `source` names a commit
+    """
+
+    module: str
+    library: str
+    source: str
+    least: tuple[int, ...] = ()
+    most: tuple[float, ...] = (math.inf,)
+
+
+OTHER_KERNELS = {"linears": "core", "attention": "own", "norms": "own", "experts": "own"}
+"""Settings that name the kernels of a library -> their value that needs none."""
 KERNELS = {
-    "transformer_engine": (
+    "transformer_engine": Kernels(
         "transformer_engine",
         "TransformerEngine",
-        "'transformer_engine[pytorch]'",
+        "'transformer_engine[pytorch]>=2.11,<3'",
+        (2, 11),
+        (3,),
     ),
-    "grouped_gemm": (
+    "grouped_gemm": Kernels(
         "grouped_gemm",
         "grouped_gemm",
         "git+https://github.com/fanshiqing/grouped_gemm@v1.1.4",
     ),
+    "flex": Kernels("deep_ep", "DeepEP", "git+https://github.com/deepseek-ai/DeepEP@v1.2.1"),
 }
-"""Choice -> (module, library, what to install) of its kernels."""
+"""Choice -> its kernels."""

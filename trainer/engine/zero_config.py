@@ -79,8 +79,11 @@ def _derived(engine: DeepSpeedConfig, precision: PrecisionConfig) -> dict[str, A
         ("offload_optimizer", engine.offload_optimizer),
         ("offload_param", engine.offload_params),
     ):
-        if place != "none":
-            zero[key] = {"device": place}
+        if place == "cpu":
+            zero[key] = {"device": "cpu"}
+        elif place == "nvme":
+            # In files that are mapped into the host's memory, and pages of files are not pinned.
+            zero[key] = {"device": "cpu", "pin_memory": False}
     reduced = NAMES.get(precision.reduce_dtype, "fp32")
     return {
         "train_micro_batch_size_per_gpu": 1,

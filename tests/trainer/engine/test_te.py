@@ -65,11 +65,11 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     )
 
     @contextmanager
-    def fp8_autocast(enabled: bool, fp8_recipe: Any) -> Iterator[None]:
-        recipes.append((enabled, fp8_recipe))
+    def autocast(enabled: bool, recipe: Any) -> Iterator[None]:
+        recipes.append((enabled, recipe))
         yield
 
-    pytorch.Linear, pytorch.fp8_autocast = StandIn, fp8_autocast  # type: ignore[attr-defined]
+    pytorch.Linear, pytorch.autocast = StandIn, autocast  # type: ignore[attr-defined]
     recipe.Float8CurrentScaling = lambda: "current scaling"  # type: ignore[attr-defined]
     for module in (package, pytorch, common, recipe):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -129,6 +129,19 @@ def test_refused_with_the_reason(wish: Wish, reason: str) -> None:
 def test_a_library_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "not installed" in refusal(WISH)
+
+
+@pytest.mark.parametrize(
+    ("version", "ok"), [("2.10.1", False), ("2.11.0+abc", True), ("3.0", False)]
+)
+def test_versions_that_it_was_not_written_against_are_refused(
+    version: str, ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    reason = refusal(WISH)
+    assert (reason == "") == ok
+    assert ok or (version in reason and "transformer_engine[pytorch]>=2.11,<3" in reason)
 
 
 def test_what_is_there_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

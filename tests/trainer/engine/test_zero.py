@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,21 @@ def life(rank: int, world_size: int, twin: Twin, config: DeepSpeedConfig) -> Non
             DeepSpeedConfig(stage=3, offload_optimizer="cpu", offload_params="cpu"),
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            DeepSpeedConfig(stage=2, offload_optimizer="nvme", nvme_path=tempfile.gettempdir()),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            DeepSpeedConfig(
+                stage=3,
+                offload_optimizer="nvme",
+                offload_params="nvme",
+                nvme_path=tempfile.gettempdir(),
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["zero1", "zero3", "zero2", "hpz", "offload2", "offload3"],
+    ids=["zero1", "zero3", "zero2", "hpz", "offload2", "offload3", "disk2", "disk3"],
 )
 def test_skipped_steps_leave_no_trace_and_loaded_state_goes_on_bit_equal(
     config: DeepSpeedConfig, small: Twin, two: Ranks

@@ -12,6 +12,7 @@ from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.config import DeepSpeedConfig
 from kinodit.trainer.engine.deepspeed.driver import driver_class
 from kinodit.trainer.engine.deepspeed.engine import ZeroEngine
+from kinodit.trainer.engine.deepspeed.files import Files
 from kinodit.trainer.engine.deepspeed.library import (
     leave_empty_modules,
     load,
@@ -19,8 +20,12 @@ from kinodit.trainer.engine.deepspeed.library import (
     tell_groups,
     tell_of_routers,
 )
-from kinodit.trainer.engine.deepspeed.partitions import partitions_of
-from kinodit.trainer.engine.partitioned import allocate, own_buffers
+from kinodit.trainer.engine.deepspeed.partitions import (
+    SplitGroups,
+    SplitParameters,
+    partitions_of,
+)
+from kinodit.trainer.engine.partitioned import MOMENTS, allocate, own_buffers
 from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.engine.shells import Shells
 from kinodit.trainer.engine.zero_config import zero_config
@@ -39,6 +44,7 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
     """
     settings = wish.engine
     assert isinstance(settings, DeepSpeedConfig)
+    files = Files(settings.nvme_path) if settings.nvme_path else None
     library = load(mesh.device)
     mpu = tell_groups(mesh, settings.hpz)
     group = partition_group(mesh)
@@ -85,9 +91,29 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
         leave_empty_modules(model)
     num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
     partitions = partitions_of(engine, model, num_ranks, rank)
+    if files is not None:
+        _put_in(files, partitions, optimizer, settings)
     zero = ZeroEngine(engine, model, optimizer, partitions, shells, mesh, wish.precision)
     zero.start_from(values)
     return zero
+
+
+def _put_in(
+    files: Files,
+    partitions: SplitGroups | SplitParameters,
+    optimizer: AdamW,
+    settings: DeepSpeedConfig,
+) -> None:
+    """Move what is offloaded to a disk there, before anybody has written to it."""
+    if settings.offload_optimizer == "nvme":
+        partitions.put_in(files)
+        for master in partitions.masters().values():
+            state = optimizer.initialised(master)
+            for moment in MOMENTS:
+                state[moment] = files.zeros_like(master.data)
+    if settings.offload_params == "nvme":
+        assert isinstance(partitions, SplitParameters), "refused before"
+        partitions.put_parameters_in(files)
 
 
 def _parts(model: nn.Module) -> Iterator[nn.Module]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kinodit.trainer.engine.partitioned import Partitions, Place
+from kinodit.trainer.engine.deepspeed.files import Files
+from kinodit.trainer.engine.partitioned import Place
 from kinodit.trainer.engine.spans import overlap
 
 
@@ -58,6 +59,14 @@ class _Flats:
             flats[key] = averaged[index][0].view(-1)
         return flats
 
+    def put_in(self, files: Files) -> None:
+        """Move masters and gradients, which are on the host, into files."""
+        assert self.offloads, "they are on the device"
+        for master in self.masters().values():
+            master.data = files.copy(master.data)
+            if master.grad is not None:
+                master.grad = files.copy(master.grad)
+
 
 class SplitGroups(_Flats):
     """Stages 1 and 2: each group of parameters is one flat tensor, cut into equal partitions."""
@@ -81,6 +90,12 @@ class SplitGroups(_Flats):
                 self.places[names[id(parameter)]] = Place(
                     group_key(index), inside, spans[rank], tuple(spans)
                 )
+
+    def put_in(self, files: Files) -> None:
+        """See `_Flats`."""
+        super().put_in(files)
+        # Parameters have views of masters, which would keep the memory.
+        self._zero._link_all_hp_params()
 
     def drop_gradients(self) -> None:
         """See `Partitions`."""
@@ -119,6 +134,15 @@ class SplitParameters(_Flats):
                 )
                 offset += size
 
+    def put_parameters_in(self, files: Files) -> None:
+        """Move the partitions of parameters, which are on the host, into files."""
+        zero = self._zero
+        zero._partition_all_parameters()
+        for index, flat in enumerate(zero.fp16_partitioned_groups_flat):
+            zero.fp16_partitioned_groups_flat[index] = files.copy(flat)
+            zero._unflatten_partitioned_parameters(index)
+        zero.param_groups_fp16_flat_cpu_memory = []
+
     def drop_gradients(self) -> None:
         """See `Partitions`."""
         zero = self._zero
@@ -140,7 +164,9 @@ class SplitParameters(_Flats):
         zero.invalidate_secondary_tensor()
 
 
-def partitions_of(engine: Any, model: nn.Module, num_ranks: int, rank: int) -> Partitions:
+def partitions_of(
+    engine: Any, model: nn.Module, num_ranks: int, rank: int
+) -> SplitGroups | SplitParameters:
     """What a `DeepSpeedEngine` around `model` keeps on rank `rank` of `num_ranks`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     stage = SplitParameters if engine.zero_optimization_stage() == 3 else SplitGroups

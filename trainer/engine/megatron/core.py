@@ -21,7 +21,7 @@ with warnings.catch_warnings():
         linear_with_frozen_weight,
         linear_with_grad_accumulation_and_async_allreduce,
     )
-    from megatron.core.transformer.moe import grouped_gemm_util
+    from megatron.core.transformer.moe import grouped_gemm_util, token_dispatcher
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "grouped_gemm_util",
     "linear_with_frozen_weight",
     "linear_with_grad_accumulation_and_async_allreduce",
+    "token_dispatcher",
 ]

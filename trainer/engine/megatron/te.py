@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 MULTIPLE = 16
@@ -33,8 +33,9 @@ def te_linear(linear: nn.Linear, in_features: int, out_features: int) -> nn.Modu
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         num_rows = flat.shape[0]
-        padded = F.pad(flat, (0, 0, 0, -num_rows % MULTIPLE))
-        out: Tensor = kind.forward(self, padded)[:num_rows]
+        filling = flat.new_zeros(-num_rows % MULTIPLE, flat.shape[1])
+        padded = torch.cat((flat, filling)) if len(filling) else flat
+        out: Tensor = kind.forward(self, padded).narrow(0, 0, num_rows)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     padding = type(f"Padding{kind.__name__}", (kind,), {"forward": forward})
@@ -60,4 +61,4 @@ def float8_context(
         return nullcontext
     assert float8 == "tensorwise", "refused before"
     recipe = importlib.import_module("transformer_engine.common.recipe").Float8CurrentScaling()
-    return lambda: library().fp8_autocast(enabled=True, fp8_recipe=recipe)
+    return lambda: library().autocast(enabled=True, recipe=recipe)

@@ -1,7 +1,8 @@
 """Pretrained feature extractors in local folders, for distances between sets of samples.
 
 Pictures and clips by vision models of transformers (DINOv2, CLIP, VideoMAE, ...), sounds by its
-audio models (CLAP, wav2vec 2.0, ...), agreement of pictures and captions by CLIP.
+audio models (CLAP, wav2vec 2.0, ...), agreement of pictures and captions by CLIP, and of picture
+and sound in time by one model of each.
 
 Shape legend: T frames, H rows, W columns; A channels, N samples; D features.
 """
@@ -22,29 +23,39 @@ from kinodit.models.encoders.folder import fingerprint, read_json, weights_folde
 from kinodit.models.errors import ConfigError
 from kinodit.models.libraries import import_extra, without_warnings
 
-Kind = Literal["picture", "video", "sound", "clip_score"]
+Kind = Literal["picture", "video", "sound", "clip_score", "synchrony"]
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 """Of pixels, where the folder does not say."""
+LEAST_SOUND_S = 0.1
+"""Of the sound around a frame: models of sounds take no less."""
 
 
 @dataclass(frozen=True)
 class ExtractorConfig:
     """A model whose features samples and data are compared by.
 
-    kind:      "picture" (FID and KID), "video" (FVD), "sound" (FAD), or "clip_score": the cosine
-               of CLIP's vectors of caption and middle frame
-    path:      folder with config.json, *.safetensors and, for sounds, preprocessor_config.json;
-               for clip_score the tokenizer too
-    dtype:     of the weights
+    kind:       "picture" (FID and KID), "video" (FVD), "sound" (FAD); "clip_score": the cosine of
+                CLIP's vectors of caption and middle frame; "synchrony": whether features of frames
+                and of the sound around them change at the same time
+    path:       folder with config.json, *.safetensors and, for sounds, preprocessor_config.json;
+                for clip_score the tokenizer too; of synchrony the model of pictures
+    sound_path: of synchrony, the folder of the model of sounds
+    dtype:      of the weights
     """
 
     kind: Kind = "picture"
     path: str = ""
+    sound_path: str = ""
     dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("an extractor has no path: give the folder of its weights")
+        if bool(self.sound_path) != (self.kind == "synchrony"):
+            raise ConfigError(
+                f"an extractor of kind {self.kind} with sound_path={self.sound_path!r}: synchrony "
+                "needs a folder of a model of sounds there, and no other kind takes one"
+            )
 
     def build(self, device: torch.device) -> Extractor:
         """The extractor on `device`. Raises EncoderError or MissingExtraError."""
@@ -68,11 +79,17 @@ class Extractor:
             raise EncoderError(f"{self._folder} holds a {names[0]}; clip_score needs a CLIPModel")
         model = load_autoencoder(self._folder, str(names[0]), config.dtype, "transformers")
         self._model = model.to(device)
+        self._hearing: Extractor | None = None
+        if config.kind == "synchrony":
+            self._hearing = Extractor(
+                ExtractorConfig("sound", config.sound_path, dtype=config.dtype), device
+            )
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of kind, format and files of weights."""
-        return fingerprint([self._folder], (self.config.kind, self.config.dtype))
+        folders = [self._folder] if self._hearing is None else [self._folder, self._hearing._folder]
+        return fingerprint(folders, (self.config.kind, self.config.dtype))
 
     @torch.no_grad()
     def of_video(self, video: Tensor) -> Tensor:
@@ -92,6 +109,24 @@ class Extractor:
         heard = torch.nn.functional.interpolate(mono[None, None], size=size, mode="linear")[0, 0]
         inputs = self._preprocessor(heard.numpy(), sampling_rate=wanted, return_tensors="pt")
         return self._vector(**inputs)
+
+    def changes(
+        self, video: Tensor, fps: float, sound: Tensor, rate_hz: int
+    ) -> tuple[Tensor, Tensor]:
+        """[T - 1] each, float64: how much a frame, and the sound around it, differ from the last.
+
+        Of uint8 [T, H, W, 3] and float32 [A, N]; distances of features. A sound ends in silence.
+        """
+        assert self._hearing is not None
+        seen = torch.stack([self.of_video(frame[None]) for frame in video])
+        size = round(max(1 / fps, LEAST_SOUND_S) * rate_hz)
+        needed = round((len(video) / fps) * rate_hz) + size
+        around = torch.nn.functional.pad(sound, (size, max(0, needed - sound.shape[1])))
+        heard = []
+        for index in range(len(video)):
+            first = size + round((index + 0.5) / fps * rate_hz) - size // 2
+            heard.append(self._hearing.of_sound(around[:, first : first + size], rate_hz))
+        return _steps(seen), _steps(torch.stack(heard))
 
     @torch.no_grad()
     def agreement(self, video: Tensor, caption: str) -> float:
@@ -155,3 +190,8 @@ class Extractor:
             return getattr(transformers, loader).from_pretrained(
                 self._folder, local_files_only=True, trust_remote_code=False
             )
+
+
+def _steps(features: Tensor) -> Tensor:
+    """[T - 1]: the distance from each row of [T, D] to the next."""
+    return (features[1:] - features[:-1]).square().sum(dim=1).sqrt()

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 
 from kinodit.data.pack import pack
 from kinodit.launch.cli import main
+from kinodit.models.encoders.features import ExtractorConfig
 from kinodit.trainer.config import load_config
 from kinodit.trainer.evaluation.run import EvaluationConfig, evaluate_run
 from kinodit.trainer.run import train
@@ -119,3 +121,29 @@ def test_the_command_prints_a_table(run_dir: Path, capsys: pytest.CaptureFixture
     assert "--samples 1: must be at least 2" in capsys.readouterr().err
     assert main(["evaluate", str(run_dir), "--step", "7"]) == 2
     assert "it has steps 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_pretrained_features_from_folders_are_measured(run_dir: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seeing = transformers.Dinov2Config(**small, image_size=28, patch_size=14)
+    hearing = transformers.Wav2Vec2Config(
+        **small, conv_dim=(8, 8), conv_kernel=(10, 3), conv_stride=(5, 2), intermediate_size=16,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    transformers.Dinov2Model(seeing).save_pretrained(tmp_path / "seeing")
+    transformers.Wav2Vec2Model(hearing).save_pretrained(tmp_path / "hearing")
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "hearing")
+    seen, heard = str(tmp_path / "seeing"), str(tmp_path / "hearing")
+    extractors = {
+        "dino": ExtractorConfig(kind="picture", path=seen),
+        "wav2vec": ExtractorConfig(kind="sound", path=heard),
+        "both": ExtractorConfig(kind="synchrony", path=seen, sound_path=heard),
+    }
+    config = load_run(run_dir)
+    config = replace(config, eval=replace(config.eval, extractors=extractors))
+    figures = evaluate_run(run_dir, config, EvaluationConfig(), Topology(0, 1, 0), CPU)
+    assert set(figures["fid"]) == set(figures["kid"]) == {"embedded", "dino"}
+    assert set(figures["fad"]) == {"embedded", "wav2vec"} and set(figures["fvd"]) == {"embedded"}
+    assert set(figures["av_synchrony"]) == {"both"}

@@ -1,12 +1,10 @@
-"""The report of any run folder: complete, self-contained, without secrets, alive in a browser."""
+"""The report of any run folder: complete, self-contained, without secrets."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +27,7 @@ from tests.support.fake_run import (
     train_row,
     write_samples,
 )
-
-LONG_AFTER = START_S + 1e6
-CHROMIUM = shutil.which("chromium")
-
-
-def page_data(html: str) -> dict[str, Any]:
-    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
-    assert match is not None
-    data = json.loads(match[1])
-    assert isinstance(data, dict)
-    return data
+from tests.support.pages import LONG_AFTER, page_data
 
 
 @pytest.fixture(scope="module")
@@ -179,38 +167,6 @@ def test_pictures_are_shown_before_what_was_drawn_after_them(tmp_path: Path) -> 
         b"picture 1",
     ]
     assert section.index("before") < section.index("<video")
-
-
-def test_what_was_given_is_shown_beside_what_was_drawn(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", total_steps=100, every=50, sample_steps=(100,))
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["model"] = {"streams": {"text": {"output": False}, "video": {"output": True}}}
-    config["tasks"] = {"first_frame": {"streams": {"video": {"given": "prefix"}}}}
-    config["sample"] = {"task": "first_frame"}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    for folder in (run / "samples" / "manual", run / "samples" / "step-00000100"):
-        write_samples(folder, 1.0, ["it rains"])
-        (entry,) = json.loads((folder / "index.json").read_text())
-        (folder / "000.given.mp4").write_bytes(b"the first frame")
-        entry |= {"given": "000.given.mp4", "task": "first_frame"}
-        (folder / "index.json").write_text(json.dumps([entry]))
-    html = write_report(run, now=LONG_AFTER).read_text()
-    given = f"data:video/mp4;base64,{base64.b64encode(b'the first frame').decode()}"
-    section = html[html.index('<section id="drawn">') : html.index('<section id="training">')]
-    assert section.count("<video") == 2 and section.index(given) < section.index("it rains")
-    assert "it rains<small>first frame</small>" in section
-    ((entry,),) = [sample["entries"] for sample in page_data(html)["samples"]]
-    assert entry["given"] == given
-    words = re.findall(r"<span><i>(\w+)</i> (.*?)</span>", html)
-    assert words == [
-        ("given", "caption, first frame of the video"),
-        ("drawn", "the rest of the video"),
-    ]
-    if CHROMIUM is not None:
-        document, said = browse(run / "report.html", tmp_path / "profile")
-        assert said == ""
-        shown = re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
-        assert shown.count('<div class="half">') == 2 and shown.count("<video") == 4
 
 
 def test_the_newest_evaluation_is_shown_by_task(tmp_path: Path) -> None:
@@ -457,63 +413,3 @@ def test_command_on_what_is_no_run(
 def test_a_page_that_cannot_be_written_is_an_error(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="--output"):
         write_report(run_dir, tmp_path / "absent" / "page.html")
-
-
-def browse(page: Path, profile: Path) -> tuple[str, str]:
-    """The document after its scripts ran, and what they said on the console."""
-    assert CHROMIUM is not None
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=3000",
-        f"--user-data-dir={profile}",
-        "--dump-dom",
-    ]
-    done = subprocess.run(
-        [CHROMIUM, *flags, page.resolve().as_uri()], capture_output=True, text=True, timeout=120
-    )
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, "\n".join(said)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_a_browser_draws_it(run_dir: Path, tmp_path: Path) -> None:
-    page = write_report(run_dir, tmp_path / "page.html", now=LONG_AFTER)
-    document, said = browse(page, tmp_path / "profile")
-    assert said == ""
-    titles = re.findall(r"<h3>(.*?)</h3>", document)
-    assert titles == [
-        "Training loss",
-        "Training loss by noise level",
-        "Loss over the noise level",
-        "Validation loss",
-        "Gradient norm",
-        "Learning rate",
-        "Throughput",
-        "MFU",
-        "Where a step's time goes",
-    ]
-    assert document.count('role="img"') == len(titles)
-    assert "NaN" not in re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
-    shown = re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
-    assert shown.count("<video") == len(PROMPTS) and "step 2,000" in shown
-    assert all(f"<figcaption>{prompt}" in shown for prompt in PROMPTS)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_a_browser_draws_a_run_that_has_hardly_begun(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", total_steps=100, last_step=10, every=10, stopped=False)
-    document, said = browse(write_report(run, now=START_S + 6), tmp_path / "profile")
-    assert said == ""
-    assert "No clips have been sampled" in document and "Training loss" in document
-    (run / "metrics.jsonl").unlink()
-    document, said = browse(write_report(run, now=START_S + 6), tmp_path / "profile")
-    assert said == ""
-    assert "No losses have been logged." in document

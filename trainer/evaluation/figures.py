@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kinodit.models.encoders.features import Extractor
 from kinodit.trainer.evaluation import embedded
+from kinodit.trainer.evaluation.change import Changes, compare_changes
 from kinodit.trainer.evaluation.distance import Features, frechet, kernel_distance
 from kinodit.trainer.evaluation.edit import Edited, edit_figures
 from kinodit.trainer.evaluation.fill import Filled, fill_figures
@@ -27,6 +28,8 @@ DISTANCES = {
 """What is computed of features of each kind."""
 STREAM_OF = {"picture": "video", "video": "video", "sound": "audio"}
 """Whose features these are."""
+LAGS = ("lag_frames", "within_a_frame")
+"""Figures of how far sounds are from what is seen."""
 BOUNCE = "bounce"
 """The action of clips whose bounces and clicks are looked for."""
 
@@ -48,6 +51,7 @@ class Measured:
     place:    its place among its like
     features: (kind, extractor) -> [D]
     scores:   extractor -> agreement of picture and caption
+    changes:  extractor -> when its picture and its sound change
     events:   bounces and clicks, of clips that were to have them
     filled:   of a real clip: how near the one is that was given a part of it
     edited:   of a real sample: how near what was drawn after its reference pictures is
@@ -56,6 +60,7 @@ class Measured:
     place: int
     features: Mapping[tuple[str, str], Features]
     scores: Mapping[str, float]
+    changes: Mapping[str, Changes]
     told: Told = field(default_factory=Told)
     seen: Seen | None = None
     events: Events | None = None
@@ -69,6 +74,7 @@ def measure(
     """Features and scores of one clip, by the embedded and the given extractors."""
     features: dict[tuple[str, str], Features] = {}
     scores: dict[str, float] = {}
+    changes: dict[str, Changes] = {}
     video, sound = media.video, media.sound
     moves = video is not None and len(video) > 1
     if video is not None:
@@ -82,6 +88,10 @@ def measure(
         if kind == "sound":
             if sound is not None:
                 features[kind, name] = extractor.of_sound(sound, media.rate_hz).numpy()
+        elif kind == "synchrony":
+            if video is not None and moves and sound is not None:
+                curves = extractor.changes(video, media.fps, sound, media.rate_hz)
+                changes[name] = Changes(*(curve.numpy() for curve in curves))
         elif video is not None and kind == "clip_score":
             scores[name] = extractor.agreement(video, caption)
         elif video is not None and (moves or kind == "picture"):
@@ -93,13 +103,13 @@ def measure(
             seen = see(video.numpy(), media.fps, heard, media.rate_hz)
         elif heard is not None:
             events = events_of(video.numpy(), media.fps, heard, media.rate_hz)
-    return Measured(place, features, scores, told, seen, events)
+    return Measured(place, features, scores, changes, told, seen, events)
 
 
 def figures_of(
     made: Sequence[Measured], real: Sequence[Measured], generated: Sequence[str]
 ) -> dict[str, Any]:
-    """Distances, scores and truth of generated clips against real ones.
+    """Distances, scores, synchrony and truth of generated clips against real ones.
 
     Beside each distance stands that of one half of the real clips to the other ("..._of_halves"):
     how far apart two samples of one law are, at half the size. Streams that are not `generated` are
@@ -124,6 +134,13 @@ def figures_of(
         for name in sorted({name for one in side for name in one.scores}):
             scores = [m.scores[name] for m in side if name in m.scores]
             figures.setdefault(label, {})[name] = float(np.mean(scores))
+    for name in sorted({name for one in made for name in one.changes}):
+        found, of_data = (
+            compare_changes([m.changes[name] for m in side if name in m.changes])
+            for side in (made, real)
+        )
+        of_data = {f"{key}_real": of_data[key] for key in LAGS if key in of_data}
+        figures.setdefault("av_synchrony", {})[name] = {**found, **of_data}
     shown = [(m.told, m.seen) for m in made if m.seen is not None]
     known = [(m.told, m.seen) for m in real if m.seen is not None]
     if shown and known:
@@ -133,7 +150,7 @@ def figures_of(
     bounces = compare_events([m.events for m in made if m.events is not None])
     if bounces:
         of_data = compare_events([m.events for m in real if m.events is not None])
-        of_data = {f"{name}_real": of_data[name] for name in ("lag_frames", "within_a_frame")}
+        of_data = {f"{name}_real": of_data[name] for name in LAGS}
         figures["synchrony"] = {**bounces, **of_data}
     fill = fill_figures([m.filled for m in real if m.filled is not None])
     if fill:

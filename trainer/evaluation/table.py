@@ -23,6 +23,11 @@ TRUTHS = (
 )
 """In the order in which they are shown."""
 
+LAGS = (
+    ("lag_frames", "picture to sound, frames"),
+    ("within_a_frame", "picture and sound within a frame"),
+)
+
 PICTURES = "pictures from captions"
 """Still images that were drawn from captions beside clips: no task can have this name."""
 
@@ -69,6 +74,10 @@ def sample_rows(figures: Mapping[str, Any]) -> list[FigureRow]:
             halves = _mapping(figures.get(f"{name}_of_halves") or figures.get(f"{name}_real"))
             label = f"{name.upper().replace('_', ' ')} ({extractor})"
             rows.append(FigureRow(label, _text(value), (("data", _text(halves.get(extractor))),)))
+    for extractor, found in _mapping(figures.get("av_synchrony")).items():
+        for name, label in LAGS:
+            if name in _mapping(found):
+                rows.append(_beside(f"{label} ({extractor})", found, name))
     truth = _mapping(figures.get("truth"))
     for name in TRUTHS:
         if name in truth:

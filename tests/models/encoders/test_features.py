@@ -74,13 +74,19 @@ def test_a_clip_is_seen_in_the_model_s_number_of_frames(tmp_path: Path) -> None:
     assert not torch.allclose(found, ours.of_video(video.flip(0)), atol=1e-6)
 
 
-def test_a_sound_is_resampled_to_what_the_model_hears(tmp_path: Path) -> None:
+@pytest.fixture
+def wav2vec(tmp_path: Path) -> Path:
     config = transformers.Wav2Vec2Config(
         **SMALL, conv_dim=(8, 8), conv_kernel=(10, 3), conv_stride=(5, 2),
         num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
     folder = save(tmp_path, seeded(lambda: transformers.Wav2Vec2Model(config)))
     transformers.Wav2Vec2FeatureExtractor(sampling_rate=16_000).save_pretrained(folder)
+    return folder
+
+
+def test_a_sound_is_resampled_to_what_the_model_hears(wav2vec: Path) -> None:
+    folder = wav2vec
     ours = extractor(folder, "sound")
     time = torch.arange(16_000) / 16_000
     sound = torch.sin(2 * torch.pi * 300 * time)[None]
@@ -94,9 +100,33 @@ def test_a_sound_is_resampled_to_what_the_model_hears(tmp_path: Path) -> None:
         extractor(folder, "sound").of_sound(sound, 16_000)
 
 
+@pytest.mark.parametrize(("flash", "click"), [(5, 5), (3, 6)])
+def test_pictures_and_sounds_change_when_they_do(
+    dino: Path, wav2vec: Path, flash: int, click: int
+) -> None:
+    config = ExtractorConfig(kind="synchrony", path=str(dino), sound_path=str(wav2vec))
+    ours, fps, rate_hz = config.build(CPU), 8.0, 8_000
+    video = torch.zeros(10, 20, 28, 3, dtype=torch.uint8)
+    video[flash:] = clip(frames=1)
+    # The sound is a part of a frame shorter than the clip, as codecs leave it.
+    sound = torch.zeros(2, 9_900)
+    tone = torch.sin(2 * torch.pi * 500 * torch.arange(9_900 - click * 1_000) / rate_hz)
+    sound[:, click * 1_000 :] = tone
+    seen, heard = ours.changes(video, fps, sound, rate_hz)
+    assert seen.shape == heard.shape == (9,) and seen.dtype == heard.dtype == torch.float64
+    # Change i is that from frame i to the next.
+    assert int(seen.argmax()) == flash - 1 and float(seen.sum()) == float(seen[flash - 1])
+    assert int(heard.argmax()) == click - 1
+    assert config.build(CPU).fingerprint != extractor(dino, "picture").fingerprint
+
+
 def test_what_does_not_fit_is_said(dino: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no path"):
         ExtractorConfig()
+    with pytest.raises(ConfigError, match="synchrony needs a folder of a model of sounds there"):
+        extractor(dino, "synchrony")
+    with pytest.raises(ConfigError, match="no other kind takes one"):
+        ExtractorConfig(path=str(dino), sound_path=str(dino))
     with pytest.raises(EncoderError, match="clip_score needs a CLIPModel"):
         extractor(dino, "clip_score")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["ViTForImage"]}))

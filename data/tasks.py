@@ -8,7 +8,7 @@ same packing, model, objective and sampler serve all of them (`kinodit.data.assi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -190,6 +190,49 @@ class TaskConfig:
     def wanting(self) -> set[str]:
         """Streams of which it takes reference pictures."""
         return {name for name, stream in self.streams.items() if stream.references != "absent"}
+
+
+@dataclass(frozen=True)
+class RegionConfig:
+    """What of a clip is given, where a task leaves it open; what is empty is drawn.
+
+    box:    (top, left, height, width) in parts of a frame, for tasks of a box
+    frames: how many frames, for tasks that count them
+    at:     which frames, from the first (0, 1, ...) or the last (-1, ...), for tasks of frames
+    """
+
+    box: tuple[float, ...] = ()
+    frames: int = 0
+    at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.frames < 0 or (self.frames and self.at):
+            raise ConfigError(
+                f"frames: {self.frames} with at: {list(self.at)}: give how many frames, or which"
+            )
+
+    def of(self, task: TaskConfig) -> TaskConfig:
+        """The task with that region. Raises ConfigError if it has no such region."""
+        streams = {name: self._of_stream(stream) for name, stream in task.streams.items()}
+        wanted = [name for name in ("box", "frames", "at") if getattr(self, name)]
+        if wanted and streams == task.streams:
+            value = getattr(self, wanted[0])
+            raise ConfigError(
+                f"{wanted[0]}: {list(value) if isinstance(value, tuple) else value}: the task "
+                "gives no part of a stream that this says, or already says so"
+            )
+        return replace(task, streams=streams)
+
+    def _of_stream(self, stream: StreamTask) -> StreamTask:
+        if stream.given in ("inside", "outside"):
+            return replace(stream, box=self.box) if self.box else stream
+        if stream.given == "none":
+            return stream
+        if self.at:
+            return replace(stream, given="at", at=self.at)
+        if self.frames and stream.given != "at":
+            return replace(stream, frames=(self.frames, self.frames))
+        return stream
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kinodit.data.encode import AUDIO, IMAGE, TEXT, VIDEO, SampleEncoder
 from kinodit.data.packing import PackSpec
 from kinodit.data.region import pixels_of
-from kinodit.data.tasks import DrawnTask, TaskConfig
+from kinodit.data.tasks import DrawnTask, RegionConfig, TaskConfig
 from kinodit.models.diffusion.guidance import GuidanceConfig
 from kinodit.models.diffusion.objective import Objective
 from kinodit.models.diffusion.samplers import SamplerConfig
@@ -40,6 +40,7 @@ class SampleConfig:
                   between them, that follow each other
     negative:     what clips are guided away from: the caption of the pass without the prompt
     references:   files of the pictures that a clip is drawn after, in their order
+    region:       what of the given file the task takes, where its recipe leaves that open
     """
 
     every_steps: int = 0
@@ -54,6 +55,7 @@ class SampleConfig:
     window: WindowConfig = field(default_factory=WindowConfig)
     negative: str = ""
     references: tuple[str, ...] = ()
+    region: RegionConfig = field(default_factory=RegionConfig)
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
@@ -236,13 +238,21 @@ class Generator:
     def _task(self, config: SampleConfig) -> DrawnTask | None:
         """The task that is asked for, with nothing dropped; what it leaves open is drawn."""
         if not config.task:
+            if config.region != RegionConfig():
+                raise ConfigError(
+                    "sample.region is a part of what a task is given, but there is no task: set "
+                    "sample.task, or leave the region out"
+                )
             return None
         if config.task not in self.tasks:
             raise ConfigError(
                 f"sample.task={config.task}: there is no such task; the recipe has "
                 f"{', '.join(self.tasks) or 'none'}"
             )
-        task = self.tasks[config.task]
+        try:
+            task = config.region.of(self.tasks[config.task])
+        except ConfigError as error:
+            raise ConfigError(f"sample.region.{error} (sample.task={config.task})") from error
         if config.negative and task.stream(TEXT, True).use == "absent":
             raise ConfigError(
                 f"sample.negative={config.negative!r} with sample.task={config.task}, which has no "

@@ -61,6 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--given", metavar="FILE", help="a picture, clip or sound that has what the task is given"
     )
     parser.add_argument(
+        "--box",
+        type=float,
+        nargs=4,
+        metavar=("TOP", "LEFT", "HEIGHT", "WIDTH"),
+        help="where the box of the task is, in parts of a frame (default: drawn by --seed)",
+    )
+    frames = parser.add_mutually_exclusive_group()
+    frames.add_argument(
+        "--frames", type=int, metavar="N", help="how many frames the task is given (default: drawn)"
+    )
+    frames.add_argument(
+        "--at", type=int, nargs="+", metavar="N", help="which frames: 0 is the first, -1 the last"
+    )
+    parser.add_argument(
         "--reference",
         action="append",
         default=[],
@@ -137,6 +151,11 @@ def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfi
         guidance = replace(guidance, interval=tuple(args.interval))
     if args.guide:
         guidance = replace(guidance, conditions={**guidance.conditions, **_scales(args.guide)})
+    region = defaults.region
+    if args.box is not None:
+        region = replace(region, box=tuple(args.box))
+    if args.frames is not None or args.at is not None:
+        region = replace(region, frames=args.frames or 0, at=tuple(args.at or ()))
     window = defaults.window if args.window is None else WindowConfig(*args.window)
     return replace(
         defaults,
@@ -144,6 +163,7 @@ def settings_of(args: argparse.Namespace, defaults: SampleConfig) -> SampleConfi
         given=defaults.given if args.given is None else args.given,
         references=tuple(args.reference) or defaults.references,
         window=window,
+        region=region,
         negative=defaults.negative if args.negative is None else args.negative,
         seed=defaults.seed if args.seed is None else args.seed,
         ema=defaults.ema if args.ema is None else args.ema,

@@ -15,6 +15,7 @@ from kinodit.data.packing import EncodedSample, PackSpec, StreamSpec, concatenat
 from kinodit.data.synthetic import task_pack
 from kinodit.data.tasks import (
     DrawnTask,
+    RegionConfig,
     StreamTask,
     TaskConfig,
     TaskError,
@@ -156,6 +157,39 @@ def test_a_named_box() -> None:
     task = TaskConfig(streams={"video": StreamTask(given="outside", box=(0.5, 0.0, 0.5, 0.67))})
     role = packed(task).modalities["video"].role.view(4, 2, 3)
     assert role[0].tolist() == [[0, 0, 0], [1, 1, 0]]
+
+
+def test_a_region_says_what_a_task_leaves_open() -> None:
+    def one(region: RegionConfig, **settings: Any) -> StreamTask:
+        task = TaskConfig(
+            streams={"video": StreamTask(**settings), "audio": StreamTask(use="clean")}
+        )
+        found = region.of(task)
+        assert found.streams["audio"] == task.streams["audio"]
+        return found.streams["video"]
+
+    box, three, ends = (0.0, 0.5, 0.5, 0.5), RegionConfig(frames=3), RegionConfig(at=(0, -1))
+    assert one(RegionConfig(box=box), given="outside") == StreamTask(given="outside", box=box)
+    assert one(three, given="prefix") == StreamTask(given="prefix", frames=(3, 3))
+    assert one(three, given="random", frames=(1, 2)) == StreamTask(given="random", frames=(3, 3))
+    assert one(ends, given="prefix") == StreamTask(given="at", at=(0, -1))
+    assert one(ends, given="at", at=(2,)) == StreamTask(given="at", at=(0, -1))
+    assert one(RegionConfig(), given="every", frames=(2, 4)).frames == (2, 4)
+    for region, settings, message in (
+        (
+            RegionConfig(box=box),
+            {"given": "prefix"},
+            r"box: \[.*\]: the task gives no",
+        ),
+        (three, {"given": "inside"}, "frames: 3: the task gives no part"),
+        (ends, {}, r"at: \[0, -1\]: the task gives no part"),
+        (RegionConfig(frames=1), {"given": "every", "frames": (2, 2)}, "must be the least and"),
+        (RegionConfig(box=(0.5, 0.5, 0.6, 0.5)), {"given": "inside"}, "within it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            one(region, **settings)
+    with pytest.raises(ConfigError, match="give how many frames, or which"):
+        RegionConfig(frames=1, at=(0,))
 
 
 def test_levels_of_streams_and_frames() -> None:

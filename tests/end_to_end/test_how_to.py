@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kinodit.data.media import read_mp4
 from kinodit.launch.cli import main
 from kinodit.models.random import generator
+from kinodit.trainer.gallery import NOT_GIVEN
 from tests.support.ranks import ROOT
 from tests.support.recipes import write_clips
 
@@ -49,8 +51,8 @@ def test_tasks_are_trained_and_sampled_as_written(
     (recipe,) = re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
     (tmp_path / "recipe.yaml").write_text(recipe)
     commands = re.findall(r"^\$ kinodit (.*)$", document, re.MULTILINE)
-    assert len(commands) == 7
-    lengths, negatives = [], []
+    assert len(commands) == 8
+    lengths, negatives, parts = [], [], []
     for command in commands:
         assert main(shlex.split(command)) == 0, capsys.readouterr().err
         folder = tmp_path / "runs" / "tasks" / "samples" / "manual"
@@ -58,8 +60,15 @@ def test_tasks_are_trained_and_sampled_as_written(
             (entry,) = json.loads((folder / "index.json").read_text())
             lengths.append((entry["num_frames"], "sound" in entry))
             negatives.append(entry.get("negative"))
-    assert lengths == [(5, True), (5, False), (5, True), (9, True), (13, True)]
-    assert negatives == ["noise, a jump", None, None, None, None]
+            parts.append(entry.get("given"))
+            if "--box" in command:
+                # The box that was asked for, the lower half, is grey, as far as mp4 keeps it.
+                given, _ = read_mp4(folder / entry["given"])
+                hole = np.abs(given.astype(int) - NOT_GIVEN).max(-1) < 12
+                assert hole[:, 8:].mean() > 0.8 and hole[:, :7].mean() < 0.1
+    assert lengths == [(5, True), (5, False), (5, False), (5, True), (9, True), (13, True)]
+    assert negatives == ["noise, a jump", None, None, None, None, None]
+    assert parts == [None, "000.given.mp4", "000.given.mp4", None, None, None]
     losses = [
         json.loads(line)
         for line in (tmp_path / "runs" / "tasks" / "metrics.jsonl").read_text().splitlines()

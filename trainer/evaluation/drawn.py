@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kinodit.data.decode import DecodedSample
 from kinodit.data.encode import AUDIO, TEXT, VIDEO, SampleEncoder
+from kinodit.data.tasks import RegionConfig
 from kinodit.models.encoders.features import Extractor
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.evaluation.edit import compare_edit
@@ -70,7 +71,9 @@ class DrawnSamples:
         Of a video that is given in part, "fill" says how near the rest is, beside a copy.
         """
         config = self.config.tasks[task]
-        settings = dataclasses.replace(self.config.sample, task=task, given="")
+        settings = dataclasses.replace(
+            self.config.sample, task=task, given="", region=RegionConfig()
+        )
         if config.stream(TEXT, True).use == "absent":
             settings = dataclasses.replace(settings, negative="")
         shape = clip_shape(self.config)

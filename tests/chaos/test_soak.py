@@ -82,7 +82,7 @@ def soaked(recipe: Path, size: str) -> tuple[Path, tuple[str, ...]]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, "-m", "kinodit", *demo], env=environment, check=True)
     return ROOT / "configs" / "t2v_tiny.yaml", (
-        "run.steps=6000",
+        "run.steps=8000",
         f"run.out_dir={root}",
         f"data.datasets.theatre.path={root / 'data'}",
         "parallel.dp_replicate=2",
@@ -91,7 +91,8 @@ def soaked(recipe: Path, size: str) -> tuple[Path, tuple[str, ...]]:
         "log.every_steps=1",
         f"resilience.hang_s={HANG_S}",
         "resilience.max_fruitless_restarts=0",
-        "resilience.checksum_every_steps=5",
+        # A flipped bit is found when it would be saved.
+        "resilience.checksum_every_steps=10",
     )
 
 
@@ -99,7 +100,7 @@ def test_thirty_faults_leave_the_curve_alone(
     soaked: tuple[Path, tuple[str, ...]], recipe: Path, lives: Lives, size: str
 ) -> None:
     trained, base = soaked
-    num_faults, steps, every = (30, 6_000, 10) if size == "full" else (6, 60, 5)
+    num_faults, steps, every = (30, 8_000, 10) if size == "full" else (6, 60, 5)
     kinds = sampled(KINDS, num_faults, size, "soak")
     root = recipe.parent
     assert lives.run(Start(trained, (*base, "run.name=quiet"), wall_s=6000.0)).codes == [0, 0]

@@ -30,6 +30,24 @@ FOREIGN = {
     "data_efficiency": "data",
 }
 """Keys of DeepSpeed's config that a recipe decides elsewhere: key -> section of the recipe."""
+OFFLOADS = {"offload_optimizer": "offload_optimizer", "offload_param": "offload_params"}
+"""Keys below zero_optimization -> what decides in a recipe whether there is such a thing."""
+OTHER_RULES = ("zenflow", "mics_shard_size", "mics_hierarchical_params_gather")
+"""Keys below zero_optimization that would update, or partition, by another rule."""
+PASSED = (
+    "comet",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "log_level",
+    "memory_breakdown",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+)
+"""Keys that watch and change nothing. DeepSpeed says nothing of keys that it does not know."""
 
 
 def zero_config(engine: DeepSpeedConfig, precision: PrecisionConfig) -> dict[str, Any]:
@@ -52,12 +70,31 @@ def conflict(engine: DeepSpeedConfig, precision: PrecisionConfig) -> str:
         known: Any = derived
         for part in key.split("."):
             known = known.get(part, None) if isinstance(known, dict) else None
+        if known is None and (reason := _unwanted(engine, key.split("."))):
+            return f"engine.extra.{key}: {reason}"
         if known is not None and known != value:
             return (
                 f"engine.extra.{key}={value} contradicts {known}, which follows from the recipe: "
                 "remove it"
             )
     return ""
+
+
+def _unwanted(engine: DeepSpeedConfig, parts: list[str]) -> str:
+    """Why DeepSpeed is not told a key that the recipe says nothing of; "" if it is."""
+    first, second = parts[0], parts[1] if len(parts) > 1 else ""
+    if first == "zero_optimization":
+        if second in OFFLOADS and getattr(engine, OFFLOADS[second]) == "none":
+            return f"nothing is offloaded; set engine.{OFFLOADS[second]}"
+        if second in OTHER_RULES:
+            return "the recipe's stage and sections decide what is partitioned, and how it learns"
+        return ""
+    if first in PASSED:
+        return ""
+    return (
+        "there is no such key that a recipe may pass on: there are zero_optimization's and "
+        + ", ".join(PASSED)
+    )
 
 
 def _derived(engine: DeepSpeedConfig, precision: PrecisionConfig) -> dict[str, Any]:

@@ -62,6 +62,14 @@ DISTRIBUTED = megatron(data_parallel="distributed_optimizer")
         (zero(extra={"optimizer": {"type": "Adam"}}), "section optim decides that"),
         (zero(extra={"data_efficiency": {"enabled": True}}), "section data decides that"),
         (zero(extra={"prescale_gradients": True}), "contradicts False"),
+        (zero(extra={"wall_clock_breakdwn": True}), "no such key that a recipe may pass on"),
+        (zero(extra={"data_types": {"param_dtype": "fp16"}}), "no such key"),
+        (zero(extra={"progressive_layer_drop": {"enabled": True}}), "no such key"),
+        (
+            zero(extra={"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}),
+            "set engine.offload_optimizer",
+        ),
+        (zero(stage=3, extra={"zero_optimization": {"mics_shard_size": 2}}), "what is partitioned"),
         (
             zero(extra={"zero_optimization": {"zero_quantized_weights": True}}),
             "zero_quantized_weights=True contradicts",
@@ -93,6 +101,12 @@ def test_refused_with_the_reason_and_what_to_change(wish: Wish, reason: str) -> 
         zero(stage=3, hpz=2, offload_params="cpu"),
         zero(stage=3, offload_params="nvme", offload_optimizer="nvme", nvme_path="/disk"),
         zero(extra={"zero_optimization": {"reduce_bucket_size": 1000}}),
+        zero(extra={"wall_clock_breakdown": True, "comms_logger": {"enabled": True}}),
+        zero(extra={"gradient_clipping": 0.0}),
+        zero(
+            offload_optimizer="cpu",
+            extra={"zero_optimization": {"offload_optimizer": {"buffer_count": 5}}},
+        ),
         replace(zero(stage=3), parallel=ParallelConfig(cp=2, tp=2), precision=BF16),
         replace(megatron(), parallel=ParallelConfig(ep=2)),
         replace(DISTRIBUTED, parallel=ParallelConfig(cp=2, tp=2), precision=BF16),

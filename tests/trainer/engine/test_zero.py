@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kinodit.data.synthetic import SyntheticStream, synthetic_pack
+from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.certify.layouts import parse_layouts
 from kinodit.trainer.certify.run import Case, Certifier
@@ -193,6 +194,18 @@ def test_skipped_steps_leave_no_trace_and_loaded_state_goes_on_bit_equal(
     config: DeepSpeedConfig, small: Twin, two: Ranks
 ) -> None:
     two.run(life, small, config)
+
+
+def misspelt(rank: int, world_size: int, twin: Twin) -> str:
+    extra = {"zero_optimization": {"reduce_bucket_sizes": 1000}}
+    with pytest.raises(ConfigError) as caught:
+        engine_of(twin, rank, world_size, DeepSpeedConfig(stage=2, extra=extra))
+    return str(caught.value)
+
+
+def test_keys_that_deepspeed_does_not_know_are_refused(small: Twin, two: Ranks) -> None:
+    for message in two.run(misspelt, small):
+        assert "engine.extra: DeepSpeed 0." in message and "reduce_bucket_sizes: Extra" in message
 
 
 def loaded(rank: int, world_size: int, twin: Twin) -> list[str]:

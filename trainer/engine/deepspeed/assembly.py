@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
+from kinodit.models.errors import ConfigError
 from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.config import DeepSpeedConfig
 from kinodit.trainer.engine.deepspeed.driver import driver_class
@@ -47,13 +49,14 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
     files = Files(settings.nvme_path) if settings.nvme_path else None
     library = load(mesh.device)
     mpu = tell_groups(mesh, settings.hpz)
+    told = zero_config(settings, wish.precision)
+    config = _checked(library, told, mpu)
     group = partition_group(mesh)
     whole = copy.deepcopy(model)
     parallelize(whole, mesh, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
     shells = Shells.of(whole, group)
     unsharded = replace(mesh, device_mesh=None)
     parallelize(model, unsharded, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
-    told = zero_config(settings, wish.precision)
     if settings.stage == 3:
         from deepspeed.runtime.zero.partition_parameters import Init
         from deepspeed.utils import groups
@@ -83,7 +86,7 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
         optimizer=optimizer.adamw,
         mpu=mpu,
         config=told,
-        config_class=library.DeepSpeedConfig(told, mpu),
+        config_class=config,
         dist_init_required=False,
     )
     own_buffers(model, mesh.device, wish.precision.params_dtype)
@@ -96,6 +99,25 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
     zero = ZeroEngine(engine, model, optimizer, partitions, shells, mesh, wish.precision)
     zero.start_from(values)
     return zero
+
+
+def _checked(library: Any, told: dict[str, Any], mpu: Any) -> Any:
+    """DeepSpeed's own reading of what it is told.
+
+    Raises:
+        ConfigError: it does not know a key, or not such a value.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return library.DeepSpeedConfig(told, mpu)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ConfigError(
+            f"engine.extra: DeepSpeed {library.__version__} does not take it: {faults}"
+        ) from None
 
 
 def _put_in(

@@ -109,6 +109,7 @@ OVER_RANKS = [
         for layout in ("dp_shard=2", "tp=2", "cp=2")
     ),
     pytest.param("t2v_tiny", "tp=2", MegatronConfig(), id="core"),
+    pytest.param("t2v_tiny", "tp=2", MegatronConfig(sequence_parallel=False), id="core no sp"),
     pytest.param(*DEALT, MegatronConfig(dispatcher="alltoall"), id="alltoall"),
     pytest.param(
         *DEALT, MegatronConfig(dispatcher="flex"), id="flex", marks=needs("deep_ep", "DeepEP")

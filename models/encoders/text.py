@@ -34,7 +34,8 @@ class TransformersTextConfig(TextEncoderConfig):
                     the tokenizer
     package:        instead of `path`: an installed Python package that carries such a folder
     tokenizer_path: folder of the tokenizer, where it is not beside the weights
-    max_tokens:     longer captions are cut
+    max_tokens:     longer captions are cut; also those with more tokens than the model has places
+                    for (77 of CLIP)
     layer:          whose output the features are: -1 the last one's after the final norm, -2 the
                     one before it, ... as the model's `hidden_states` count
     layers:         instead of `layer`: several, whose outputs are one token's features side by side
@@ -118,6 +119,7 @@ class TransformersTextEncoder:
         self._model.eval().requires_grad_(False)
         self._entry: nn.Module = self._model
         self._resident: Resident | None = None
+        self._most_ids = min([config.max_tokens, *_num_places(self._model)])
         if not config.shard:
             self._place()
         text_config = self._model.config.get_text_config()
@@ -188,7 +190,7 @@ class TransformersTextEncoder:
 
     def _token_ids(self, caption: str) -> list[int]:
         text = self._config.template.replace(CAPTION, caption)
-        limit = self._config.max_tokens
+        limit = self._most_ids
         ids: list[int] = self._tokenizer(text, truncation=True, max_length=limit)["input_ids"]
         if len(ids) > self._config.skip_tokens:
             return ids
@@ -275,6 +277,18 @@ class _Entry(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
+
+
+def _num_places(model: Any) -> list[int]:
+    """How many tokens a model with a table of places takes; none of one that has no table."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("position_embedding", "position_embeddings")
+        and isinstance(module, nn.Embedding)
+    ]
+    # A table with a row for padding begins after it, as that of RoBERTa.
+    return [t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables]
 
 
 def _blocks(model: Any) -> list[nn.Module]:

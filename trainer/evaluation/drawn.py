@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kinodit.data.decode import DecodedSample
-from kinodit.data.encode import AUDIO, TEXT, VIDEO, SampleEncoder
-from kinodit.data.tasks import RegionConfig
+from kinodit.data.encode import AUDIO, IMAGE, TEXT, VIDEO, SampleEncoder
+from kinodit.data.tasks import RegionConfig, TaskConfig
 from kinodit.models.encoders.features import Extractor
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.evaluation.edit import compare_edit
@@ -53,16 +53,18 @@ class DrawnSamples:
     def from_captions(self) -> dict[str, Any]:
         """Clips as `sample` of the recipe has them, for the captions of the validation set.
 
-        Still images among its clips are drawn as such, and have figures of their own, "pictures".
+        Without its task, if that is given more than captions, or draws pictures beside. Still
+        images among the clips are drawn as such, and have figures of their own, "pictures".
         """
-        shape = clip_shape(self.config)
+        shape, settings = clip_shape(self.config), self.config.sample
+        task = self.config.tasks.get(settings.task)
+        if task is not None and not takes_captions_alone(task):
+            settings = dataclasses.replace(settings, task="", given="", region=RegionConfig())
         stills = [s for s in self.own if shape.num_frames > 1 and _is_still(s)]
         clips = [s for s in self.own if s not in stills]
-        figures = self._figures(clips, self.config.sample, shape, self.folder, [])
+        figures = self._figures(clips, settings, shape, self.folder, [])
         still = dataclasses.replace(shape, num_frames=1, num_samples=0)
-        pictures = self._figures(
-            stills, self.config.sample, still, self.folder / PICTURES_FOLDER, []
-        )
+        pictures = self._figures(stills, settings, still, self.folder / PICTURES_FOLDER, [])
         return {**figures, "pictures": pictures} if pictures["num_samples"] else figures
 
     def by_task(self, task: str) -> dict[str, Any]:
@@ -200,6 +202,15 @@ def _with_edit(measured: Measured, clip: Clip | None, sample: DecodedSample) -> 
     if clip.video.shape != real.shape:
         return measured  # a sample that keeps its own size
     return dataclasses.replace(measured, edited=compare_edit(clip.video, real, references))
+
+
+def takes_captions_alone(task: TaskConfig) -> bool:
+    """Whether a caption is enough to draw a clip of a task, and nothing but the clip is drawn."""
+    return all(
+        stream.use != "clean" and stream.given == "none" and stream.references == "absent"
+        for name, stream in task.streams.items()
+        if name in (VIDEO, IMAGE, AUDIO)
+    )
 
 
 def _is_still(sample: DecodedSample) -> bool:

@@ -23,11 +23,17 @@ TRUTHS = (
 )
 """In the order in which they are shown."""
 
+SHARES = {
+    "object", "direction", "sound", "everything_named", "onset_within_a_frame", "within_a_frame",
+    "nearer_than_copy",
+}  # fmt: skip
+"""Figures that are shares of the clips."""
 LAGS = (
     ("lag_frames", "picture to sound, frames"),
     ("within_a_frame", "picture and sound within a frame"),
 )
 
+OF_PIXELS = " (pixels 0 to 1)"
 PICTURES = "pictures from captions"
 """Still images that were drawn from captions beside clips: no task can have this name."""
 
@@ -95,14 +101,16 @@ def sample_rows(figures: Mapping[str, Any]) -> list[FigureRow]:
             ("copy", _text(fill.get("copy_error"))),
             ("codec", _text(fill.get("codec_error"))),
         )
-        rows.append(FigureRow("error of what is filled in", _text(fill.get("fill_error")), (copy,)))
-        rows.append(FigureRow("clips nearer than a copy", _text(fill.get("nearer_than_copy"))))
-        rows.append(FigureRow("error of what is given", _text(fill.get("kept_error")), (codec,)))
+        filled, kept = _text(fill.get("fill_error")), _text(fill.get("kept_error"))
+        rows.append(FigureRow(f"error of what is filled in{OF_PIXELS}", filled, (copy,)))
+        rows.append(_beside("clips nearer than a copy", fill, "nearer_than_copy"))
+        rows.append(FigureRow(f"error of what is given{OF_PIXELS}", kept, (codec,)))
     edit = _mapping(figures.get("edit"))
     if edit:
         copy = ("copy of the last reference", _text(edit.get("copy_error")))
-        rows.append(FigureRow("error to the real picture", _text(edit.get("error")), (copy,)))
-        rows.append(FigureRow("nearer than the copy", _text(edit.get("nearer_than_copy"))))
+        error = _text(edit.get("error"))
+        rows.append(FigureRow(f"error to the real picture{OF_PIXELS}", error, (copy,)))
+        rows.append(_beside("nearer than the copy", edit, "nearer_than_copy"))
     return rows
 
 
@@ -141,10 +149,13 @@ def summary(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _beside(label: str, figures: Mapping[str, Any], name: str) -> FigureRow:
     """A figure with what the data reach, and chance."""
     kinds = (("data", "real"), ("chance", "chance"), ("of others", "other"))
+    form = ".1%" if name in SHARES else ".3g"
     found = [
-        (said, _text(figures[f"{name}_{key}"])) for said, key in kinds if f"{name}_{key}" in figures
+        (said, _text(figures[f"{name}_{key}"], form))
+        for said, key in kinds
+        if f"{name}_{key}" in figures
     ]
-    return FigureRow(label, _text(figures[name]), tuple(found))
+    return FigureRow(label, _text(figures.get(name), form), tuple(found))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -157,4 +168,5 @@ def _number(value: Any, otherwise: float = math.nan) -> float:
 
 def _text(value: Any, form: str = ".3g") -> str:
     number = _number(value)
-    return "–" if math.isnan(number) else format(number, form)
+    text = "–" if math.isnan(number) else format(number, form)
+    return text.replace("%", " %")

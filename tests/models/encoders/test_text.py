@@ -154,6 +154,15 @@ def test_long_captions_are_cut(saved: Callable[[str], Path]) -> None:
     assert features.tokens.shape[0] == 4
 
 
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_no_caption_is_too_long_for_a_model(kind: str, saved: Callable[[str], Path]) -> None:
+    """CLIP here has 32 places, fewer than the default of `max_tokens`."""
+    features = encoder(saved(kind)).encode([CAPTIONS[0], f"{CAPTIONS[0]} " * 200])
+    short, long = (len(feature.tokens) for feature in features)
+    assert short < long == (32 if "clip" in kind else 128)
+    assert all(bool(feature.tokens.isfinite().all()) for feature in features)
+
+
 def test_batches_of_captions_do_not_matter(saved: Callable[[str], Path]) -> None:
     together = encoder(saved("qwen")).encode(CAPTIONS)
     apart = encoder(saved("qwen"), batch_size=1).encode(CAPTIONS)

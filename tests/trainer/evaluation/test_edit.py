@@ -37,8 +37,8 @@ def test_figures_are_of_all_samples() -> None:
     assert figures["nearer_than_copy"] == pytest.approx(1 / 3)
     rows = sample_rows({"edit": figures})
     assert [(row.label, row.value) for row in rows] == [
-        ("error to the real picture", "0.141"),
-        ("nearer than the copy", "0.333"),
+        ("error to the real picture (pixels 0 to 1)", "0.141"),
+        ("nearer than the copy", "33.3 %"),
     ]
     assert rows[0].beside == (("copy of the last reference", "0.163"),)
 
@@ -65,13 +65,14 @@ def test_edits_of_a_run_are_measured(tmp_path: Path) -> None:
         modalities={"video": {"codec": {"name": "wavelet", "temporal_levels": 0}}},
         data={"num_frames": 1, "fps": 1, "max_references": 1},
         eval={"num_samples": 6, "ema": "main"},
-        sample={"sampler": {"steps": 1}},
+        sample={"sampler": {"steps": 1}, "task": "edit"},
         tasks={"edit": {"streams": {"video": {"references": "clean"}}}, "picture": {}},
     )
     assert main(["train", str(recipe)]) == 0
     assert main(["evaluate", str(tmp_path / "runs" / "tiny"), "--tasks", "all"]) == 0
     (file,) = (tmp_path / "runs" / "tiny" / "evaluation").glob("*/evaluation.json")
     figures = json.loads(file.read_text())
+    # From captions alone all are drawn, though the recipe's samples are edits.
     assert figures["num_samples"] == 6 and "pictures" not in figures and "fid" in figures
     edit = figures["tasks"]["edit"]
     assert edit["num_samples"] == 4 and "edit" not in figures["tasks"]["picture"]

@@ -76,6 +76,8 @@ def test_every_kind_of_extractor_has_its_figure() -> None:
     row = next(row for row in sample_rows(figures) if row.label.startswith("picture to sound"))
     assert row.label == "picture to sound, frames (our synchrony)" and row.value == "2"
     assert row.beside == (("data", "0"), ("chance", "3"))
+    share = next(row for row in sample_rows(figures) if "within a frame" in row.label)
+    assert (share.value, share.beside) == ("0.0 %", (("data", "100.0 %"), ("chance", "25.0 %")))
 
 
 def test_clips_without_sound_and_stills_have_no_synchrony() -> None:

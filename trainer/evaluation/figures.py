@@ -28,6 +28,9 @@ DISTANCES = {
 """What is computed of features of each kind."""
 STREAM_OF = {"picture": "video", "video": "video", "sound": "audio"}
 """Whose features these are."""
+TRUTH_OF = {"object": "video", "direction": "video", "colour_error": "video", "sound": "audio"}
+"""Whose what is found is: of a stream that is given it is known, and says nothing."""
+EVERYTHING = "everything_named"
 LAGS = ("lag_frames", "within_a_frame")
 """Figures of how far sounds are from what is seen."""
 BOUNCE = "bounce"
@@ -145,6 +148,7 @@ def figures_of(
     known = [(m.told, m.seen) for m in real if m.seen is not None]
     if shown and known:
         truth = compare([t for t, _ in shown], [s for _, s in shown], known)
+        truth = of_generated(truth, generated)
         if truth:
             figures["truth"] = truth
     bounces = compare_events([m.events for m in made if m.events is not None])
@@ -159,3 +163,11 @@ def figures_of(
     if edit:
         figures["edit"] = edit
     return figures
+
+
+def of_generated(truth: Mapping[str, Any], generated: Sequence[str]) -> dict[str, Any]:
+    """What was found of streams that were generated, and of both together if both were."""
+    known = [name for name, stream in TRUTH_OF.items() if stream not in generated]
+    if any(name in truth for name in known):
+        known.append(EVERYTHING)
+    return {key: value for key, value in truth.items() if not key.startswith(tuple(known))}

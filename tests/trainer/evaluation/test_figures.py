@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kinodit.models.encoders.features import Extractor, ExtractorConfig, Kind
-from kinodit.trainer.evaluation.figures import Measured, Media, figures_of, measure
+from kinodit.trainer.evaluation.figures import Measured, Media, figures_of, measure, of_generated
 from kinodit.trainer.evaluation.table import sample_rows
 from kinodit.trainer.evaluation.truth import Told
 
@@ -91,3 +91,17 @@ def test_clips_without_sound_and_stills_have_no_synchrony() -> None:
     assert set(alone["our synchrony"]) == {
         "lag_frames", "within_a_frame", "lag_frames_chance", "within_a_frame_chance",
     }  # fmt: skip
+
+
+def test_what_was_given_is_not_counted_as_found() -> None:
+    kinds = ("object", "direction", "sound", "everything_named")
+    truth = {f"{name}{of}": 1.0 for name in kinds for of in ("", "_real", "_chance")}
+    truth |= {"colour_error": 0.1, "colour_error_other": 0.2, "onset_lag_frames": 0.5}
+    assert of_generated(truth, ["video", "audio"]) == truth
+    sound = {"sound", "sound_real", "sound_chance", "onset_lag_frames"}
+    assert set(of_generated(truth, ["audio"])) == sound
+    video = of_generated(truth, ["video"])
+    assert set(video).isdisjoint(sound - {"onset_lag_frames"}) and "everything_named" not in video
+    assert video["object"] == 1 and video["colour_error_other"] == 0.2
+    silent = {name: value for name, value in truth.items() if not name.startswith("sound")}
+    assert of_generated(silent, ["video"]) == silent, "there was no sound to give"

@@ -18,6 +18,7 @@ FAMILIES = {
     "balance": "loader_balance",
     "indexing": "loader_indexing",
     "reading": "loader_reading",
+    "remote": "loader_remote",
 }
 """Name of a family -> its module beside this file."""
 

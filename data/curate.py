@@ -14,7 +14,7 @@ from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, too_slow
@@ -26,6 +26,7 @@ from kinodit.data.probe import MediumError, MediumFacts
 from kinodit.data.reader import SampleError, ShardReader
 from kinodit.data.record import SCHEMA, Record, parse_meta
 from kinodit.data.scores import measure
+from kinodit.data.shots import Shots, require_shots
 from kinodit.data.writer import DEFAULT_SHARD_BYTES, DatasetWriter
 from kinodit.models.errors import UserError
 
@@ -49,6 +50,7 @@ def curate(
     destination: Path | str,
     *,
     with_text: bool = False,
+    shots: Shots = "own",
     workers: int = 2,
     limits: DecodeConfig = LIMITS,
     name: str = "",
@@ -65,6 +67,7 @@ def curate(
         source: a dataset on a file system.
         destination: a folder that does not exist, or is empty.
         with_text: also how much of the picture is text.
+        shots: what finds shot cuts.
         workers: processes that measure.
         limits: of decoding; a medium may take `decode_limit_s`.
         name: of the copy; that of its folder by default.
@@ -74,16 +77,18 @@ def curate(
     Raises:
         CurateError: no process is asked for.
         ManifestError, WriterError: the source or the destination cannot be used.
-        MissingExtraError: `with_text`, and its detector is not installed.
+        MissingExtraError: what finds text, or cuts, is not installed.
     """
     if workers < 1:
         raise CurateError(f"{workers} workers measure nothing: at least 1 is needed")
     dataset = Dataset(source)
     if with_text:
         TextDetector()
+    require_shots(shots)
     left_out: list[tuple[str, str]] = []
     reader = ShardReader(dataset)
-    jobs = [(str(dataset.directory), index, with_text, limits) for index in range(len(dataset))]
+    folder = str(dataset.directory)
+    jobs = [_Job(folder, index, with_text, shots, limits) for index in range(len(dataset))]
     with (
         DatasetWriter(destination, name, shard_bytes) as writer,
         ThreadPoolExecutor(workers) as threads,
@@ -100,8 +105,14 @@ def curate(
     return CurateReport(Manifest.load(Path(destination)), tuple(left_out))
 
 
-_Job = tuple[str, int, bool, DecodeConfig]
-"""Folder, sample, whether text is looked for, limits."""
+class _Job(NamedTuple):
+    """What a process is asked: sample `number` of the dataset in a folder."""
+
+    directory: str
+    number: int
+    with_text: bool
+    shots: Shots
+    limits: DecodeConfig
 
 
 def _in_order(
@@ -125,11 +136,11 @@ def _processes(count: int) -> Iterator[Callable[[_Job], Answer]]:
     def ask(job: _Job) -> Answer:
         process = free.get()
         try:
-            return process.ask(lambda link, pid, is_new: link.send(job), job[-1].decode_limit_s)
+            return process.ask(lambda link, pid, is_new: link.send(job), job.limits.decode_limit_s)
         except CrashedError:
             reason = "its decoder crashed, and did so again in a new process"
         except HungError:
-            reason = f"{too_slow(job[-1])}: its decoder hung and was killed"
+            reason = f"{too_slow(job.limits)}: its decoder hung and was killed"
         finally:
             free.put(process)
         return {"key": "", "refused": reason}
@@ -150,14 +161,13 @@ def _serve(link: Connection) -> None:
 
 def _measured(job: _Job) -> Answer:
     """What is found of one sample: its key, and why it is refused, or scores, cuts and size."""
-    directory, index, with_text, limits = job
     try:
-        record = _reader(directory).read(index)
+        record = _reader(job.directory).read(job.number)
     except SampleError as error:
         return {"key": error.key, "refused": str(error)[:4000]}
     try:
         known = known_meta(record)
-        found = measure(record, limits, _detector() if with_text else None)
+        found = measure(record, job.limits, _detector() if job.with_text else None, job.shots)
     except (DecodeError, MediumError) as error:
         return {"key": record.key, "refused": str(error)[:4000]}
     facts = {part.name: getattr(known, part.name) for part in fields(MediumFacts)}

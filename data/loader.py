@@ -17,6 +17,7 @@ from kinodit.data.decode import DecodedSample
 from kinodit.data.manifest import Dataset
 from kinodit.data.plan import SampleRef, assign, plan
 from kinodit.data.quarantine import Replacement
+from kinodit.data.remote import Traffic
 from kinodit.data.samples import Loaded, LoadError, SampleSource, Settled
 from kinodit.data.shared_media import SharedMedia
 from kinodit.data.spec import PlanSpec
@@ -134,6 +135,11 @@ class Loader:
 
         packs = tuple(tuple(map(same, pack)) for pack in data.packs)
         return replace(data, packs=packs, replaced=tuple(replaced.values()))
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was fetched from elsewhere so far, by this process."""
+        return self._samples.traffic
 
     def close(self) -> None:
         """Stops decoding and waits for the threads to end. Further iteration is not possible."""

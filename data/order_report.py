@@ -16,6 +16,7 @@ from kinodit.data.fill import cost_of
 from kinodit.data.manifest import Dataset
 from kinodit.data.plan import GlobalBatch, assign, plan
 from kinodit.data.reference_counts import ReferenceCounts
+from kinodit.data.remote import MIB
 from kinodit.data.spec import DatasetSpec, PlanSpec
 
 _PIECE = 1 << 20
@@ -58,6 +59,8 @@ class Steps:
     waiting:     the sum over rounds of the costliest rank by the mean: 1 is none
     empty:       share of a round's packs that hold nothing
     shards:      different shards that a step reads from; `bytes` that it reads
+    fetched:     bytes of the blocks that all these steps fetch, by those that they use, of shards
+                 that lie elsewhere; None where none do, or no blocks are kept
     same_shard:  samples of a step from the shard of one of its samples, on average
     same_if_full: the same of a full shuffle
     """
@@ -71,6 +74,7 @@ class Steps:
     empty: float
     shards: float
     bytes: float
+    fetched: float | None
     same_shard: float
     same_if_full: float
 
@@ -200,9 +204,27 @@ def _steps(
         empty=1 - filled / (rounds * ranks),
         shards=sum(shards) / len(shards),
         bytes=sum(read) / len(read),
+        fetched=_fetched(datasets, batches),
         same_shard=sum(together) / len(together),
         same_if_full=_same_if_full(spec, datasets),
     )
+
+
+def _fetched(datasets: Mapping[str, Dataset], batches: Sequence[GlobalBatch]) -> float | None:
+    """Each block counts once: these are few steps, beside what a cache holds."""
+    blocks: dict[tuple[str, int], int] = {}
+    used = 0
+    for ref in (ref for batch in batches for pack in batch.packs for ref in pack):
+        dataset = datasets[ref.dataset]
+        if not dataset.url or dataset.storage.cache_gib <= 0:
+            continue
+        shard, offset, size = dataset.span(ref.index)
+        length = round(dataset.storage.block_mib * MIB)
+        used += size
+        for number in range(offset // length, (offset + size - 1) // length + 1):
+            left = shard.num_bytes - number * length
+            blocks[dataset.place_of(shard), number] = min(length, left)
+    return sum(blocks.values()) / used if used else None
 
 
 def _same_if_full(spec: PlanSpec, datasets: Mapping[str, Dataset]) -> float:

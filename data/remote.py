@@ -31,6 +31,18 @@ class Traffic:
     used_bytes: int = 0
     num_retries: int = 0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.fetched_bytes + other.fetched_bytes,
+            self.used_bytes + other.used_bytes,
+            self.num_retries + other.num_retries,
+        )
+
+    @property
+    def fetched_per_used(self) -> float | None:
+        """Bytes that were fetched for each that was used; None if none came from elsewhere."""
+        return self.fetched_bytes / self.used_bytes if self.used_bytes else None
+
 
 class RemoteShards:
     """Reads bytes of the shards of one remote dataset. Threads share it."""
@@ -57,9 +69,12 @@ class RemoteShards:
             return self._fetch(shard, offset, size)
         length = round(self._config.block_mib * MIB)
         first, last = offset // length, (offset + size - 1) // length
-        blocks = b"".join(self._block(shard, number, length) for number in range(first, last + 1))
-        start = offset - first * length
-        return blocks[start : start + size]
+        parts = []
+        for number in range(first, last + 1):
+            start = max(offset - number * length, 0)
+            stop = min(offset + size - number * length, length)
+            parts.append(self._part(shard, number, length, start, stop - start))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_again(self, shard: ShardEntry, offset: int, size: int) -> bytes:
         """The same past the cache: for bytes that were damaged on their way or on the disk."""
@@ -80,15 +95,16 @@ class RemoteShards:
         """Ends connections."""
         self._storage.close()
 
-    def _block(self, shard: ShardEntry, number: int, length: int) -> bytes:
+    def _part(self, shard: ShardEntry, number: int, length: int, first: int, size: int) -> bytes:
+        """`size` bytes of a block from its byte `first` on."""
         assert self._cache is not None
         start = number * length
-        size = min(length, shard.num_bytes - start)
+        whole = min(length, shard.num_bytes - start)
         name = _block_name(shard, number, length)
-        found = self._cache.block(name, lambda: self._fetch(shard, start, size))
+        found = self._cache.block(name, lambda: self._fetch(shard, start, whole), first, size)
         if len(found) != size:
             self._cache.forget(name)
-            return self._fetch(shard, start, size)
+            return self._fetch(shard, start + first, size)
         return found
 
     def _fetch(self, shard: ShardEntry, offset: int, size: int) -> bytes:

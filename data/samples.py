@@ -20,6 +20,7 @@ from kinodit.data.plan import SampleRef
 from kinodit.data.quarantine import Fault, QuarantineError, Replacement, instead, substitute
 from kinodit.data.reader import SampleError, ShardError, ShardReader
 from kinodit.data.record import Record, RecordMeta
+from kinodit.data.remote import Traffic
 from kinodit.data.shapes import Shape
 from kinodit.data.shared_media import DecodedRecord, SharedMedia
 from kinodit.data.spec import PlanSpec
@@ -126,6 +127,11 @@ class SampleSource:
             return Loaded(sample, None)
         found = Replacement(step, ref.slot, ref.dataset, ref.index, now.index, tuple(faults))
         return Loaded(sample, found)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was fetched from elsewhere so far."""
+        return sum((reader.traffic for reader in self._readers.values()), Traffic())
 
     def forget(self, before_step: int) -> None:
         """Lets go of what is shared for earlier steps."""

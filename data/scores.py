@@ -1,4 +1,4 @@
-"""What can be measured of a clip without a model: shot cuts, motion, sharpness, silence.
+"""What can be measured of a clip: shot cuts, motion, sharpness, silence.
 
 Shape legend: T frames, H rows, W columns; luma is float32 in [0, 1], sound float32 in [-1, 1].
 """
@@ -6,7 +6,7 @@ Shape legend: T frames, H rows, W columns; luma is float32 in [0, 1], sound floa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +18,7 @@ from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, codec_of, open_medium, within_limit
 from kinodit.data.ocr import TextDetector
 from kinodit.data.record import Record
+from kinodit.data.shots import ShotFinder, Shots, shot_finder
 from kinodit.data.sound import resampled
 
 Array = NDArray[np.float32]
@@ -32,10 +33,6 @@ STILLNESS = 0.004
 CLARITY_SIDE = 256
 CLARITY_FPS = 1.0
 TEXT_EVERY_S = 2.0
-CUT_STEP, CUT_RATIO, CUT_ALONE = 0.08, 4.0, 1.5
-"""A cut changes pixels by so much on average, so many times as much as frames around it do, and as
-the one of them that changes most: a flash changes them twice."""
-CUT_AROUND = 3
 SILENCE_DBFS = -50.0
 SILENCE_WINDOW_S = 0.02
 SOUND_RATE = 16_000
@@ -49,7 +46,12 @@ class Measured:
     cuts_s: tuple[float, ...] = ()
 
 
-def measure(record: Record, limits: DecodeConfig, detector: TextDetector | None = None) -> Measured:
+def measure(
+    record: Record,
+    limits: DecodeConfig,
+    detector: TextDetector | None = None,
+    shots: Shots = "own",
+) -> Measured:
     """The scores of a medium, of those that it can have.
 
     motion:  how fast parts of the picture move, mean over blocks and time, in longer sides a second
@@ -59,12 +61,16 @@ def measure(record: Record, limits: DecodeConfig, detector: TextDetector | None 
     silence: share of the sound that is below -50 dBFS, in windows of 20 ms
     ocr:     largest share of a frame that is text, if there is a `detector`
 
-    `limits` are those of decoding. Raises DecodeError.
+    `limits` are those of decoding; `shots` says by what cuts are found.
+
+    Raises:
+        DecodeError: the medium is damaged, or above the limits.
+        MissingExtraError: what finds cuts is not installed.
     """
     scores: dict[str, float] = {}
     cuts: tuple[float, ...] = ()
     if record.meta.modality != "audio":
-        pictures = _Pictures(detector)
+        pictures = _Pictures(detector, shot_finder(shots))
         with open_medium(record, limits) as container:
             if not container.streams.video:
                 raise DecodeError("there is no picture in it")
@@ -78,7 +84,7 @@ def measure(record: Record, limits: DecodeConfig, detector: TextDetector | None 
         if detector is not None:
             scores["ocr"] = max(pictures.text_shares)
         if record.meta.modality == "video":
-            found = shot_cuts(pictures.changes)
+            found = pictures.finder.cuts()
             cuts = tuple(pictures.times_s[place] for place in found)
             scores["cuts"] = float(len(cuts))
             scores["motion"] = pictures.motion(set(found))
@@ -92,16 +98,16 @@ def measure(record: Record, limits: DecodeConfig, detector: TextDetector | None 
 class _Pictures:
     """Takes frames one after the other and keeps what the measures need of them."""
 
-    def __init__(self, detector: TextDetector | None) -> None:
+    def __init__(self, detector: TextDetector | None, finder: ShotFinder) -> None:
         from av.video.reformatter import VideoReformatter
 
+        self.finder = finder
         self._detector = detector
         self._reformatter = VideoReformatter()
         self._last: Array | None = None
         self._sparse: list[tuple[int, float, Array]] = []
         self._next_clarity_s = self._next_text_s = -math.inf
         self.times_s: list[float] = []
-        self.changes: list[float] = []
         self.clarities: list[float] = []
         self.text_shares: list[float] = []
 
@@ -124,7 +130,7 @@ class _Pictures:
             self.text_shares.append(self._detector.share(frame.to_ndarray(format="rgb24")))
             self._next_text_s = time_s + TEXT_EVERY_S
         self.times_s.append(time_s)
-        self.changes.append(change)
+        self.finder.add(frame, change)
         self._last = small
 
     def motion(self, cuts: set[int]) -> float:
@@ -150,23 +156,6 @@ class _Pictures:
             (height, width), np.uint8, memoryview(plane), strides=(plane.line_size, 1)
         )
         return pixels.astype(np.float32) / np.float32(255)
-
-
-def shot_cuts(changes: Sequence[float]) -> list[int]:
-    """Frames with which a shot begins. changes: [T] mean change of luma from the frame before.
-
-    A cut stands out of the frames around it; a fast pan changes all of them alike.
-    """
-    found: list[int] = []
-    for place in range(1, len(changes)):
-        change = changes[place]
-        first, last = max(1, place - CUT_AROUND), min(len(changes), place + CUT_AROUND + 1)
-        around = [changes[other] for other in range(first, last) if other != place]
-        usual = float(np.median(around)) if around else 0.0
-        highest = max(around, default=0.0)
-        if change >= max(CUT_STEP, CUT_RATIO * usual, CUT_ALONE * highest):
-            found.append(place)
-    return found
 
 
 def displacement(one: Array, other: Array) -> float:

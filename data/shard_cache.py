@@ -51,23 +51,27 @@ class BlockCache:
             raise StorageError(f"data.storage.cache_dir: {folder}: {error.strerror}") from error
         self._touched: dict[str, float] = {}
 
-    def block(self, name: str, fetch: Callable[[], bytes]) -> bytes:
+    def block(
+        self, name: str, fetch: Callable[[], bytes], first: int = 0, size: int | None = None
+    ) -> bytes:
         """The block `name`; what `fetch` returns if no process of the node has it.
 
         name: plain, and of contents that never change
+        first, size: the part of it that is wanted; no more is read of a block that is there
         """
+        stop = None if size is None else first + size
         path = self._folder / "blocks" / name
-        found = self._read(path)
+        found = self._read(path, first, size)
         if found is not None:
             return found
         turn = int(hashlib.sha256(name.encode()).hexdigest(), 16) % NUM_LOCKS
         with self._lock(f"{turn:03d}"):
-            found = self._read(path)
+            found = self._read(path, first, size)
             if found is not None:
                 return found
             data = fetch()
             self._put(path, data)
-            return data
+            return data[first:stop]
 
     def forget(self, name: str) -> None:
         """Removes a block that turned out to be damaged."""
@@ -78,9 +82,11 @@ class BlockCache:
         """Bytes that are held."""
         return sum(size for _, size, _ in self._entries())
 
-    def _read(self, path: Path) -> bytes | None:
+    def _read(self, path: Path, first: int, size: int | None) -> bytes | None:
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                file.seek(first)
+                data = file.read(-1 if size is None else size)
         except FileNotFoundError:
             return None
         now = time.monotonic()

@@ -66,6 +66,9 @@ def _steps(report: OrderReport) -> list[str]:
         "no budget" if steps.used is None
         else f"{100 * steps.used:.1f} % of {report.token_budget:,} tokens used"
     )  # fmt: skip
+    fetched = ""
+    if steps.fetched is not None:
+        fetched = f"; of remote ones {steps.fetched:,.2f} bytes are fetched for each that is used"
     rows = [
         ("samples of a step", many),
         ("packs of a step", f"{steps.packs:.1f}, {budget}"),
@@ -75,7 +78,7 @@ def _steps(report: OrderReport) -> list[str]:
             f"{steps.rounds:.1f} forward passes a step; the costliest rank is {steps.waiting:.3f} "
             f"times the mean; {100 * steps.empty:.1f} % of packs are empty",
         ),
-        ("reads", f"{steps.bytes / 2**20:,.1f} MiB from {steps.shards:.1f} shards a step"),
+        ("reads", f"{steps.bytes / 2**20:,.1f} MiB from {steps.shards:.1f} shards a step{fetched}"),
         (
             "shuffling",
             f"{steps.same_shard:.1f} samples of a step share a shard, in a full shuffle "

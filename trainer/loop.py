@@ -224,6 +224,8 @@ class Loop:
         self._account(state.step, elapsed_s, _with_data_of_slowest(seconds, row, window.num_steps))
         if self.ledger is not None:
             row["goodput"] = self.ledger.goodput.share
+        if self.steps.fetched_per_used is not None:
+            row["fetched_per_used"] = self.steps.fetched_per_used
         self._report(row)
 
     def _lr(self, step: int) -> float:

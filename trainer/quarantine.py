@@ -106,6 +106,11 @@ class Quarantine:
         self._loader.close()
 
     @property
+    def fetched_per_used(self) -> float | None:
+        """Bytes that this rank fetched for each byte of a sample; None without remote shards."""
+        return self._loader.traffic.fetched_per_used
+
+    @property
     def num_bad(self) -> int:
         """Different samples of the run that were bad, over all ranks."""
         return self._quotas.num_bad

@@ -164,6 +164,12 @@ def _add_curate(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     action.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     action.add_argument(
+        "--shots",
+        choices=("own", "pyscenedetect", "transnetv2"),
+        default="own",
+        help="what finds shot cuts; the others are in the extra `shots` (default: %(default)s)",
+    )
+    action.add_argument(
         "--decode-limit-s",
         type=float,
         default=600.0,
@@ -184,6 +190,7 @@ def _curate(args: argparse.Namespace) -> int:
         args.source,
         args.destination,
         with_text=with_text,
+        shots=args.shots,
         workers=args.workers,
         limits=DecodeConfig(decode_limit_s=args.decode_limit_s),
         name=args.name,

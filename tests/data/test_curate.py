@@ -21,8 +21,9 @@ from kinodit.data.media import write_mp4
 from kinodit.data.ocr import covered, is_there
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import Record, RecordError
-from kinodit.data.scores import displacement, measure, shot_cuts
+from kinodit.data.scores import displacement, measure
 from kinodit.data.select import open_datasets, plan_spec
+from kinodit.data.shots import shot_cuts
 from kinodit.data.spec import CostModel
 from kinodit.launch.cli import main
 from kinodit.models.random import generator

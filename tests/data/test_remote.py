@@ -10,12 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from kinodit.data.config import StorageConfig
+from kinodit.data.config import DataConfig, DatasetConfig, StorageConfig
+from kinodit.data.decode import DecodedMedia, View
+from kinodit.data.loader import Loader
 from kinodit.data.manifest import Dataset, ManifestError
+from kinodit.data.order_report import collect
+from kinodit.data.picture import CENTRE
 from kinodit.data.reader import SampleError, ShardError, ShardReader
 from kinodit.data.record import Record
 from kinodit.data.remote import RemoteShards, open_dataset
+from kinodit.data.select import open_datasets, plan_spec
+from kinodit.data.spec import CostModel
 from kinodit.data.storage import StorageError, is_remote, open_storage
 from tests.data.clips import write_dataset
 from tests.data.test_reader import records
@@ -183,6 +190,35 @@ def test_traffic_is_counted(serve: Serve, config: StorageConfig, opened: Opened)
     reader.read(0)
     assert (reader.traffic.used_bytes, reader.traffic.fetched_bytes) == (size, size)
     assert reader.traffic.num_retries == 1
+    assert reader.traffic.fetched_per_used == 1.0
+
+
+def test_a_loader_says_what_was_fetched_for_what_was_used(
+    serve: Serve, config: StorageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    media = DecodedMedia(
+        torch.zeros(1, 8, 8, 3, dtype=torch.uint8), None, 8.0, 0.0, View(0, CENTRE)
+    )
+    monkeypatch.setattr("kinodit.data.samples.decode", lambda *_: media)
+    kept = replace(config, cache_gib=1.0, block_mib=0.003)
+    url = serve().url
+    settings = DataConfig(
+        datasets={"clips": DatasetConfig(url)}, storage=kept, samples_per_step=2, use_audio=False,
+        num_frames=1, height=8, width=8,
+    )  # fmt: skip
+    datasets = open_datasets(settings)
+    spec = plan_spec(settings, datasets, CostModel(4, 4), seed=0)
+    told = collect(spec, datasets, 1, COUNT // 2).steps.fetched
+    with Loader(spec, datasets, settings, end_step=COUNT // 2) as loader:
+        assert loader.traffic.fetched_per_used is None
+        assert sum(1 for _ in loader) == COUNT // 2
+        assert told == pytest.approx(loader.traffic.fetched_per_used)
+    assert told is not None and told >= 1.0
+    for num_steps in (1, 2):
+        fewer = collect(spec, datasets, 1, num_steps).steps.fetched
+        assert fewer is not None and fewer > told, "blocks hold more than these steps use"
+    plain = {"clips": open_dataset(url, config)}
+    assert collect(spec, plain, 1, 2).steps.fetched is None
 
 
 @pytest.mark.parametrize(

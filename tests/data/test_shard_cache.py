@@ -84,6 +84,21 @@ def test_it_is_bounded_and_lets_go_of_what_was_unused_the_longest(tmp_path: Path
     assert len(huge) == 11 * SIZE and cache.num_bytes <= 10 * SIZE
 
 
+def test_a_part_of_a_block_is_read_and_the_whole_is_kept(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path / "c", 20 * SIZE)
+    whole = bytes(n % 251 for n in range(SIZE))
+    asked: list[int] = []
+
+    def fetch() -> bytes:
+        asked.append(1)
+        return whole
+
+    for first, size in ((3, 5), (0, 1), (700, 300), (SIZE - 2, 2)):
+        assert cache.block("b1", fetch, first, size) == whole[first : first + size]
+    assert cache.block("b1", fetch) == whole and asked == [1]
+    assert cache.block("b1", fetch, SIZE - 2, 9) == whole[-2:], "no more than there is"
+
+
 def hold(folder: str, ready: str) -> None:
     def fetch() -> bytes:
         Path(ready).touch()

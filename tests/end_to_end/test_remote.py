@@ -33,7 +33,9 @@ def losses(root: Path, name: str, place: str, *overrides: str) -> list[float]:
     lines = (root / "runs" / name / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert not (root / "runs" / name / "quarantine.jsonl").exists()
-    assert all(row["data_wait_s"] >= 0 for row in rows if row["kind"] == "train")
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert all(row["data_wait_s"] >= 0 for row in trained)
+    assert all(("fetched_per_used" in row) == ("://" in place) for row in trained)
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 

@@ -47,6 +47,8 @@ MEDIA_TYPES = {
 MAX_EVENTS = 500
 MARKED = ("resume", "rollback", "hang", "crash", "corruption", "warning")
 """Events that the charts show as lines."""
+MAX_SHEET_BYTES = 4 << 20
+"""Of a contact sheet: larger ones are left as files."""
 RECENT = 0.1
 """Share of the rows, the last ones, that "recent" means in the figures at the top."""
 
@@ -110,6 +112,7 @@ def render(run: Run, now: float, max_media_mib: float) -> str:
         experts=expert_maps(run.train),
         evaluation=evaluation_section(run),
         embed=_embed,
+        sheet=_sheet,
         told=partial(told, run.config),
         sampled_task=str(run.config.get("sample", {}).get("task") or ""),
         drawn=[_embed(file) for file in run.drawn],
@@ -282,6 +285,14 @@ def _embed(file: SampleFile) -> dict[str, Any]:
     if file.picture is not None:
         embedded["picture"] = _data_uri(file.picture)[1]
     return embedded
+
+
+def _sheet(files: Sequence[SampleFile]) -> str:
+    """The contact sheet of the folder that these files are in; "" if there is none to show."""
+    path = files[0].path.parent / "sheet.png" if files else Path()
+    if not path.is_file() or path.stat().st_size > MAX_SHEET_BYTES:
+        return ""
+    return _data_uri(path)[1]
 
 
 def _data_uri(path: Path) -> tuple[str, str]:

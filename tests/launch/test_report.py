@@ -195,6 +195,11 @@ def test_the_newest_evaluation_is_shown_by_task(tmp_path: Path) -> None:
     assert "<b>0.0777</b><small>copy 0.134</small>" in section
     assert "<b>0.31</b><small>data 0.07</small><small>chance 2.76</small>" in section
     assert section.count("<video") == 6 + 3 + 3
+    sheets = re.findall(r'<img src="data:image/png;base64,(.*?)" alt="contact sheet">', section)
+    files = [newest, newest / "tasks" / "first_frame", newest / "tasks" / "sound_of_video"]
+    assert [base64.b64decode(src) for src in sheets] == [
+        (folder / "sheet.png").read_bytes() for folder in files
+    ]
     assert "No sample of the validation set has what it is given" in section
 
 

@@ -12,6 +12,7 @@ Shape legend: E experts, R rows here, d width.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,6 +79,7 @@ class TokenDispatch:
                     hidden_size=1,
                     num_attention_heads=1,
                     num_moe_experts=num_experts,
+                    moe_ffn_hidden_size=1,
                     moe_router_topk=1,
                     moe_router_pre_softmax=True,
                     moe_token_dispatcher_type=self.kind,
@@ -94,4 +96,6 @@ def use_dispatcher(model: nn.Module, mesh: Mesh, engine: MegatronConfig) -> None
     """Let a dispatcher of the library take rows to experts of a laid out model, if asked to."""
     if engine.dispatcher != "own":
         assert isinstance(model, MMDiT) and mesh.expert_mesh is not None
+        # Its own calls, by names that torch has given up.
+        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated")
         model.apply_experts = TokenDispatch(engine.dispatcher, mesh.expert_mesh.get_group("ep"))

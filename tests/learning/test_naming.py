@@ -57,7 +57,9 @@ SIZES = {
         ("object", "sound"),
         0.55,
     ),
-    "full": Size(SPRITES, 1200, 256, (), ("object", "direction", "sound"), 0.8),
+    "full": Size(
+        SPRITES, 3000, 256, (), ("object", "direction", "sound", "everything_named"), 0.8
+    ),
 }
 
 

@@ -58,7 +58,7 @@ SIZES = {
         0.55,
     ),
     "full": Size(
-        SPRITES, 3000, 256, (), ("object", "direction", "sound", "everything_named"), 0.8
+        SPRITES, 2000, 256, (), ("object", "direction", "sound", "everything_named"), 0.8
     ),
 }
 

@@ -48,17 +48,23 @@ def video_features(video: Tensor) -> Features:
 
 
 def sound_features(sound: Tensor, rate_hz: int) -> Features:
-    """[D] of float32 [A, N]: levels in 0 to 1 of mel bands (fastest), in each part of its time."""
-    hop = max(1, sound.shape[1] // (4 * NUM_TIMES))
-    window = 1 << max(4 * hop - 1, rate_hz // 20).bit_length()
+    """[D] of float32 [A, N]: mean and deviation of mel bands' levels (in 0 to 1) in each part.
+
+    Windows are short enough that a tone which is on and off some times a second differs from a
+    steady one: in most parts by its deviation alone.
+    """
+    window = 1 << (max(4, rate_hz // 20) - 1).bit_length()
+    hop = min(window // 4, max(1, sound.shape[1] // (4 * NUM_TIMES)))
     config = MelConfig(hop=hop, window=window, num_bands=NUM_BANDS, floor_db=-70.0)
     codec = config.build(torch.device("cpu"), SoundFormat(rate_hz, 1))
     mono = sound.mean(0, keepdim=True)[:, : hop * (sound.shape[1] // hop)]
     level = (codec.encode(mono)[:, :, 0, 0].to(torch.float64) + 1) / 2
     edges = np.linspace(0, level.shape[1], NUM_TIMES + 1).round().astype(int)
     pairs = pairwise(edges.tolist())
-    parts = [level[:, low : max(high, low + 1)].mean(1) for low, high in pairs]
-    return torch.cat(parts).numpy()
+    parts = [level[:, low : max(high, low + 1)] for low, high in pairs]
+    means = [part.mean(1) for part in parts]
+    deviations = [part.std(1, correction=0) for part in parts]
+    return torch.cat([*means, *deviations]).numpy()
 
 
 def _cells(video: Tensor) -> Tensor:

@@ -198,6 +198,18 @@ def test_nothing_is_said_of_what_was_not_told() -> None:
     assert compare([Told()] * len(REAL), [seen for _, seen in nothing], nothing) == {}
 
 
+def test_a_tone_that_is_on_and_off_is_told_from_a_steady_one_of_its_mean_level() -> None:
+    time = torch.arange(2 * RATE) / RATE
+    tone = torch.sin(2 * torch.pi * 250 * time)[None] * 0.3
+    broken = tone * ((time * 5) % 1 < 0.5)
+    of_tone, of_broken = (sound_features(s, RATE).reshape(2, 8, 12) for s in (tone, broken))
+    band = int(of_tone[0, 4].argmax())
+    # Of each: mean, then deviation, in the parts between the ends.
+    assert of_tone[1, 1:-1, band].max() < 0.01
+    assert of_broken[1, 1:-1, band].min() > 0.1
+    assert of_broken[0, 1:-1, band].max() < of_tone[0, 4, band]
+
+
 def test_embedded_features_notice_colour_motion_and_pitch() -> None:
     red, blue = (torch.from_numpy(clip(f"a {c} ball", "left")) for c in ("red", "blue"))
     assert not np.allclose(picture_features(red), picture_features(blue), atol=1e-3)
@@ -208,6 +220,6 @@ def test_embedded_features_notice_colour_motion_and_pitch() -> None:
     low, high = (torch.sin(2 * torch.pi * hz * time)[None] * 0.3 for hz in (250, 1500))
     first, second = sound_features(low, RATE), sound_features(high, RATE)
     # Bands run fastest, then times.
-    middle = [int(part.reshape(8, 12)[4].argmax()) for part in (first, second)]
+    middle = [int(part[: 8 * 12].reshape(8, 12)[4].argmax()) for part in (first, second)]
     assert middle[0] < middle[1]
     assert picture_features(torch.zeros(1, 17, 19, 3, dtype=torch.uint8)).shape == (96,)

@@ -57,9 +57,7 @@ SIZES = {
         ("object", "sound"),
         0.55,
     ),
-    "full": Size(
-        SPRITES, 2000, 256, (), ("object", "direction", "sound", "everything_named"), 0.8
-    ),
+    "full": Size(SPRITES, 2000, 256, (), ("object", "direction", "sound", "everything_named"), 0.8),
 }
 
 

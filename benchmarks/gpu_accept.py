@@ -34,9 +34,9 @@ from kinodit.models.presets import PRESETS
 from kinodit.trainer.certify.layouts import full_layouts, layout_name
 from kinodit.trainer.certify.twin import twin
 from kinodit.trainer.config import load_config
-from kinodit.trainer.metrics import PEAK_TFLOPS_BF16
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
+from kinodit.trainer.peak import PEAK_TFLOPS_BF16
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

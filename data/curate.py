@@ -176,8 +176,8 @@ def _measured(job: _Job) -> Answer:
 
 def _scored(record: Record, said: dict[str, Any]) -> Record:
     """The record with what a process found, which is not trusted: it is checked like a record's."""
-    scores = {name: round(value, 6) for name, value in said["scores"].items()}
-    document = {"schema": SCHEMA, "modality": record.meta.modality, "scores": scores}
+    measured = {name: round(value, 6) for name, value in said["scores"].items()}
+    document = {"schema": SCHEMA, "modality": record.meta.modality, "scores": measured}
     checked = parse_meta(record.key, {**document, **said["facts"]})
     extra = {name: value for name, value in record.meta.extra.items() if name != "cuts_s"}
     if said["cuts_s"]:

@@ -12,20 +12,14 @@ from kinodit.models.attention import attend
 from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.moe.experts import Experts
-from kinodit.trainer.certify.engines import ENGINES
-from kinodit.trainer.certify.layouts import parse_layouts
-from kinodit.trainer.certify.run import Case, Certifier
-from kinodit.trainer.certify.twin import twin
-from kinodit.trainer.config import load_config
 from kinodit.trainer.engine.config import MegatronConfig
 from kinodit.trainer.engine.megatron.grouped import GroupedExperts
 from kinodit.trainer.engine.megatron.linears import swap_linears
 from kinodit.trainer.engine.megatron.te import float8_context
 from kinodit.trainer.engine.megatron.te_attention import fused
 from kinodit.trainer.engine.megatron.te_norm import use_norms
-from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.table import table_of
-from tests.support.ranks import ROOT
+from tests.support.devices import assert_as_alone
 from tests.support.synthetic import synthetic_pack, tiny_model_config
 
 pytestmark = [
@@ -124,15 +118,7 @@ OVER_RANKS = [
 def test_it_trains_as_one_device_does(
     recipe: str, text: str, engine: MegatronConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ENGINES, "asked for", engine)
-    small = twin(load_config(ROOT / "configs" / f"{recipe}.yaml"))
-    (layout,) = parse_layouts(text, ParallelConfig())
-    certifier = Certifier(small, "cuda")
-    try:
-        row = certifier(Case(layout, "bfloat16", "asked for"))
-    finally:
-        certifier.close()
-    assert row.ok, row.faults
+    assert_as_alone(recipe, text, engine, monkeypatch)
 
 
 @needs_te

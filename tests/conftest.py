@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -59,6 +61,42 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="ci",
         help="how much the long suites do: minutes, or all of it (make proof keeps the figures)",
     )
+    parser.addoption(
+        "--part",
+        type=share,
+        default=1.0,
+        metavar="SHARE",
+        help="run this share of the chosen tests, others with every commit (0.5: half of them)",
+    )
+
+
+def share(text: str) -> float:
+    """A part of a whole.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"found {text}, needs a number above 0 and at most 1")
+    return found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `--part` does not draw, after other choices were made."""
+    from tests.support.sampling import sampled
+
+    part = config.getoption("--part")
+    if part == 1:
+        return
+    kept = sampled(items, math.ceil(part * len(items)), "ci", "part")
+    ids = {item.nodeid for item in kept}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in ids])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 
+from tests.support.quick import quick
+
 Import = Callable[[str], Any]
 
 
 @pytest.mark.parametrize(
     "case",
-    ["tp", "ulysses", "ring", "hybrid", "fsdp", "hsdp", "all", "hsdp/accumulate", "tp/recompute"],
+    quick(
+        [
+            *("tp", "ulysses", "ring", "hybrid", "fsdp", "hsdp", "all"),
+            *("hsdp/accumulate", "tp/recompute"),
+        ],
+        "tp",
+        "ring",
+        "fsdp",
+    ),
 )
 def test_bytes_and_messages_are_the_least(case: str, benchmark_module: Import) -> None:
     communication = benchmark_module("communication")
@@ -24,6 +34,7 @@ def test_bytes_and_messages_are_the_least(case: str, benchmark_module: Import) -
     assert {name: row.value for name, row in rows.items()} == dict.fromkeys(rows, 1.0)
 
 
+@pytest.mark.slow
 def test_lengths_that_do_not_divide(benchmark_module: Import) -> None:
     communication = benchmark_module("communication")
     (num_bytes, messages) = communication.rows_of("tp/odd", depth=1)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 Import = Callable[[str], Any]
 
 
+@pytest.mark.slow
 def test_packed_rows_reach_their_goals_and_rivals_do_not(benchmark_module: Import) -> None:
     balance = benchmark_module("loader_balance")
     balance.CLASS_WINDOW_STEPS = 8

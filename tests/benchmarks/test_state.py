@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 Import = Callable[[str], Any]
 
 
@@ -12,12 +14,13 @@ def test_every_rank_has_its_share(benchmark_module: Import) -> None:
     state = benchmark_module("state")
     presets = state.large_presets()
     assert len(presets) > 5
-    rows = list(state.rows_of("300m", presets["300m"], ["fsdp8", "tp4", "fsdp8 x tp4"]))
-    assert len(rows) == 3
+    rows = list(state.rows_of("300m", presets["300m"], ["fsdp8", "fsdp8 x tp4"]))
+    assert len(rows) == 2
     for row in rows:
         assert row.ok and row.value >= 1.0
 
 
+@pytest.mark.slow
 def test_the_first_rank_has_the_most(benchmark_module: Import) -> None:
     state = benchmark_module("state")
     config, parallel = state.large_presets()["300m"], state.LAYOUTS["fsdp256"]

@@ -21,6 +21,7 @@ from kinodit.trainer.engine.config import NativeConfig
 from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from kinodit.trainer.parallel.remat import RematConfig
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.synthetic import tiny_model_config
 
@@ -182,12 +183,6 @@ LAYOUTS = {
 }
 
 
-def some_of_them(*quick: str) -> list[Any]:
-    """Names of LAYOUTS, all but `quick` ones slow."""
-    assert set(quick) <= set(LAYOUTS)
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in LAYOUTS]
-
-
 def size_of(parallel: ParallelConfig) -> int:
     return parallel.dp_replicate * parallel.dp_shard * parallel.cp * parallel.tp
 
@@ -204,7 +199,7 @@ def check_layout(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", some_of_them("fsdp2", "tp2", "ep4 of fsdp2 x ring2", "ep2 x tp2"))
+@pytest.mark.parametrize("name", quick(LAYOUTS, "fsdp2", "tp2", "ep2 x tp2"))
 def test_layout(name: str, groups: dict[int, Ranks], reference: Routed) -> None:
     check_layout(LAYOUTS[name], groups, MODEL, reference)
 
@@ -220,7 +215,7 @@ def test_some_tokens_have_no_expert_and_others_many(selective: Routed) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", some_of_them("tp2", "ring2 x tp2"))
+@pytest.mark.parametrize("name", quick(LAYOUTS, "tp2"))
 def test_choices_among_the_tokens_of_a_sample(
     name: str, groups: dict[int, Ranks], selective: Routed
 ) -> None:
@@ -244,7 +239,7 @@ def by_noise() -> Routed:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", some_of_them("fsdp2"))
+@pytest.mark.parametrize("name", quick(LAYOUTS, "fsdp2"))
 def test_draws_of_experts_and_matches_with_a_prior(
     name: str, groups: dict[int, Ranks], by_noise: Routed
 ) -> None:

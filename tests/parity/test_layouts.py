@@ -23,6 +23,7 @@ from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.step import Step
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.synthetic import synthetic_pack, tiny_model_config
 
@@ -186,7 +187,7 @@ def test_training_changes_loss_and_every_parameter(reference: Trace) -> None:
     assert not dead
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("micro_batches", quick([1, 2, 4], 1, 2))
 def test_accumulation(micro_batches: int, reference: Trace) -> None:
     check(run(0, 1, Layout(1, micro_batches=micro_batches)), reference)
 
@@ -232,7 +233,7 @@ SHARED = {
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", quick(LAYOUTS, "fsdp2", "fsdp2-accumulate1", "hsdp2x2"))
 def test_layout(name: str, groups: dict[int, Ranks], reference: Trace) -> None:
     layout = LAYOUTS[name]
     for trace in groups[layout.world_size].run(run, layout):
@@ -240,7 +241,9 @@ def test_layout(name: str, groups: dict[int, Ranks], reference: Trace) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+    "name", quick(SHARED, "ulysses2", "ring2", "tp2", "fsdp2 x tp2", "ring2 x tp2")
+)
 def test_layout_that_shares_packs(name: str, groups: dict[int, Ranks], few_steps: Trace) -> None:
     layout = SHARED[name]
     for trace in groups[layout.world_size].run(run, layout, FLOAT64, FEW_STEPS):

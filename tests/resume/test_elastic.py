@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.resume.journeys import Legs, assert_as_alone, travel, undisturbed
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.gloo
@@ -31,12 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(tmp_path_factory.mktemp("elastic"))
 
 
-SHARED = "tp2-alone-encoding-shared"
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == SHARED else []) for n in JOURNEYS]
-)
+@pytest.mark.parametrize("name", quick(JOURNEYS, "4-2-3-1", "tp2-tp1", "alone-cp2-alone"))
 def test_every_leg_goes_on_exactly(name: str, recipe: Path, groups: dict[int, Ranks]) -> None:
     travel(recipe, name, JOURNEYS[name], groups)
     assert_as_alone(recipe, name)

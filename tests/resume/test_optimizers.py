@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.resume.test_resume import Start, assert_equal_bits, final_tensors, metrics, run_case
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.recipes import tiny_recipe, write_dataset
 
@@ -28,7 +29,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", quick(CHOICES, "muon"))
 def test_interrupted_is_uninterrupted_on_one_and_two_ranks(
     name: str, recipe: Path, two: Ranks
 ) -> None:

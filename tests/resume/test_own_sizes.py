@@ -11,6 +11,7 @@ from kinodit.data.media import write_mp4
 from kinodit.data.pack import pack
 from tests.resume.journeys import FLOAT64, Legs, assert_as_alone, travel
 from tests.resume.test_resume import STEPS, Start, run_case
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.recipes import tiny_recipe, write_clips
 
@@ -20,7 +21,7 @@ LEGS: Legs = ((2, ()), (3, ()), (2, ("parallel.dp_replicate=2",)), (1, ()))
 SOURCES = ((24, 48, 32), (10, 32, 64), (30, 24, 24), (16, 16, 64), (12, 32, 40))
 
 
-@pytest.fixture(scope="module", params=["budget", "class"])
+@pytest.fixture(scope="module", params=quick(["budget", "class"], "budget"))
 def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("own")
     write_clips(root / "clips", 7)

@@ -19,6 +19,7 @@ from kinodit.trainer.config import load_config
 from kinodit.trainer.parallel.mesh import Mesh
 from kinodit.trainer.run import train
 from kinodit.trainer.topology import Topology
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.recipes import tiny_recipe, write_dataset
 
@@ -95,7 +96,7 @@ def uninterrupted(recipe: Path) -> Arrays:
     return final_tensors(recipe, "whole")
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+@pytest.mark.parametrize("step", quick(range(1, STEPS), 1, 3))
 def test_resumed_at_any_step_is_bit_equal(step: int, recipe: Path, uninterrupted: Arrays) -> None:
     name = f"stopped{step}"
     run_case(0, 1, Start(recipe, name, stop_after=step))
@@ -110,7 +111,7 @@ def test_training_moves_every_tensor(recipe: Path, uninterrupted: Arrays) -> Non
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("dp_replicate", [1, 2, 4])
+@pytest.mark.parametrize("dp_replicate", quick([1, 2, 4], 2))
 def test_four_ranks_resume_bit_equal(dp_replicate: int, recipe: Path, four: Ranks) -> None:
     whole, cut = f"four{dp_replicate}", f"four{dp_replicate}-cut"
     four.run(run_case, Start(recipe, whole, dp_replicate=dp_replicate))
@@ -123,16 +124,16 @@ def test_four_ranks_resume_bit_equal(dp_replicate: int, recipe: Path, four: Rank
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     "axes",
-    [
-        pytest.param("cp=2", marks=pytest.mark.slow),
-        pytest.param("cp=2 ring=2", marks=pytest.mark.slow),
-        "tp=2",
-    ],
+    quick(["cp=2", "cp=2 ring=2", "tp=2"], "tp=2"),
 )
 def test_ranks_that_share_packs_resume_bit_equal(axes: str, recipe: Path, four: Ranks) -> None:
     whole, cut = f"shared-{axes[:2]}{len(axes)}", f"shared-{axes[:2]}{len(axes)}-cut"
     layout = [f"parallel.{axis}" for axis in axes.split()]
-    sampling = ("sample.every_steps=4", "sample.prompts=[a red square moves left]")
+    sampling = (
+        "sample.every_steps=4",
+        "sample.prompts=[a red square moves left]",
+        "sample.sampler.steps=2",
+    )
     extra = (*layout, "eval.every_steps=3", "eval.num_samples=5", *sampling)
     four.run(run_case, Start(recipe, whole, overrides=extra))
     for stop_after in (2, 0):
@@ -162,6 +163,7 @@ def test_evaluating_and_sampling_leave_training_alone(
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_other_number_of_ranks_agrees_in_float64(recipe: Path, four: Ranks) -> None:
     float64 = tuple(f"precision.{part}=float64" for part in ("params", "compute", "reduce"))
     run_case(0, 1, Start(recipe, "f64", overrides=float64))

@@ -21,6 +21,7 @@ from kinodit.trainer.parallel.volume import Formats, Volume, Work, least, weight
 from tests.support.counted import Counted, counted_step
 from tests.support.packs import Sample, build_pack, clean, noised
 from tests.support.pairs import part_sent
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 
 MODEL = MMDiTConfig(
@@ -162,7 +163,7 @@ BY_STREAM = replace(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", DEALT)
+@pytest.mark.parametrize("name", quick(DEALT, "ep2", "ddp2 x ep2", "ep2 of ulysses2"))
 def test_rows_travel_to_experts_elsewhere_alone(
     name: str, groups: dict[int, Ranks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +188,7 @@ BY_SCORE = replace(MODEL, experts={"video": COMPETING, "all": COMPETING})
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", ["tp2", "ulysses2", "ring2 x tp2"])
+@pytest.mark.parametrize("name", quick(["tp2", "ulysses2", "ring2 x tp2"], "tp2", "ulysses2"))
 def test_scores_of_tokens_that_compete_travel_once(name: str, groups: dict[int, Ranks]) -> None:
     world_size, parallel, remat = LAYOUTS[name]
     ours = groups[world_size].run(counted_step, BY_SCORE, parallel, [EVEN], remat)
@@ -216,7 +217,7 @@ def islands(batch: TokenBatch) -> TokenBatch:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", ["ring2", "ulysses2 x ring2", "ring2 x tp2"])
+@pytest.mark.parametrize("name", quick(["ring2", "ulysses2 x ring2", "ring2 x tp2"], "ring2"))
 def test_a_ring_sends_the_keys_that_a_query_there_sees(name: str, groups: dict[int, Ranks]) -> None:
     batch = islands(EVEN)
     world_size, parallel, remat = LAYOUTS[name]
@@ -259,7 +260,7 @@ def test_a_message_without_a_label_is_found(groups: dict[int, Ranks]) -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", ["fsdp2", "hsdp2x2", "ddp2 x tp2"])
+@pytest.mark.parametrize("name", quick(["fsdp2", "hsdp2x2", "ddp2 x tp2"], "hsdp2x2"))
 def test_gradients_are_reduced_once_for_all_micro_batches(
     name: str, groups: dict[int, Ranks]
 ) -> None:

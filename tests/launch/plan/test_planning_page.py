@@ -48,6 +48,7 @@ def test_the_page_has_every_case() -> None:
     assert found == [(p, g) for p in ("14b", "30b") for g in ("64", "512", "4,096")]
 
 
+@pytest.mark.slow
 def test_a_row_is_what_the_command_says(tmp_path: Path) -> None:
     assert row("30b", 64, tmp_path) == ROWS[3]
 

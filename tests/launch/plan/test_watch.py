@@ -14,6 +14,7 @@ from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.parallel.apply import model_blocks
 from kinodit.trainer.parallel.deferred import initial_values, materialize
 from kinodit.trainer.parallel.remat import RematConfig, apply_remat
+from tests.support.quick import quick
 
 MAX_DIFFERENCE = 0.02
 """Of the most bytes at once: torch's tracker lets go of one tensor of a block later."""
@@ -37,7 +38,7 @@ def storage_bytes(model: MMDiT) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", quick(MODES, "none", "selective"))
 def test_the_most_at_once_is_what_torch_s_tracker_says(mode: str) -> None:
     """A forward and backward with its gradients, under each policy of recomputation."""
     batch = pretended_pack(WORKLOAD)

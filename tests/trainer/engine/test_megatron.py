@@ -211,9 +211,8 @@ def test_it_trains_as_one_process_does(sequence_parallel: bool, four: Ranks) -> 
 
 @pytest.mark.gloo
 @pytest.mark.skipif(not ZERO, reason="needs the extra deepspeed")
-@pytest.mark.parametrize(
-    "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_partitions_what_its_linears_hold(stage: int, four: Ranks) -> None:
     small, config = small_twin(), DeepSpeedConfig(stage=stage, megatron=True)
     reference = trace(0, 1, small, layout())

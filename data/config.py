@@ -285,9 +285,10 @@ class DataConfig(DecodeConfig):
     too_long:         with sizes=own, what a clip of more than num_frames does: "window" trains on
                       a window of it, "error" ends the run before it starts
     num_threads:      samples that each rank reads and decodes at once
-    workers:          where they are decoded: in threads, or each in a process of its own, which is
-                      killed at `decode_limit_s`, and replaced when a medium makes it crash; in
-                      threads a decoder is asked to stop, and one that crashes ends the run
+    workers:          where they are decoded: each in a process of its own, which is killed at
+                      `decode_limit_s` and replaced when a medium makes it crash; or in threads,
+                      where a decoder is asked to stop, and one that does not hear it, or crashes,
+                      ends the run. Without media to decode there are no processes
     prefetch_steps:   steps decoded ahead of the one in use
     cache_mib:        memory for decoded samples that are used again, and as much for their latents,
                       per rank, MiB; 0 is none
@@ -312,7 +313,7 @@ class DataConfig(DecodeConfig):
     side_multiple: int = 1
     too_long: Literal["window", "error"] = "window"
     num_threads: int = 2
-    workers: Literal["threads", "processes"] = "threads"
+    workers: Literal["threads", "processes"] = "processes"
     prefetch_steps: int = 2
     cache_mib: int = 0
     on_error: Literal["fail", "substitute"] = "substitute"

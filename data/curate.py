@@ -129,7 +129,7 @@ def _in_order(
 def _processes(count: int) -> Iterator[Callable[[_Job], Answer]]:
     """Gives what asks one of `count` processes that measure, and waits for it."""
     free: SimpleQueue[KillableProcess] = SimpleQueue()
-    processes = [KillableProcess(_serve, "measure") for _ in range(count)]
+    processes = [KillableProcess(_serve) for _ in range(count)]
     for process in processes:
         free.put(process)
 

@@ -1,32 +1,26 @@
 """Work in a process that can be killed: what a medium does to its decoder ends there.
 
 A process gets requests over a socket, one at a time. Its answers are JSON: nothing that comes from
-one that has opened untrusted media is unpickled. Processes are forked from a server that has
-imported what they need and nothing of the trainer's, so that a new one is there in milliseconds.
+one that has opened untrusted media is unpickled. A new one is there in milliseconds
+(`kinodit.data.fork_server`).
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
-import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from threading import Timer
 from typing import Any
 
 import torch
 
+from kinodit.data.fork_server import ForkedProcess, Serve
+
 GRACE_S = 5.0
 """Beyond the limit of a request, which work that still goes on keeps by itself."""
-START_LIMIT_S = 120.0
-"""How long the first answer may take: the server imports torch before it forks."""
 MAX_ANSWER_BYTES = 1 << 20
-PRELOADED = ["kinodit.data.worker", "kinodit.data.scores"]
-"""Modules that are imported before processes are forked."""
 
 Answer = dict[str, Any]
 
@@ -45,12 +39,10 @@ class KillableProcess:
     A process that dies or hangs is replaced before the next request.
     """
 
-    def __init__(self, serve: Callable[[Connection], None], name: str) -> None:
-        """`serve` is what the process runs, a function of a module: it calls `answers`."""
+    def __init__(self, serve: Serve) -> None:
+        """`serve` is what the process runs: it calls `answers`."""
         self._serve = serve
-        self._name = name
-        self._process: BaseProcess | None = None
-        self._link: Connection | None = None
+        self._process: ForkedProcess | None = None
         self._is_stopped = False
         self.num_started = 0
 
@@ -90,51 +82,30 @@ class KillableProcess:
     def close(self) -> None:
         """Ends the process."""
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
             self._process.close()
-        if self._link is not None:
-            self._link.close()
-        self._process = self._link = None
+        self._process = None
 
     def _ask(self, send: Callable[[Connection, int, bool], None], limit_s: float) -> Answer | None:
         """The answer; None if the process died."""
         if self._is_stopped:
             return None
         is_new = self._process is None
-        if is_new:
-            self._start()
-            limit_s += START_LIMIT_S
-        assert self._link is not None and self._process is not None
-        assert self._process.pid is not None
-        # A process that was stopped takes nothing in: it is killed, and sending then fails.
-        timer = Timer(limit_s, self._process.kill)
+        if self._process is None:
+            self._process = ForkedProcess(self._serve)
+            self.num_started += 1
+        link = self._process.link
         try:
-            timer.start()
-            try:
-                send(self._link, self._process.pid, is_new)
-            finally:
-                timer.cancel()
-            if self._link.poll(limit_s):
-                answer: Answer = json.loads(self._link.recv_bytes(MAX_ANSWER_BYTES))
+            # A process that was stopped takes nothing in.
+            self._process.limit_sends(limit_s)
+            send(link, self._process.pid, is_new)
+            if link.poll(limit_s):
+                answer: Answer = json.loads(link.recv_bytes(MAX_ANSWER_BYTES))
                 return answer
         except (EOFError, OSError, ValueError):
             self.close()
             return None
         self.close()
         raise HungError
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        ours, theirs = context.Pipe()
-        self._process = context.Process(
-            target=self._serve, args=(theirs,), name=self._name, daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        self._link = ours
-        self.num_started += 1
 
 
 def answers(
@@ -144,7 +115,6 @@ def answers(
 
     Whatever `work` raises is a fault of ours: told with its stack, and raised where it can be seen.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
     while True:

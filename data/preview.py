@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinodit.data.config import DecodeConfig
-from kinodit.data.decode import DecodeError, decode
+from kinodit.data.decode import DecodeError
 from kinodit.data.manifest import Dataset
+from kinodit.data.picture import CENTRE
 from kinodit.data.preview_page import PAGE
-from kinodit.data.probe import MediumError, probe, with_facts
+from kinodit.data.probe import MediumError, with_facts
+from kinodit.data.probe_worker import ProbeWorker
 from kinodit.data.reader import ShardError, ShardReader
 from kinodit.data.record import Caption, Modality, Record, RecordMeta
 from kinodit.data.stats import collect
+from kinodit.data.worker import DecodeWorker
 from kinodit.models.errors import MissingExtraError, UserError
 from kinodit.models.random import generator
 
@@ -61,18 +66,38 @@ class Card:
     wave_width: int = _WAVE_COLUMNS
 
 
-def preview(dataset: Dataset, out: Path, num_samples: int = 60, seed: int = 0) -> int:
+@dataclass(frozen=True)
+class _Openers:
+    """Processes that open media: one that hangs or crashes is shown as a damaged medium."""
+
+    probes: ProbeWorker
+    decodes: DecodeWorker
+
+
+def preview(
+    dataset: Dataset,
+    out: Path,
+    num_samples: int = 60,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
     """Writes the page; how many samples it shows.
 
     Samples are drawn without replacement and shown in the dataset's order. One that cannot be read
-    or decoded is shown with the reason. Raises PreviewError for a bad number or place.
+    or decoded is shown with the reason. `progress` is called with (samples done, samples of the
+    page). Raises PreviewError for a bad number or place.
     """
     if num_samples < 1:
         raise PreviewError(f"num-samples is {num_samples}; it must be at least 1")
     count = min(num_samples, len(dataset))
     chosen = generator(seed, "preview").choice(len(dataset), size=count, replace=False)
     reader = ShardReader(dataset)
-    cards = [_card(reader, int(index)) for index in np.sort(chosen)]
+    cards = []
+    with ProbeWorker() as probes, closing(DecodeWorker()) as decodes:
+        openers = _Openers(probes, decodes)
+        for index in np.sort(chosen).tolist():
+            cards.append(_card(reader, index, openers))
+            progress(len(cards), count)
     stats = collect(dataset)
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     text = page.render(
@@ -94,7 +119,7 @@ def preview(dataset: Dataset, out: Path, num_samples: int = 60, seed: int = 0) -
     return count
 
 
-def _card(reader: ShardReader, index: int) -> Card:
+def _card(reader: ShardReader, index: int, openers: _Openers) -> Card:
     try:
         record = reader.read(index)
     except ShardError as error:
@@ -103,7 +128,7 @@ def _card(reader: ShardReader, index: int) -> Card:
     meta, problem = record.meta, ""
     if not meta.is_probed and record.medium is not None:
         try:
-            meta = with_facts(meta, probe(*record.medium))
+            meta = with_facts(meta, openers.probes.probe(*record.medium))
         except MediumError as error:
             problem = str(error)
     card = Card(
@@ -124,14 +149,14 @@ def _card(reader: ShardReader, index: int) -> Card:
     if len(data) <= MAX_EMBEDDED_BYTES:
         card.medium = _data_uri(_MIME[name], data)
     try:
-        _draw(card, record, meta)
+        _draw(card, record, meta, openers.decodes)
     except (DecodeError, MediumError) as error:
         card.flags.append("does not decode")
         card.problem = str(error)
     return card
 
 
-def _draw(card: Card, record: Record, meta: RecordMeta) -> None:
+def _draw(card: Card, record: Record, meta: RecordMeta, worker: DecodeWorker) -> None:
     """Adds frames and waveform to a card, and what is odd about them."""
     shown_s = min(meta.duration_s, MAX_SHOWN_S) or 1.0
     width = round(STRIP_HEIGHT * meta.width / meta.height) if meta.height else STRIP_HEIGHT
@@ -146,7 +171,7 @@ def _draw(card: Card, record: Record, meta: RecordMeta) -> None:
         max_duration_s=float("3e7"),
         max_references=len(record.references),
     )
-    media = decode(record, config)
+    media = worker.decode(record, config, 0.0, CENTRE)
     if media.video is not None:
         frames = media.video.numpy()
         before = [] if media.references is None else [media.references.numpy()]

@@ -13,6 +13,7 @@ from kinodit.data.captions import choose_caption, with_references
 from kinodit.data.config import DataConfig, DecodeConfig
 from kinodit.data.container import DecodeError
 from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
+from kinodit.data.killable import GRACE_S
 from kinodit.data.latents import Encoded, LatentCache
 from kinodit.data.manifest import Dataset
 from kinodit.data.picture import CENTRE, Crop
@@ -254,6 +255,21 @@ class SampleSource:
                 self._workers.append(self._own.worker)
         worker: DecodeWorker = self._own.worker
         return worker.decode(record, config, window_u, crop_u)
+
+
+def longest_s(config: DataConfig) -> float:
+    """How long one place of a step may take by the limits of a recipe, seconds.
+
+    Storage that does not answer ends the run; decoders that hang end with `max_attempts` of them.
+    """
+    storage = config.storage
+    pauses_s = [storage.wait_s * 2.0**number for number in range(storage.attempts - 1)]
+    reading_s = storage.attempts * storage.attempt_limit_s + sum(
+        min(pause_s, storage.max_wait_s) for pause_s in pauses_s
+    )
+    is_remote = any("://" in dataset.path for dataset in config.datasets.values())
+    decoding_s = config.quarantine.max_attempts * (config.decode_limit_s + GRACE_S)
+    return decoding_s + (reading_s if is_remote else 0.0)
 
 
 @lru_cache(maxsize=4096)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from kinodit.data.checksums import ALGORITHMS, Digest, crc32
 from kinodit.data.index import INDEX_DTYPE, Row, index_row, read_span, spans
 from kinodit.data.manifest import Manifest, ShardEntry
-from kinodit.data.probe import MediumError, MediumFacts, probe
+from kinodit.data.probe import MediumError, MediumFacts
+from kinodit.data.probe_worker import ProbeWorker
 from kinodit.data.record import Record, RecordError
 from kinodit.data.tar import TarError, check_end
 
@@ -66,8 +67,9 @@ def validate(
 ) -> ValidationReport:
     """Checks manifest, shards, indexes and records; with `decode` also opens every medium.
 
-    `part` (i, n) checks every n-th shard from the i-th on. Raises ManifestError only if there is
-    no manifest that can be read. `progress` is called with (samples checked, samples of the part).
+    Media are opened in a process of their own, so that one that hangs or crashes it is a problem
+    like others. `part` (i, n) checks every n-th shard from the i-th on. Raises ManifestError only
+    if there is no manifest that can be read. `progress` is called with (samples checked, samples of the part).
     """
     folder = Path(directory)
     manifest = Manifest.load(folder)
@@ -77,21 +79,22 @@ def validate(
     problems: list[Problem] = []
     done = num_good = 0
     keys: dict[str, str] = {}
-    for shard in shards:
-        bad_before = len(problems)
-        index = _check_index(folder, shard, problems)
-        for key, faults in _check_samples(folder, shard, index, decode):
-            if key in keys and key:
-                faults.append(
-                    Problem(shard.file, key, "", "a key of its own", f"that key in {keys[key]} too")
-                )
-            keys.setdefault(key, shard.file)
-            problems += faults
-            num_good += not faults
-            done += 1
-            progress(done, num_samples)
-        if len(problems) == bad_before:
-            problems += _check_whole(folder, shard)
+    with ProbeWorker() as worker:
+        opener = worker if decode else None
+        for shard in shards:
+            bad_before = len(problems)
+            index = _check_index(folder, shard, problems)
+            for key, faults in _check_samples(folder, shard, index, opener):
+                if key in keys and key:
+                    other = f"that key in {keys[key]} too"
+                    faults.append(Problem(shard.file, key, "", "a key of its own", other))
+                keys.setdefault(key, shard.file)
+                problems += faults
+                num_good += not faults
+                done += 1
+                progress(done, num_samples)
+            if len(problems) == bad_before:
+                problems += _check_whole(folder, shard)
     if first == 0:
         problems += _strangers(folder, manifest)
     return ValidationReport(num_samples, num_good, tuple(problems), _digests(keys))
@@ -127,7 +130,7 @@ def _check_index(
 
 
 def _check_samples(
-    folder: Path, shard: ShardEntry, index: NDArray[np.void] | None, decode: bool
+    folder: Path, shard: ShardEntry, index: NDArray[np.void] | None, opener: ProbeWorker | None
 ) -> Iterator[tuple[str, list[Problem]]]:
     """(key, faults) of each sample; the key is "" where even that could not be read."""
     path = folder / shard.file
@@ -148,11 +151,11 @@ def _check_samples(
         assert index is not None
         row = Row(*index[number].item())
         if row.offset + row.size <= size:
-            yield _check_sample(shard.file, number, row, view, decode)
+            yield _check_sample(shard.file, number, row, view, opener)
 
 
 def _check_sample(
-    file: str, number: int, row: Row, view: memoryview, decode: bool
+    file: str, number: int, row: Row, view: memoryview, opener: ProbeWorker | None
 ) -> tuple[str, list[Problem]]:
     data = view[row.offset : row.offset + row.size]
     name = f"sample {number} at byte {row.offset}"
@@ -177,9 +180,9 @@ def _check_sample(
             for part, mine, theirs in zip(Row._fields, said, row, strict=True)
             if mine != theirs
         ]
-    if decode and not faults and record.medium is not None:
-        faults += _check_medium(file, record)
-        faults += _check_references(file, record)
+    if opener is not None and not faults and record.medium is not None:
+        faults += _check_medium(file, record, opener)
+        faults += _check_references(file, record, opener)
     return key, faults
 
 
@@ -193,11 +196,11 @@ def _check_digests(file: str, record: Record) -> Iterator[Problem]:
             yield Problem(file, record.key, member, f"SHA-256 {expected}", found)
 
 
-def _check_medium(file: str, record: Record) -> Iterator[Problem]:
+def _check_medium(file: str, record: Record, opener: ProbeWorker) -> Iterator[Problem]:
     assert record.medium is not None
     member, data = record.medium
     try:
-        facts = vars(probe(member, data))
+        facts = vars(opener.probe(member, data))
     except MediumError as error:
         yield Problem(file, record.key, member, "a medium that opens", str(error))
         return
@@ -209,10 +212,10 @@ def _check_medium(file: str, record: Record) -> Iterator[Problem]:
             yield Problem(file, record.key, f"{member} {name}", str(said), str(found))
 
 
-def _check_references(file: str, record: Record) -> Iterator[Problem]:
+def _check_references(file: str, record: Record, opener: ProbeWorker) -> Iterator[Problem]:
     for member, data in record.references:
         try:
-            probe(member.rpartition(".")[2], data)
+            opener.probe(member.rpartition(".")[2], data)
         except MediumError as error:
             yield Problem(file, record.key, member, "a picture that opens", str(error))
 

@@ -21,6 +21,7 @@ from kinodit.data.killable import Answer, CrashedError, HungError, KillableProce
 from kinodit.data.picture import Crop
 from kinodit.data.record import Record
 from kinodit.data.sound import num_audio_samples
+from kinodit.models.errors import MissingExtraError, UserError
 
 _FLOAT_BYTES = 4
 
@@ -32,7 +33,7 @@ class DecodeWorker:
     """
 
     def __init__(self) -> None:
-        self._process = KillableProcess(_serve, "decode")
+        self._process = KillableProcess(_serve)
         self._memory: mmap.mmap | None = None
 
     @property
@@ -53,6 +54,7 @@ class DecodeWorker:
         Raises:
             DecodeError: as there; or the process died over this sample twice, or was killed because
                 it did not answer in `decode_limit_s`.
+            UserError: PyAV is not installed.
         """
         where = f"sample {record.key!r}"
 
@@ -76,6 +78,8 @@ class DecodeWorker:
             raise DecodeError(reason, record.key) from error
         if "refused" in answer:
             raise DecodeError(answer["refused"], record.key)
+        if "missing" in answer:
+            raise UserError(answer["missing"])
         return self._received(answer, config)
 
     def close(self) -> None:
@@ -177,6 +181,8 @@ def _serve(link: Connection) -> None:
             return _answer(decode(record, config, window_u, crop_u), memory, _sizes(config))
         except DecodeError as error:
             return {"refused": str(error)[:4000]}
+        except MissingExtraError as error:
+            return {"missing": str(error)}
 
     answers(link, receive, work)
 

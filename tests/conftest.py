@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ids = {item.nodeid for item in kept}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in ids])
     items[:] = kept
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Tests that decode have a server of processes in no time, instead of in seconds."""
+    if "kinodit.data.worker" in sys.modules:
+        from kinodit.data.fork_server import fork_early
+
+        fork_early()
 
 
 @pytest.fixture(scope="session")

@@ -11,16 +11,18 @@ import torch
 
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError
-from kinodit.data.decode import DecodedSample, decode
+from kinodit.data.decode import DecodedMedia, DecodedSample, decode
 from kinodit.data.encode import SampleEncoder
 from kinodit.data.encode_shards import EncodeReport, encode_shards
 from kinodit.data.latents import Encoded, Origin, decoding_of
+from kinodit.data.picture import CENTRE
 from kinodit.data.plan import SampleRef
 from kinodit.data.quarantine import instead
 from kinodit.data.reader import SampleError, ShardReader
-from kinodit.data.record import RecordMeta
+from kinodit.data.record import Record, RecordMeta
 from kinodit.data.samples import sized
 from kinodit.data.select import open_datasets, plan_spec
+from kinodit.data.worker import DecodeWorker
 from kinodit.models.errors import ConfigError
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.encoders import cost_model, fitted_encoders
@@ -38,7 +40,8 @@ def encode_dataset(
     """Encodes one part of a dataset of the recipe into `directory`; "" is the only dataset.
 
     Every sample is encoded in the view of window=first and crop=centre. Where a run draws another
-    view, it decodes the sample as ever.
+    view, it decodes the sample as ever. A sample whose decoder hangs or crashes is left out like
+    others that are damaged, with data.workers=processes.
 
     Raises:
         ConfigError: the recipe has no such dataset.
@@ -61,13 +64,18 @@ def encode_dataset(
     encoder = SampleEncoder(encoders, config.run.seed, 0.0)
     settings = {item.name: getattr(config.data, item.name) for item in fields(DecodeConfig)}
     decoding = DecodeConfig(**{**settings, "window": "first", "crop": "centre"})
-    reader = ShardReader(datasets[name])
+    reader, worker = ShardReader(datasets[name]), DecodeWorker()
+
+    def decoded(record: Record, how: DecodeConfig) -> DecodedMedia:
+        if config.data.workers == "threads":
+            return decode(record, how)
+        return worker.decode(record, how, 0.0, CENTRE)
 
     def encode(index: int) -> tuple[str, RecordMeta, Encoded] | str:
         ref = instead(spec, SampleRef(0, name, index, 0), index)
         try:
             record = reader.read(index)
-            media = decode(record, decoding if ref.shape is None else sized(decoding, ref.shape))
+            media = decoded(record, decoding if ref.shape is None else sized(decoding, ref.shape))
         except (SampleError, DecodeError) as error:
             return str(error)
         place = (media.fps, media.start_s, media.view)
@@ -90,3 +98,4 @@ def encode_dataset(
         return encode_shards(directory, datasets[name], own, origin, encode, part, progress)
     finally:
         reader.close()
+        worker.close()

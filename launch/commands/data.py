@@ -356,6 +356,14 @@ def _preview(args: argparse.Namespace) -> int:
     from kinodit.data.preview import preview
 
     out = args.out or args.directory.resolve().with_suffix(".preview.html")
-    shown = preview(Dataset(args.directory), out, args.num_samples, args.seed)
+    line = ProgressLine("samples")
+    shown = preview(
+        Dataset(args.directory),
+        out,
+        args.num_samples,
+        args.seed,
+        lambda done, total: line.show(done, total, ""),
+    )
+    line.end()
     print(f"{out}: {shown} samples, {out.stat().st_size / 2**20:.1f} MiB")
     return 0

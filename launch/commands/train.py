@@ -33,15 +33,20 @@ def run(args: argparse.Namespace) -> int:
     keep_to_group()
     # Handlers first: what follows takes seconds, in which a signal would end the process.
     with Signals() as signals:
+        is_alone = "torch" not in sys.modules
         code = supervise()
         if code is not None:
             return code
+        from kinodit.data import fork_server
         from kinodit.launch.topology import process_group, read_topology
         from kinodit.trainer.config import load_config
         from kinodit.trainer.run import train
 
         ledger = ["log.ledger=true"] if args.ledger else []
         config = load_config(args.config, [*args.overrides, *ledger])
+        if is_alone and config.data.workers == "processes":
+            # While there are neither threads nor connections, and no weights in memory.
+            fork_server.fork_early()
         topology = read_topology()
         with process_group(topology, config.run.deadline_s) as device:
             train(config, topology, device, sys.stderr, signals)

@@ -142,6 +142,7 @@ def test_a_cache_changes_nothing_and_is_used(
 
     monkeypatch.setattr("kinodit.data.samples.decode", counting)
     options: dict[str, Any] = {"window": "first", "crop": "centre", "num_threads": 1}
+    options["workers"] = "threads"
     plain = by_slot(run(datasets, steps=12, **options))
     without = len(decoded)
     decoded.clear()
@@ -259,4 +260,4 @@ def test_a_fault_of_ours_is_not_hidden(
 
     monkeypatch.setattr("kinodit.data.samples.decode", fail)
     with pytest.raises(RuntimeError, match="a fault"):
-        run(datasets)
+        run(datasets, workers="threads")

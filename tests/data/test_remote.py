@@ -204,7 +204,7 @@ def test_a_loader_says_what_was_fetched_for_what_was_used(
     url = serve().url
     settings = DataConfig(
         datasets={"clips": DatasetConfig(url)}, storage=kept, samples_per_step=2, use_audio=False,
-        num_frames=1, height=8, width=8,
+        num_frames=1, height=8, width=8, workers="threads",
     )  # fmt: skip
     datasets = open_datasets(settings)
     spec = plan_spec(settings, datasets, CostModel(4, 4), seed=0)

@@ -76,7 +76,8 @@ def test_training_is_the_same_from_raw_from_a_cache_and_mixed(
     kept = root / "runs" / "raw" / "codec.json"
     (root / "runs" / "cached").mkdir(parents=True)
     (root / "runs" / "cached" / "codec.json").write_bytes(kept.read_bytes())
-    assert losses(root, "cached", fixed, first, other) == raw
+    here = "data.workers=threads"
+    assert losses(root, "cached", fixed, here, first, other) == raw
     assert decoded == []
 
 

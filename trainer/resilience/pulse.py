@@ -146,14 +146,14 @@ class Pulse:
         self._step, self._step_began_s = step, time.monotonic()
         self.beat("step", slow=False)
 
-    def beat(self, activity: str, *, slow: bool) -> None:
-        """`activity` begins. slow: it is no part of a step."""
+    def beat(self, activity: str, *, slow: bool, more_s: float = 0.0) -> None:
+        """`activity` begins. slow: it is no part of a step; more_s: how much longer it may take."""
         self._activity = activity
         if slow:
             # What is between steps is no step: its time says nothing about the next one's.
             self._end_step()
         usual_s = max(self._hang_s, STEPS_PER_LIMIT * self._longest_step_s)
-        self._limit_s = self._slow_s if slow else min(usual_s, self._slow_s)
+        self._limit_s = self._slow_s if slow else min(usual_s + more_s, self._slow_s)
         self._give()
 
     def _end_step(self) -> None:
@@ -207,10 +207,10 @@ def step(step: int) -> None:
         _pulse.step(step)
 
 
-def beat(activity: str, *, slow: bool = False) -> None:
+def beat(activity: str, *, slow: bool = False, more_s: float = 0.0) -> None:
     """See `Pulse.beat`."""
     if _pulse is not None:
-        _pulse.beat(activity, slow=slow)
+        _pulse.beat(activity, slow=slow, more_s=more_s)
 
 
 def message(label: str, kind: str, num_bytes: int) -> None:

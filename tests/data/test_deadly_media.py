@@ -1,0 +1,159 @@
+"""A medium that hangs its decoder in C, or crashes it, costs one sample, named, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kinodit.data.config import DataConfig, DatasetConfig, DecodeConfig, QuarantineConfig
+from kinodit.data.curate import LIMITS, curate
+from kinodit.data.decode import DecodedSample
+from kinodit.data.loader import Loader, StepData
+from kinodit.data.manifest import Dataset
+from kinodit.data.plan import SampleRef, plan
+from kinodit.data.preview import preview
+from kinodit.data.probe_worker import ProbeWorker
+from kinodit.data.quarantine import Replacement, substitute
+from kinodit.data.samples import longest_s
+from kinodit.data.select import plan_spec
+from kinodit.data.spec import CostModel
+from kinodit.data.validate import validate
+from tests.data.clips import small_records, write_dataset
+from tests.support.decoders import HARMS, struck
+
+BAD, STEPS = 6, 2
+KEY = f"s{BAD:04d}"
+REASON = {
+    "hold": "allows: its decoder hung and was killed",
+    "release": "allows: its decoder hung and was killed",
+    "snail": "allows: its decoder hung and was killed",
+    "crash": "its decoder crashed, and did so again in a new process",
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_dataset(tmp_path_factory.mktemp("deadly") / "clips", small_records(10))
+
+
+def settings_of(dataset: Dataset, **changes: Any) -> DataConfig:
+    settings = DataConfig(
+        datasets={"clips": DatasetConfig(str(dataset.directory))},
+        num_frames=4, fps=6.0, height=24, width=24, samples_per_step=10, packs_per_step=3,
+        decode_limit_s=0.5, quarantine=QuarantineConfig(max_shard_share=1.0),
+    )  # fmt: skip
+    return replace(settings, **changes)
+
+
+def load(dataset: Dataset, **changes: Any) -> list[StepData]:
+    settled = changes.pop("settled", None)
+    settings = settings_of(dataset, **changes)
+    spec = plan_spec(settings, {"clips": dataset}, CostModel(20, 5, 0, 3), seed=11)
+    with Loader(spec, {"clips": dataset}, settings, end_step=STEPS, settled=settled) as loader:
+        return list(loader)
+
+
+def by_place(steps: list[StepData]) -> dict[tuple[int, int], DecodedSample]:
+    return {(data.step, x.ref.slot): x for data in steps for pack in data.packs for x in pack}
+
+
+def replaced(steps: list[StepData]) -> dict[tuple[int, int], Replacement]:
+    return {(item.step, item.slot): item for data in steps for item in data.replaced}
+
+
+def is_bad(record: Any, *_: Any) -> bool:
+    return bool(record.key == KEY)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_substitute_by_rule_takes_its_place_and_the_ledger_names_it(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    good = load(dataset, workers="threads")
+    with struck(monkeypatch, "kinodit.data.worker.decode", is_bad, harm):
+        steps = load(dataset)
+        found = replaced(steps)
+        # What the ledger has settled is not opened again.
+        assert load(dataset, settled=found, decode_limit_s=60.0) == steps
+    spec = plan_spec(settings_of(dataset), {"clips": dataset}, CostModel(20, 5, 0, 3), seed=11)
+    wanted = {
+        (step, ref.slot): ref
+        for step in range(STEPS)
+        for pack in plan(spec, step).packs
+        for ref in pack
+        if ref.index == BAD
+    }
+    assert len(wanted) == STEPS and found.keys() == wanted.keys()
+    shard, offset, _ = dataset.locate(BAD)
+    for place, item in found.items():
+        (fault,) = item.faults
+        assert (fault.shard, fault.offset, fault.key) == (str(shard), offset, KEY)
+        assert REASON[harm] in fault.reason
+        ref: SampleRef = wanted[place]
+        assert item.used == substitute(spec, dataset, place[0], ref, [BAD]).index
+    before, after = by_place(good), by_place(steps)
+    assert before.keys() == after.keys()
+    for place in before.keys() - found.keys():
+        mine, other = before[place].video, after[place].video
+        assert mine is not None and other is not None and torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("harm", ["hold", "crash"])
+def test_the_copy_with_scores_leaves_it_out(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    hasty = replace(LIMITS, decode_limit_s=1.0)
+    with struck(monkeypatch, "kinodit.data.curate.measure", is_bad, harm):
+        report = curate(str(dataset.directory), tmp_path / "scored", limits=hasty)
+    assert report.manifest.num_samples == len(dataset) - 1
+    assert [name for name, _ in report.left_out] == [f"sample {BAD}"]
+    assert REASON[harm] in report.left_out[0][1]
+
+
+@pytest.mark.parametrize("harm", ["hold", "crash"])
+def test_a_preview_shows_it_with_the_reason(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    seen: list[tuple[int, int]] = []
+    hasty = partial(DecodeConfig, decode_limit_s=0.5)
+    monkeypatch.setattr("kinodit.data.preview.DecodeConfig", hasty)
+    with struck(monkeypatch, "kinodit.data.worker.decode", is_bad, harm):
+        shown = preview(dataset, tmp_path / "page.html", progress=lambda *now: seen.append(now))
+    assert shown == 10 and seen == [(done, 10) for done in range(1, 11)]
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("does not decode") == page.count("does not decode", page.index(KEY)) > 0
+    assert REASON[harm].removeprefix("allows: ") in page
+
+
+@pytest.mark.parametrize("harm", ["hold", "crash"])
+def test_validation_names_it(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    monkeypatch.setattr("kinodit.data.validate.ProbeWorker", partial(ProbeWorker, 0.5))
+    size = len(small_records(BAD + 1)[BAD].members["mp4"])
+    opened: Callable[..., bool] = lambda extension, data: count(extension, size, len(data))
+    with struck(monkeypatch, "kinodit.data.probe_worker.probe", opened, harm):
+        report = validate(dataset.directory, decode=True)
+    # All clips have the same bytes: every one of them is hit, and no picture.
+    assert (report.num_samples, report.num_good) == (10, 2)
+    assert {problem.key for problem in report.problems} == {
+        f"s{number:04d}" for number in range(10) if number % 5 != 4
+    }
+    said = "its decoder crashed" if harm == "crash" else "its decoder hung and was killed"
+    assert all(said in problem.found for problem in report.problems)
+
+
+def count(extension: str, size: int, length: int) -> bool:
+    return extension == "mp4" and length == size
+
+
+def test_a_rank_that_loads_is_given_the_time_that_its_limits_allow(dataset: Dataset) -> None:
+    local = settings_of(dataset, decode_limit_s=60.0)
+    assert longest_s(local) == 8 * 65.0
+    remote = replace(local, datasets={"clips": DatasetConfig("http://host/clips")})
+    # Eight attempts of a minute, and pauses of 1/2, 1, 2, 4, 8, 16 and 30 seconds.
+    assert longest_s(remote) == 8 * 65.0 + 8 * 60.0 + 61.5

@@ -117,7 +117,7 @@ def test_two_ranks_and_restarts_give_the_same_curve(recipe: Path, whole: str, tw
 @pytest.mark.parametrize("axis", quick(["tp", "cp"], "tp"))
 def test_ranks_that_share_a_pack_train_on_one_sample(recipe: Path, two: Ranks, axis: str) -> None:
     """Sample 5 fails on one of two ranks with the same packs: both take its substitute."""
-    layout = (*ALLOWED, f"parallel.{axis}=2")
+    layout = (*ALLOWED, f"parallel.{axis}=2", "data.workers=threads")
     two.run(run_with_a_slow_rank, (recipe, f"slow-{axis}", layout))
     rows = ledger(recipe, f"slow-{axis}")
     assert {row["wanted"] for row in rows} == {*BAD, 5}

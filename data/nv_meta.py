@@ -15,7 +15,7 @@ import json
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,13 @@ def read_split(directory: Path, split: str) -> NvSplit:
     return NvSplit(files, keys, {file: counts[file] for file in files})
 
 
-def write_nv_meta(dataset: Dataset) -> Path:
+def write_nv_meta(
+    dataset: Dataset, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Path:
     """Writes `.nv-meta` and NAME.tar.idx for a local dataset, so that energon reads it unprepared.
 
     All shards are in split `train`; samples that the dataset's index leaves out are excluded there,
-    too. Returns the folder.
+    too. Returns the folder. `progress` is called with (samples done, samples).
 
     Raises ManifestError if there is a `.nv-meta` already, or a shard is not as indexed.
     """
@@ -145,6 +147,7 @@ def write_nv_meta(dataset: Dataset) -> Path:
             _insert(database, number, rows)
             ends = [start for _, start, _, _ in rows] + [rows[-1][2] if rows else 0]
             np.array(ends, "<u8").tofile(directory / f"{shard.file}.idx")
+            progress(first, len(dataset))
         database.executescript(_INDEXES)
         database.commit()
         database.close()

@@ -6,7 +6,7 @@ Everything of a step is measured on steps of the plan itself, the first ones of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,14 +103,22 @@ class OrderReport:
 
 
 def collect(
-    spec: PlanSpec, datasets: Mapping[str, Dataset], num_ranks: int, num_steps: int
+    spec: PlanSpec,
+    datasets: Mapping[str, Dataset],
+    num_ranks: int,
+    num_steps: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> OrderReport:
     """The report of a plan: on `num_ranks` data-parallel ranks, from its first `num_steps` steps.
 
-    Whole windows are looked at, so that there may be some more steps.
+    Whole windows are looked at, so that there may be some more steps. `progress` is called with
+    (steps done, steps).
     """
     num_steps = -(-num_steps // spec.window_steps) * spec.window_steps
-    batches = [plan(spec, step) for step in range(num_steps)]
+    batches = []
+    for step in range(num_steps):
+        batches.append(plan(spec, step))
+        progress(step + 1, num_steps)
     shares = np.array(spec.mixture.shares) / spec.mixture.period
     lines = tuple(
         DatasetLine(

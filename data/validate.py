@@ -69,7 +69,8 @@ def validate(
 
     Media are opened in a process of their own, so that one that hangs or crashes it is a problem
     like others. `part` (i, n) checks every n-th shard from the i-th on. Raises ManifestError only
-    if there is no manifest that can be read. `progress` is called with (samples checked, samples of the part).
+    if there is no manifest that can be read. `progress` is called with (samples checked, samples of
+    the part).
     """
     folder = Path(directory)
     manifest = Manifest.load(folder)

@@ -91,6 +91,8 @@ def _export_energon(args: argparse.Namespace) -> int:
     from kinodit.data.manifest import Dataset
     from kinodit.data.nv_meta import write_nv_meta
 
-    folder = write_nv_meta(Dataset(args.directory))
+    line = ProgressLine("samples")
+    folder = write_nv_meta(Dataset(args.directory), lambda done, total: line.show(done, total, ""))
+    line.end()
     print(f"{folder}: energon reads {args.directory} (CrudeWebdataset, split 'train')")
     return 0

@@ -64,7 +64,11 @@ def _plan(args: argparse.Namespace) -> int:
         raise ConfigError(f"--ranks {ranks} and --steps {args.steps} must be at least 1")
     order = data_order(config)
     check_epochs(config.data, order.spec, config.run.steps)
-    report = collect(order.spec, order.datasets, ranks, args.steps)
+    line = ProgressLine("steps")
+    report = collect(
+        order.spec, order.datasets, ranks, args.steps, lambda done, all_: line.show(done, all_, "")
+    )
+    line.end()
     report = replace(report, references=reference_counts(config, order, report.steps.num_steps))
     if args.json:
         document = asdict(report)
@@ -84,9 +88,9 @@ def _verify_ledger(args: argparse.Namespace) -> int:
     from kinodit.trainer.streams import not_exact
     from kinodit.trainer.verify_consumed import verify
 
-    line = ProgressLine()
+    line = ProgressLine("steps")
     order = data_order(load_config(args.run_dir / CONFIG_FILE))
-    verdict = verify(args.run_dir, order.spec, lambda done, all_: line.show(done, all_, "steps"))
+    verdict = verify(args.run_dir, order.spec, lambda done, all_: line.show(done, all_, ""))
     line.end()
     if args.json:
         print(json.dumps({**asdict(verdict), "is_exact": verdict.is_exact}, indent=2))

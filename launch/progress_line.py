@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from kinodit.trainer.progress import rate
+
 _BAR_CHARS = 24
 
 
@@ -14,7 +16,7 @@ class ProgressLine:
     `unit` follows the counts ("MiB"), and a rate in it is shown.
     """
 
-    def __init__(self, unit: str = "") -> None:
+    def __init__(self, unit: str) -> None:
         self._unit = unit
         self._start = self._last = time.monotonic()
         self._first: int | None = None
@@ -25,14 +27,14 @@ class ProgressLine:
         now = time.monotonic()
         if self._first is None:
             # What an earlier run had done says nothing of this one's pace.
-            self._first = done if done < total and self._unit else 0
+            self._first = done if done < total else 0
         if not sys.stderr.isatty() or (now - self._last < 0.1 and done < total):
             return
         self._last, self._shown = now, True
         elapsed_s, fresh = now - self._start, done - self._first
-        parts = [f"{_bar(done, total)} {done}/{total}" + f" {self._unit}".rstrip()]
-        if self._unit and fresh:
-            parts.append(f"{fresh / elapsed_s:.0f} {self._unit}/s")
+        parts = [f"{_bar(done, total)} {done}/{total} {self._unit}"]
+        if fresh and elapsed_s:
+            parts.append(rate(fresh / elapsed_s, self._unit))
         if note:
             parts.append(note)
         if fresh:
@@ -43,6 +45,29 @@ class ProgressLine:
         """Clears the line."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class StageLines:
+    """A line for each stage of long work, one after the other; silent where `is_shown` is false."""
+
+    def __init__(self, unit: str, *, is_shown: bool = True) -> None:
+        """`unit`: of what every stage counts."""
+        self._unit, self._is_shown = unit, is_shown
+        self._stage = ""
+        self._line = ProgressLine(unit)
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Shows how far `stage` has come: its pace is its own."""
+        if not self._is_shown:
+            return
+        if stage != self._stage:
+            self._line.end()
+            self._stage, self._line = stage, ProgressLine(self._unit)
+        self._line.show(done, total, stage)
+
+    def end(self) -> None:
+        """Clears the line."""
+        self._line.end()
 
 
 def _bar(done: int, total: int) -> str:

@@ -6,7 +6,7 @@ Shape legend: C channels of a latent, t/h/w latent frames, rows and columns, N t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -75,6 +75,7 @@ class Drawing:
     dtype:    of the latents between evaluations
     shift:    of the time grid
     negative: the caption of the pass without the prompt
+    tell:     is given how many steps of the time grid are done, whenever that is known
     """
 
     network: Network
@@ -89,6 +90,7 @@ class Drawing:
     window: WindowConfig
     shift: float
     negative: str = ""
+    tell: Callable[[int], None] = lambda done: None
 
     def __call__(self, order: Order) -> dict[str, Tensor]:
         """Stream -> latents [C, t, h, w], generated or given; nothing without a prompt. Collective.
@@ -113,13 +115,24 @@ class Drawing:
             tokens = self._by_blocks(batches[0], start)
         else:
             velocities = [self._velocity(some) for some in batches]
-            velocity = windowed(velocities, [cut.rows for cut in cuts])
+            velocity = self._told(windowed(velocities, [cut.rows for cut in cuts]))
             tokens = sample(velocity, start, self._times, self.sampler.method)
         return {} if is_idle else self._latents(whole, tokens, order)
 
     @property
     def _times(self) -> Tensor:
         return time_grid(self.sampler.steps, self.sampler.shift or self.shift)
+
+    def _told(self, velocity: VelocityFn) -> VelocityFn:
+        """`velocity`, which tells how far the time grid is done whenever it is asked."""
+        times = self._times.tolist()
+        is_down = times[0] > times[-1]
+
+        def told(x: Mapping[str, Tensor], t: float) -> Mapping[str, Tensor]:
+            self.tell(sum(known > t if is_down else known < t for known in times[:-1]))
+            return velocity(x, t)
+
+        return told
 
     def _velocity(self, batches: Mapping[str, TokenBatch]) -> VelocityFn:
         """The guided velocity of a batch under every condition, and without each."""

@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,16 +135,20 @@ def _spectrogram_video(clip: Clip) -> Pixels:
 
 @dataclass
 class Gallery:
-    """Draws prompts, shared out over the ranks, and writes them on rank 0."""
+    """Draws prompts, shared out over the ranks, and writes them on rank 0.
+
+    progress: as of `kinodit.trainer.generate.Generator`
+    """
 
     config: RunConfig
     parts: Parts
     dtype: torch.dtype
+    progress: Callable[[int, int], None] = lambda done, total: None
 
     def __call__(self, folder: Path, prompts: Sequence[str], settings: SampleConfig) -> list[Entry]:
         """The entries of the written folder on rank 0, none elsewhere. Collective."""
         parts = self.parts
-        generator = parts.generator(self.dtype)
+        generator = parts.generator(self.dtype, self.progress)
         shape, shift = clip_shape(self.config), sampling_shift(self.config, parts)
         given: list[Mapping[str, Tensor]] = []
         if settings.given:

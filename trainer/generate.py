@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -120,9 +120,21 @@ def using_ema(emas: Mapping[str, Ema], name: str) -> Iterator[None]:
         yield
 
 
+Progress = Callable[[int, int], None]
+"""Is given how much is done, and of how much."""
+
+
+def _counter(progress: Progress, before: int, total: int) -> Callable[[int], None]:
+    """What counts steps of one clip among those of all, `before` of which are done."""
+    return lambda done: progress(before + done, total)
+
+
 @dataclass
 class Generator:
-    """Draws clips with a model under any engine."""
+    """Draws clips with a model under any engine.
+
+    progress: of the steps of the time grid, those of all of this rank's clips together
+    """
 
     engine: Engine
     objective: Objective
@@ -132,6 +144,7 @@ class Generator:
     rank: int
     num_ranks: int
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+    progress: Progress = lambda done, total: None
 
     def __call__(
         self,
@@ -183,7 +196,10 @@ class Generator:
                 shift,
                 config.negative,
             )
+            steps = config.sampler.steps
             for turn in range(rounds):
+                draw.tell = _counter(self.progress, turn * steps, rounds * steps)
+                draw.tell(0)
                 index = turn * self.num_ranks + self.rank
                 prompt = prompts[index] if index < len(prompts) else None
                 own = given[index % len(given)] if given else {}
@@ -200,6 +216,7 @@ class Generator:
                     clip = self._clip(made, prompt, index, shape, config.seed)
                     pixels = self._given_pixels(draw.given_cells(wish), clip)
                     clips.append(replace(clip, given=pixels, task=config.task))
+        self.progress(rounds * steps, rounds * steps)
         return clips
 
     def _clip(

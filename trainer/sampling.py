@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -80,7 +80,11 @@ def sample_run(
     step: int | None,
     topology: Topology,
     device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Entry]:
-    """Draw `prompts` with a run's checkpoint into `folder`; entries on rank 0. Collective."""
+    """Draw `prompts` with a run's checkpoint into `folder`; entries on rank 0. Collective.
+
+    `progress` is given how many steps of the time grid are done, of those of this rank's clips.
+    """
     config, parts = load_parts(run_dir, config, step, topology, device)
-    return Gallery(config, parts, master_dtype(config))(folder, prompts, settings)
+    return Gallery(config, parts, master_dtype(config), progress)(folder, prompts, settings)

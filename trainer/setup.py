@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,13 @@ class Parts:
     mesh: Mesh
     tasks: Mapping[str, TaskConfig]
 
-    def generator(self, dtype: torch.dtype) -> Generator:
-        """Draws clips with this run's model, shared out over the ranks."""
+    def generator(
+        self, dtype: torch.dtype, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Generator:
+        """Draws clips with this run's model, shared out over the ranks.
+
+        `progress`: as of `Generator`
+        """
         return Generator(
             engine=self.engine,
             objective=self.objective,
@@ -49,6 +54,7 @@ class Parts:
             rank=self.mesh.dp_index,
             num_ranks=self.mesh.dp_size,
             tasks=self.tasks,
+            progress=progress,
         )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kinodit.launch.progress_line import ProgressLine
+
 if TYPE_CHECKING:
     from kinodit.trainer.certify.run import Case, Row
     from kinodit.trainer.certify.twin import Twin
@@ -90,9 +92,14 @@ def run(args: argparse.Namespace) -> int:
     )
     start_s = time.monotonic()
     rows = []
+    line = ProgressLine("layouts")
+    line.show(0, len(cases), "")
     for row in certify(small, cases, args.device):
         rows.append(row)
+        line.end()
         _print_row(row, width)
+        line.show(len(rows), len(cases), "")
+    line.end()
     if args.json:
         _write(args.json, [row.to_json() for row in rows])
     num_ok = sum(row.ok for row in rows)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kinodit.launch.progress_line import ProgressLine
 from kinodit.models.errors import UserError
 
 HELP = "List, describe, check, thin out, export and import the checkpoints of a run."
@@ -52,6 +54,10 @@ def run(args: argparse.Namespace) -> int:
     return int(args.act(args))
 
 
+def _show(line: ProgressLine, name: str, done: int, total: int) -> None:
+    line.show(done >> 20, total >> 20, name)
+
+
 def _list(args: argparse.Namespace) -> int:
     from kinodit.trainer.checkpoint import folder as disk
 
@@ -86,7 +92,9 @@ def _verify(args: argparse.Namespace) -> int:
 
     broken = 0
     for path in _chosen(args.path):
-        problems = verify(path)
+        line = ProgressLine("MiB")
+        problems = verify(path, partial(_show, line, path.name))
+        line.end()
         broken += bool(problems)
         print(f"{path.name}: {'good' if not problems else 'BROKEN'}", flush=True)
         for problem in problems:
@@ -101,10 +109,13 @@ def _prune(args: argparse.Namespace) -> int:
         raise PathError(f"--keep-last {args.keep_last}: at least one checkpoint has to stay")
     _checkpoints(args.run_dir)
     removed = "would be removed" if args.dry_run else "removed"
-    for path in disk.prunable(args.run_dir, args.keep_last):
+    line, old = ProgressLine("checkpoints"), disk.prunable(args.run_dir, args.keep_last)
+    for number, path in enumerate(old):
+        line.show(number, len(old), path.name)
         size = _size(path)
         if not args.dry_run:
             disk.discard(path)
+        line.end()
         print(f"{path.name}  {size:>10}  {removed}")
     aside = args.run_dir / disk.FOLDER / disk.QUARANTINE
     for path in sorted(aside.glob("*")) if args.quarantine else []:

@@ -213,7 +213,7 @@ def _curate(args: argparse.Namespace) -> int:
 def _pack(args: argparse.Namespace) -> int:
     from kinodit.data.pack import Progress, pack
 
-    line = ProgressLine()
+    line = ProgressLine("files")
 
     def progress(now: Progress) -> None:
         bad = f", {now.num_bad} bad" if now.num_bad else ""
@@ -269,7 +269,7 @@ def _demo(args: argparse.Namespace) -> int:
         args.num_bounces,
         args.num_edits,
     )
-    line = ProgressLine()
+    line = ProgressLine("samples")
     manifest = build(
         args.destination, options, args.workers, lambda done, total: line.show(done, total, "")
     )
@@ -295,7 +295,7 @@ def _encode(args: argparse.Namespace) -> int:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", topology.local_rank % torch.cuda.device_count())
-    line = ProgressLine()
+    line = ProgressLine("samples")
     report = encode_dataset(
         config,
         args.dataset,
@@ -323,7 +323,7 @@ def _validate(args: argparse.Namespace) -> int:
     if args.reports is not None:
         report = merge_reports(args.directory, args.reports)
     else:
-        line = ProgressLine()
+        line = ProgressLine("samples")
         report = validate(
             args.directory,
             decode=args.decode,

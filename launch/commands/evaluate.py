@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from kinodit.launch.progress_line import StageLines
 from kinodit.launch.topology import process_group, read_topology
 
 HELP = (
@@ -44,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
     wanted = EvaluationConfig(args.samples, args.step, not args.losses_only, tasks)
     config = load_run(args.run_dir)
     topology = read_topology()
+    lines = StageLines("done", is_shown=topology.is_main)
     with process_group(topology, config.run.deadline_s) as device:
-        figures = evaluate_run(args.run_dir, config, wanted, topology, device)
+        figures = evaluate_run(args.run_dir, config, wanted, topology, device, lines.show)
+    lines.end()
     if topology.is_main:
         rows = summary(figures)
         width = max(len(label) for label, _ in rows)

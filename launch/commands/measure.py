@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from kinodit.launch.progress_line import StageLines
 from kinodit.launch.topology import process_group, read_topology
 
 HELP = (
@@ -31,19 +34,25 @@ def run(args: argparse.Namespace) -> int:
     from kinodit.trainer.sampling import load_run, sample_run
 
     config = load_run(args.run_dir)
-    metas = [
-        ShardReader(dataset).read(index).meta
-        for dataset in open_datasets(config.data).values()
-        for index in range(len(dataset))
-    ]
+    topology = read_topology()
+    lines = StageLines("done", is_shown=topology.is_main)
+    metas = []
+    for name, dataset in open_datasets(config.data).items():
+        with closing(ShardReader(dataset)) as reader:
+            for index in range(len(dataset)):
+                metas.append(reader.read(index).meta)
+                lines.show(f"reading captions of {name}", index + 1, len(dataset))
     prompts = motion_prompts(metas, args.clips, args.seed)
     folder = args.run_dir / "samples" / "motion"
     settings = replace(config.sample, seed=args.seed)
     if args.guidance is not None:
         settings = replace(settings, guidance=replace(settings.guidance, scale=args.guidance))
-    topology = read_topology()
     with process_group(topology, config.run.deadline_s) as device:
-        sample_run(args.run_dir, config, settings, prompts, folder, None, topology, device)
+        sample_run(
+            args.run_dir, config, settings, prompts, folder, None, topology, device,
+            partial(lines.show, "drawing"),
+        )  # fmt: skip
+    lines.end()
     if not topology.is_main:
         return 0
     result = measure_gallery(folder)

@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kinodit.launch.progress_line import StageLines
 from kinodit.launch.topology import process_group, read_topology
 from kinodit.models.errors import UserError
 
@@ -116,11 +118,14 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out or args.run_dir / "samples" / "manual"
     config = replace(config, data=shape_of(args, config.data))
     topology = read_topology()
+    lines = StageLines("steps", is_shown=topology.is_main)
     with process_group(topology, config.run.deadline_s) as device:
         settings = settings_of(args, config.sample)
         entries = sample_run(
-            args.run_dir, config, settings, prompts, folder, args.step, topology, device
-        )
+            args.run_dir, config, settings, prompts, folder, args.step, topology, device,
+            partial(lines.show, f"drawing {len(prompts)} clip(s)"),
+        )  # fmt: skip
+    lines.end()
     if topology.is_main:
         print(f"{len(entries)} clip(s) in {folder}, side by side in {folder / 'sheet.png'}")
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A medium that hangs its decoder in C, or crashes it, costs one sample, named, and nothing else."""
+"""A medium that hangs or crashes its decoder in C costs one sample, named, and nothing else."""
 
 from __future__ import annotations
 

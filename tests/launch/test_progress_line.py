@@ -35,9 +35,13 @@ def test_a_line_tells_how_far_how_fast_and_how_long(monkeypatch: pytest.MonkeyPa
     # What an earlier run had done says nothing of the pace.
     text = shown(monkeypatch, "MiB", [(0.0, 150), (10.0, 160)])
     assert text.endswith("160/200 MiB  1 MiB/s  12 samples  40 s left")
-    text = shown(monkeypatch, "", [(100.0, 1)])
-    assert text == "[........................] 1/200  12 samples  5 h 31 min left"
-    text = shown(monkeypatch, "", [(100.0, 100)])
+    text = shown(monkeypatch, "files", [(0.0, 0), (100.0, 1)])
+    assert text == (
+        "[........................] 1/200 files  100 s/file  12 samples  5 h 31 min left"
+    )
+    text = shown(monkeypatch, "samples", [(0.0, 0), (0.1, 100)])
+    assert text.endswith("100/200 samples  1k samples/s  12 samples  0 s left")
+    text = shown(monkeypatch, "samples", [(0.0, 0), (100.0, 100)])
     assert text.endswith("1 min 40 s left")
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from kinodit.trainer.checkpoint.manifest import (
@@ -66,9 +66,20 @@ class Hashing:
             for name, record in ours
         ]
 
-    def problems(self) -> list[str]:
-        """Wait; a sentence for each file that is not what was written."""
-        found = [self._problem(*file) for file in self._files]
+    def problems(
+        self, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[str]:
+        """Wait; a sentence for each file that is not what was written.
+
+        `progress` is called with (bytes hashed, bytes).
+        """
+        total, before, found = sum(record.size for _, record, _ in self._files), 0, []
+        for name, record, blocks in self._files:
+            for number, block in enumerate(blocks):
+                wait([block])
+                progress(before + min(record.size, (number + 1) * BLOCK_BYTES), total)
+            before += record.size
+            found.append(self._problem(name, record, blocks))
         self._pool.shutdown()
         return [problem for problem in found if problem]
 
@@ -99,13 +110,18 @@ def _num_blocks(record: FileRecord) -> int:
     return -(-record.size // BLOCK_BYTES)
 
 
-def verify(path: Path) -> list[str]:
-    """Every problem of the checkpoint folder `path`, in one process; empty if it is good."""
+def verify(
+    path: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """Every problem of the checkpoint folder `path`, in one process; empty if it is good.
+
+    `progress` is called with (bytes hashed, bytes).
+    """
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return [str(error)]
-    return check_sizes(path, manifest) or Hashing(path, manifest.files).problems()
+    return check_sizes(path, manifest) or Hashing(path, manifest.files).problems(progress)
 
 
 def one_line(problems: Sequence[str]) -> str:

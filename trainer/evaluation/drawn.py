@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ class DrawnSamples:
 
     own:    this rank's samples of the validation set
     folder: for clips and their sheets
+    progress: is given what is done, and how much of it
     """
 
     config: RunConfig
@@ -49,6 +50,7 @@ class DrawnSamples:
     encoder: SampleEncoder
     own: Sequence[DecodedSample]
     folder: Path
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
     def from_captions(self) -> dict[str, Any]:
         """Clips as `sample` of the recipe has them, for the captions of the validation set.
@@ -131,12 +133,12 @@ class DrawnSamples:
             before = dict(_gathered(mesh, [row for row in own_before if row[0] < NUM_SHOWN]))
             shown = [dataclasses.replace(clip, pictures=before[clip.index]) for clip in shown]
         mesh.from_main(lambda: save_gallery(folder, shown, settings))
-        made = [
-            self._measured(clip.index, media_of(clip), clip.prompt, every[clip.index][2])
-            for clip in clips
-        ]
+        made, real = [], []
+        for clip in clips:
+            asked = every[clip.index][2]
+            made.append(self._measured(clip.index, media_of(clip), clip.prompt, asked))
+            self.progress("measuring clips", len(made), len(clips))
         rate_hz = self.config.data.audio_rate
-        real = []
         for sample in own:
             index = place[sample.key.slot]
             media = Media(sample.video, sample.fps, sample.audio, rate_hz)
@@ -145,6 +147,7 @@ class DrawnSamples:
             if edits:
                 measured = _with_edit(measured, compared.get(index), sample)
             real.append(measured)
+            self.progress("measuring the data", len(real), len(own))
         made, real = (sorted(_gathered(mesh, side), key=_place) for side in (made, real))
         generated = [
             name
@@ -163,7 +166,7 @@ class DrawnSamples:
     ) -> list[Clip]:
         config, parts = self.config, self.parts
         with using_ema(parts.emas, settings.ema):
-            return parts.generator(master_dtype(config))(
+            return parts.generator(master_dtype(config), self._drawn)(
                 captions,
                 shape,
                 settings,
@@ -171,6 +174,9 @@ class DrawnSamples:
                 [latents for latents, _ in given],
                 [pictures for _, pictures in given],
             )
+
+    def _drawn(self, done: int, total: int) -> None:
+        self.progress("drawing", done, total)
 
     @cached_property
     def _extractors(self) -> dict[str, Extractor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ class Losses:
     """Measures the packs of the validation step, each task of the recipe on all of them.
 
     packs: this rank's, the same number on every rank
+    progress: is given the task, packs done, packs
     """
 
     config: RunConfig
@@ -39,6 +40,7 @@ class Losses:
     encoder: SampleEncoder
     packs: Sequence[Sequence[DecodedSample]]
     seed: int
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
     def __call__(self, forward: Forward) -> LossTable:
         """Task -> stream -> noise level, and "mean" over them -> loss. Collective.
@@ -50,7 +52,10 @@ class Losses:
         first = [min((s.key.slot for s in samples), default=-1) for samples in encoded]
         mesh, table = self.parts.mesh, LossTable()
         for task in self.config.tasks or (GENERATION,):
-            sums = [self._sums(forward, self._pack(samples, task)) for samples in encoded]
+            sums = []
+            for samples in encoded:
+                sums.append(self._sums(forward, self._pack(samples, task)))
+                self.progress(f"losses of {task}", len(sums), len(encoded))
             own = list(zip(first, sums, strict=True)) if mesh.counts else []
             rows = [row for part in mesh.gather_objects(own) for row in part if row[0] >= 0]
             table[task] = self._means([found for _, found in sorted(rows, key=lambda row: row[0])])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,13 @@ def evaluate_run(
     wanted: EvaluationConfig,
     topology: Topology,
     device: torch.device,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of a run; its figures, on rank 0. Collective.
 
     Rank 0 writes them, and the samples, to RUN/evaluation/step-N. Packs, samples and features are
-    shared out over the ranks; figures are the same bits on any number of them.
+    shared out over the ranks; figures are the same bits on any number of them. `progress` is given
+    what this rank does, and how much of it is done.
     """
     step = checkpoint.step_of(find_checkpoint(run_dir, wanted.step))
     tasks = wanted.chosen(config)
@@ -81,10 +83,11 @@ def evaluate_run(
     encoder = SampleEncoder(parts.encoder.encoders, seed, 0.0)
     data = validation_step(config, encoder.encoders, parts.mesh)
     with using_ema(parts.emas, config.eval.ema), parts.engine.inference() as forward:
-        losses = Losses(config, parts, encoder, data.packs, seed)(forward)
+        losses = Losses(config, parts, encoder, data.packs, seed, progress)(forward)
     figures: dict[str, Any] = {"step": step, "loss": losses}
     folder = run_dir / "evaluation" / f"step-{step:08d}"
-    drawn = DrawnSamples(config, parts, encoder, [s for part in data.packs for s in part], folder)
+    own = [sample for part in data.packs for sample in part]
+    drawn = DrawnSamples(config, parts, encoder, own, folder, progress)
     if wanted.with_samples:
         figures |= drawn.from_captions()
     if tasks:

@@ -216,6 +216,9 @@ def _become_process(name: str, descriptor: int, parent: int) -> NoReturn:
             run: Serve = getattr(importlib.import_module(module), function)
             run(Connection(descriptor))
             code = 0
+    except (BrokenPipeError, ConnectionResetError):
+        # Whoever would hear of it is gone.
+        code = 0
     except Exception:
         traceback.print_exc()
         raise

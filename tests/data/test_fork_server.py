@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -14,6 +15,10 @@ import pytest
 from kinodit.data import fork_server
 from kinodit.data.fork_server import ForkedProcess
 from tests.support.decoders import hold
+
+for name in fork_server.PRELOADED:
+    # What a server would import else, each time that one is forked here.
+    importlib.import_module(name)
 
 
 def echo(link: Connection) -> None:
@@ -94,14 +99,18 @@ def test_signals_to_a_whole_job_end_no_process() -> None:
     process.close()
 
 
-def test_a_server_that_is_killed_takes_its_processes_along_and_is_replaced() -> None:
+def test_a_server_that_is_killed_takes_its_processes_along() -> None:
     hung = ForkedProcess(hang)
     assert hung.link.recv() == hung.pid
     os.kill(parent_of(hung.pid), signal.SIGKILL)
     assert is_gone(hung.pid)
     hung.kill()
     hung.close()
-    # Another interpreter this time, which imports what it needs.
+
+
+@pytest.mark.slow
+def test_without_a_server_another_interpreter_is_one() -> None:
+    fork_server.stop()
     process = ForkedProcess(echo)
     process.link.send("here")
     assert process.link.recv() == (process.pid, "here")

@@ -122,6 +122,25 @@ def test_five_times_the_longest_step(saves: bool, page: Page, clock: list[float]
     assert page.read().limit_s == 5 * 7.0
 
 
+def test_waiting_for_data_has_as_much_more_as_its_own_limits_allow(
+    page: Page, clock: list[float]
+) -> None:
+    pulse = watched(page)
+    for step in range(3):
+        pulse.step(step)
+        clock[0] += 0.1
+    pulse.step(3)
+    pulse.beat("data", slow=False, more_s=9.0)
+    assert page.read().limit_s == HANG_S + 9.0
+    # Who has its samples waits in a message for those who do not.
+    pulse.message("dp", "all_reduce")
+    assert page.read().limit_s == HANG_S + 9.0
+    pulse.beat("step", slow=False)
+    assert page.read().limit_s == HANG_S
+    pulse.beat("data", slow=False, more_s=1e6)
+    assert page.read().limit_s == SLOW_S
+
+
 def test_signs_tell_the_step_and_the_last_message(page: Page, clock: list[float]) -> None:
     pulse = watched(page)
     pulse.step(7)

@@ -1,0 +1,83 @@
+"""Training on media that hang or crash their decoder in C: the run goes on, by its default."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kinodit.data.container import DecodeError
+from kinodit.data.decode import decode
+from kinodit.data.manifest import Dataset
+from kinodit.data.quarantine import LEDGER_FILE
+from kinodit.launch.cli import main
+from tests.support.decoders import struck
+from tests.support.recipes import tiny_recipe, write_dataset
+
+KEY = "clip05"
+pytestmark = pytest.mark.slow
+ALLOWED = ("data.quarantine.max_shard_share=1", "data.decode_limit_s=0.6")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("deadly")
+    write_dataset(made)
+    return made
+
+
+def is_bad(record: Any, *_: Any) -> bool:
+    return bool(record.key == KEY)
+
+
+def rows(root: Path, name: str, file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "runs" / name / file).read_text().splitlines()]
+
+
+def trained(root: Path, name: str, *overrides: str) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    recipe = tiny_recipe(root, root / "data")
+    assert main(["train", str(recipe), f"run.name={name}", *ALLOWED, *overrides]) == 0
+    found = rows(root, name, "metrics.jsonl")
+    return [(row["loss"], row["grad_norm"]) for row in found if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize("harm", ["hold", "crash"])
+def test_the_curve_is_that_of_a_sample_that_is_merely_damaged(
+    root: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    with struck(monkeypatch, "kinodit.data.worker.decode", is_bad, harm):
+        curve = trained(root, harm)
+
+    def refused(record: Any, *rest: Any) -> Any:
+        if record.key == KEY:
+            raise DecodeError("damaged", record.key)
+        return decode(record, *rest)
+
+    monkeypatch.setattr("kinodit.data.samples.decode", refused)
+    assert trained(root, f"plain-{harm}", "data.workers=threads") == curve and len(curve) == 6
+    found, plain = rows(root, harm, LEDGER_FILE), rows(root, f"plain-{harm}", LEDGER_FILE)
+    dataset = Dataset(root / "data")
+    (index,) = {row["wanted"] for row in found}
+    shard, offset, _ = dataset.locate(index)
+    reason = "crashed, and did so again" if harm == "crash" else "hung and was killed"
+    for row in found:
+        (fault,) = row["faults"]
+        assert (fault["shard"], fault["offset"], fault["key"]) == (str(shard), offset, KEY)
+        assert reason in fault["reason"]
+        fault["reason"] = "damaged"
+    assert found == plain
+
+
+@pytest.mark.parametrize("harm", ["hold", "crash"])
+def test_a_cache_leaves_it_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    with struck(monkeypatch, "kinodit.data.worker.decode", is_bad, harm):
+        recipe = tiny_recipe(root, root / "data")
+        assert main(["data", "encode", str(recipe), str(root / f"cache-{harm}"), *ALLOWED]) == 0
+    said = capsys.readouterr()
+    assert "11 samples encoded" in said.out and "1 samples left out" in said.out
+    assert KEY in said.err

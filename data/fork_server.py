@@ -166,6 +166,8 @@ def _become_server(descriptor: int) -> NoReturn:
     try:
         # What the caller's objects would do when they are collected is not the server's to do.
         gc.freeze()
+        # Whatever the caller has put in their places writes to files that are closed now.
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         faulthandler.disable()
         faulthandler.unregister(signal.SIGUSR2)
         os.closerange(3, descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,6 +111,22 @@ def test_a_substitute_by_rule_takes_its_place_and_the_ledger_names_it(
     for place, sample in by_place(again).items():
         assert same(sample, after[place])
         assert place in found or same(sample, before[place])
+
+
+def test_processes_that_somebody_kills_change_nothing(dataset: Dataset) -> None:
+    settings = settings_of(dataset, decode_limit_s=60.0, prefetch_steps=1)
+    spec = plan_spec(settings, {"clips": dataset}, CostModel(20, 5, 0, 3), seed=11)
+    good = Loader(spec, {"clips": dataset}, replace(settings, workers="threads"), end_step=12)
+    with good, Loader(spec, {"clips": dataset}, settings, end_step=12) as struck_loader:
+        for step, (mine, other) in enumerate(zip(struck_loader, good, strict=True)):
+            before, after = by_place([other]), by_place([mine])
+            assert before.keys() == after.keys() and not mine.replaced
+            assert all(same(after[place], sample) for place, sample in before.items())
+            # A sample that meets two kills counts as one that kills: its process gets time for it.
+            for worker in struck_loader._samples._workers if step % 4 == 0 else ():
+                if worker.pid is not None:
+                    os.kill(worker.pid, signal.SIGKILL)
+        assert sum(worker.num_started for worker in struck_loader._samples._workers) > 4
 
 
 @pytest.mark.parametrize("harm", ["hold", "crash"])

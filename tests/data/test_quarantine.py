@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,19 @@ def test_ranks_threads_and_processes_take_the_same_substitutes(
         assert sample.video is not None and other.video is not None
         assert torch.equal(sample.video, other.video)
         assert replace(sample, video=None) == replace(other, video=None)
+
+
+def test_a_shard_that_was_cut_off_costs_what_was_behind_the_cut(tmp_path: Path) -> None:
+    made = write_dataset(tmp_path / "clips", small_records(23))
+    path, offset, _ = made.locate(20)
+    os.truncate(path, offset + 512)
+    behind = {i for i in range(23) if made.locate(i)[0] == path and made.locate(i)[1] >= offset}
+    steps = load(made, quarantine=QuarantineConfig(max_shard_share=1.0, max_step_share=1.0))
+    found = replaced(steps)
+    assert {item.wanted for item in found.values()} == behind >= {20, 21, 22}
+    for item in found.values():
+        assert item.used not in behind and "is cut off" in item.faults[0].reason
+    assert len(by_slot(steps)) == STEPS * 7
 
 
 def test_a_ledger_decides_what_a_replayed_step_holds(dataset: Dataset) -> None:

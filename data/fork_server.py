@@ -24,6 +24,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
@@ -170,8 +171,10 @@ def _become_server(descriptor: int) -> NoReturn:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         faulthandler.disable()
         faulthandler.unregister(signal.SIGUSR2)
-        os.closerange(3, descriptor)
-        os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2 and number != descriptor:
+                with suppress(OSError):
+                    os.close(number)
         serve(descriptor)
     finally:
         os._exit(1)
@@ -181,17 +184,23 @@ def serve(descriptor: int) -> NoReturn:
     """What the server's process runs: forks and ends processes until its socket is closed."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    for name in PRELOADED:
-        with suppress(ImportError):
-            importlib.import_module(name)
-    server, me = socket.socket(fileno=descriptor), os.getpid()
-    children: set[int] = set()
+    try:
+        _answer_requests(socket.socket(fileno=descriptor))
+    except (BrokenPipeError, ConnectionResetError):
+        # Whoever would hear of it is gone.
+        pass
+    os._exit(0)
+
+
+def _answer_requests(server: socket.socket) -> None:
+    me, children = os.getpid(), set[int]()
     while True:
         request, descriptors, _, _ = socket.recv_fds(server, _MAX_REQUEST_BYTES, 1)
         if not request:
-            os._exit(0)
+            return
         what, _, rest = request.decode().partition(" ")
         if what == "fork":
+            _preload()
             pid = os.fork()
             if pid == 0:
                 server.close()
@@ -207,6 +216,14 @@ def serve(descriptor: int) -> NoReturn:
                     os.waitpid(pid, 0)
                     children.remove(pid)
         server.send(str(pid).encode())
+
+
+@cache
+def _preload() -> None:
+    """Imports, once, what processes need; not before there is one."""
+    for name in PRELOADED:
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _become_process(name: str, descriptor: int, parent: int) -> NoReturn:

@@ -69,6 +69,7 @@ def _train(rank: int, start: Start, store: str) -> int:
     import torch
     import torch.distributed as dist
 
+    from kinodit.data.fork_server import fork_early
     from kinodit.models.errors import UserError
     from kinodit.trainer.config import load_config
     from kinodit.trainer.resilience.signals import Signals
@@ -76,6 +77,7 @@ def _train(rank: int, start: Start, store: str) -> int:
     from kinodit.trainer.topology import Job, Topology
 
     torch.set_num_threads(1)
+    fork_early()
     try:
         with Signals() as signals:
             if start.world_size > 1:

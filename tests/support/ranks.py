@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from kinodit.data import fork_server
 from kinodit.trainer.certify import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def _serve(*args: Any) -> None:
+    """As a rank of `kinodit train`: what it will decode in is forked before it meets the others."""
+    fork_server.fork_early()
+    ranks.Ranks.body(*args)
+
+
 class Ranks(ranks.Ranks):
     """A group of `world_size` gloo processes that can import the tests."""
+
+    body = staticmethod(_serve)
 
     def __init__(self, world_size: int) -> None:
         super().__init__(world_size, (str(ROOT), str(ROOT / "src")))

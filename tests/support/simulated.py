@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from kinodit.data.config import DataConfig, DatasetConfig
+from kinodit.data.fork_server import fork_early
 from kinodit.data.loader import Loader, StepData
 from kinodit.data.manifest import Dataset
 from kinodit.data.select import plan_spec
@@ -70,6 +71,7 @@ def opened(life: Life) -> tuple[PlanSpec, dict[str, Dataset], DataConfig]:
 def live(life: Life) -> None:
     """From the saved step to the last one: load, note what was consumed, save."""
     torch.set_num_threads(1)
+    fork_early()
     run = Path(life.run)
     spec, datasets, settings = opened(life)
     state = TrainState(0, 0, 0, spec.fingerprint)

@@ -83,6 +83,9 @@ class RankError(RuntimeError):
 class Ranks:
     """A group of `world_size` processes that talk over gloo, or over NCCL with a device each."""
 
+    body = staticmethod(_serve)
+    """What each of them runs."""
+
     def __init__(
         self,
         world_size: int,
@@ -110,7 +113,7 @@ class Ranks:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve,
+                target=self.body,
                 args=(
                     rank,
                     self.world_size,

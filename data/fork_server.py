@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NoReturn
 
 PRELOADED = ("kinodit.data.worker", "kinodit.data.scores", "av")
@@ -171,8 +172,8 @@ def _become_server(descriptor: int) -> NoReturn:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         faulthandler.disable()
         faulthandler.unregister(signal.SIGUSR2)
-        for number in map(int, os.listdir("/proc/self/fd")):
-            if number > 2 and number != descriptor:
+        for path in list(Path("/proc/self/fd").iterdir()):
+            if (number := int(path.name)) > 2 and number != descriptor:
                 with suppress(OSError):
                     os.close(number)
         serve(descriptor)
@@ -184,11 +185,9 @@ def serve(descriptor: int) -> NoReturn:
     """What the server's process runs: forks and ends processes until its socket is closed."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    try:
+    # Nobody is left to hear of it where the caller is gone.
+    with suppress(BrokenPipeError, ConnectionResetError):
         _answer_requests(socket.socket(fileno=descriptor))
-    except (BrokenPipeError, ConnectionResetError):
-        # Whoever would hear of it is gone.
-        pass
     os._exit(0)
 
 

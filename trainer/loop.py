@@ -178,10 +178,8 @@ class Loop:
         faults.reach("step:begin", state.step)
         # Storage and decoders have limits of their own, after which the run goes on or ends with
         # the reason; ranks that have their samples wait for those that do not.
-        pulse.beat("data", more_s=longest_s(config.data))
-        with clock.measure("data"):
+        with clock.measure("data", more_s=longest_s(config.data)):
             data = next(self.steps)
-        pulse.beat("step")
         # As in every collective of a step: who waits here waits for ranks that still compute.
         clock.move(self.steps.take_wait_s(), "data", "compute")
         assert data.step == state.data_step, "the loader and the trainer disagree about the step"

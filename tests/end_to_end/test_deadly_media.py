@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +84,55 @@ def test_a_cache_leaves_it_out(
     said = capsys.readouterr()
     assert "11 samples encoded" in said.out and "1 samples left out" in said.out
     assert KEY in said.err
+
+
+SITE = """
+import builtins, sys
+
+def strikes(record, *rest):
+    if record.key == {key!r}:
+        from tests.support.decoders import HARMS
+        HARMS[{harm!r}]()
+    return decode(record, *rest)
+
+def imported(*args, **options):
+    global decode
+    module = real(*args, **options)
+    here = sys.modules.get("kinodit.data.worker")
+    if decode is None and hasattr(here, "DecodeWorker"):
+        decode = here.decode
+        here.decode = sys.modules["kinodit.data.decode"].decode = strikes
+    return module
+
+decode, real = None, builtins.__import__
+builtins.__import__ = imported
+"""
+"""Makes every process of a command harm itself, from the first line of Python on."""
+
+
+@pytest.mark.parametrize(
+    ("workers", "harm", "code"), [("processes", "hold", 0), ("threads", "crash", 139)]
+)
+def test_the_command_under_its_watchdog(
+    root: Path, tmp_path: Path, workers: str, harm: str, code: int
+) -> None:
+    """It waits longer for data than a rank may be silent in a step, and is not ended for it."""
+    (tmp_path / "sitecustomize.py").write_text(SITE.format(key=KEY, harm=harm))
+    name = f"real-{workers}"
+    recipe = tiny_recipe(root, root / "data")
+    command = [
+        sys.executable, "-m", "kinodit", "train", str(recipe), f"run.name={name}", *ALLOWED,
+        "resilience.hang_s=2", f"data.workers={workers}",
+    ]  # fmt: skip
+    where = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": where},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == code, done.stderr
+    if workers == "processes":
+        assert {row["wanted"] for row in rows(root, name, LEDGER_FILE)} == {5}
+        assert rows(root, name, "metrics.jsonl")[-1]["step"] == 6

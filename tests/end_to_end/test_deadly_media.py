@@ -101,7 +101,9 @@ def imported(*args, **options):
     here = sys.modules.get("kinodit.data.worker")
     if decode is None and hasattr(here, "DecodeWorker"):
         decode = here.decode
-        here.decode = sys.modules["kinodit.data.decode"].decode = strikes
+        here.decode = strikes
+        if samples := sys.modules.get("kinodit.data.samples"):
+            samples.decode = strikes
     return module
 
 decode, real = None, builtins.__import__
@@ -125,13 +127,8 @@ def test_the_command_under_its_watchdog(
         "resilience.hang_s=2", f"data.workers={workers}",
     ]  # fmt: skip
     where = os.pathsep.join([str(tmp_path), str(Path.cwd())])
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": where},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    variables = {**os.environ, "PYTHONPATH": where}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stderr
     if workers == "processes":
         assert {row["wanted"] for row in rows(root, name, LEDGER_FILE)} == {5}

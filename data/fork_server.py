@@ -8,6 +8,7 @@ with the caller: the server when its socket is closed, the processes when the se
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
 import gc
@@ -117,6 +118,9 @@ def stop() -> None:
         if _server is not None and _owner == os.getpid():
             _server.close()
         _server = None
+
+
+atexit.register(stop)
 
 
 class ForkedProcess:

@@ -26,8 +26,8 @@ class ProgressLine:
         """Shows how many of `total` are done, how fast, and how long the rest will take."""
         now = time.monotonic()
         if self._first is None:
-            # What an earlier run had done says nothing of this one's pace.
-            self._first = done if done < total else 0
+            # What was done before, by an earlier run say, tells nothing of the pace.
+            self._first, self._start = done, now
         if not sys.stderr.isatty() or (now - self._last < 0.1 and done < total):
             return
         self._last, self._shown = now, True

@@ -30,7 +30,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, unit: str, steps: list[tuple[float, i
 
 
 def test_a_line_tells_how_far_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = shown(monkeypatch, "MiB", [(1.0, 0), (10.0, 50)])
+    text = shown(monkeypatch, "MiB", [(1.0, 0), (11.0, 50)])
     assert text == "[######..................] 50/200 MiB  5 MiB/s  12 samples  30 s left"
     # What an earlier run had done says nothing of the pace.
     text = shown(monkeypatch, "MiB", [(0.0, 150), (10.0, 160)])

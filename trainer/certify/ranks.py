@@ -21,7 +21,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 TIMEOUT_S = 120
 COMPILING_S = 1200
@@ -83,7 +83,7 @@ class RankError(RuntimeError):
 class Ranks:
     """A group of `world_size` processes that talk over gloo, or over NCCL with a device each."""
 
-    body = staticmethod(_serve)
+    body: ClassVar[Callable[..., None]] = staticmethod(_serve)
     """What each of them runs."""
 
     def __init__(

@@ -174,7 +174,7 @@ def by_energon(folder: Path) -> tuple[int, float]:
 def by_kinodit(dataset: Dataset, config: DecodeConfig) -> int:
     data = DataConfig(
         **{**vars(config), "datasets": {"clips": DatasetConfig(str(dataset.directory))}},
-        samples_per_step=BATCH, num_threads=1,
+        samples_per_step=BATCH, num_threads=1, workers="threads",
     )  # fmt: skip
     spec = plan_spec(data, {"clips": dataset}, CostModel(64, None), seed=0)
     count = 0
@@ -216,7 +216,7 @@ def overhead(dataset: Dataset) -> int:
     steps = 40
     data = DataConfig(
         **{**vars(WANTED), "datasets": {"clips": DatasetConfig(str(dataset.directory))}},
-        samples_per_step=64, num_threads=1,
+        samples_per_step=64, num_threads=1, workers="threads",
     )  # fmt: skip
     spec = plan_spec(data, {"clips": dataset}, CostModel(64, None), seed=0)
     with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.data.clips import (
 )
 
 
-def page_of(dataset: Dataset, tmp_path: Path, **options: int) -> str:
+def page_of(dataset: Dataset, tmp_path: Path, **options: Any) -> str:
     out = tmp_path / "page.html"
     preview(dataset, out, **options)
     return out.read_text(encoding="utf-8")

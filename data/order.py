@@ -182,12 +182,13 @@ class Mixture:
 
         The place counts from 0 over the whole run: the k-th slot of a dataset has place k.
         """
-        slots = [first + offset for offset in range(count)]
-        within = np.array([slot % self.period for slot in slots], dtype=np.int64)
+        slots, period = range(first, first + count), self.period
+        within = np.array([slot % period for slot in slots], dtype=np.int64)
         datasets = self.choice[within]
+        ordinals = self.ordinal[within].tolist()
         places = [
-            (slot // self.period) * self.shares[dataset] + int(ordinal)
-            for slot, dataset, ordinal in zip(slots, datasets, self.ordinal[within], strict=True)
+            (slot // period) * self.shares[dataset] + ordinal
+            for slot, dataset, ordinal in zip(slots, datasets.tolist(), ordinals, strict=True)
         ]
         return datasets, places
 

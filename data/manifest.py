@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -42,6 +43,8 @@ MANIFEST_FILE = "manifest.json"
 SCHEMAS: dict[Algorithm, int] = {"sha256": 1, "blake3": 2}
 MAX_MAPPED = 1024
 PIECE_SAMPLES = 1 << 19
+_ROW = struct.Struct("<QIIHHIIHBBI")
+"""A row of `INDEX_DTYPE`."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,9 @@ class Dataset:
     def found(self, index: int) -> tuple[ShardEntry, Row]:
         """The shard that holds sample `index`, and the sample's row in its index."""
         shard, within = self._place(index)
-        return self.manifest.shards[shard], Row._make(self._index(shard)[within].item())
+        # Numpy makes a row of Python's numbers in thrice the time.
+        row = _ROW.unpack_from(self._index(shard), within * _ROW.size)
+        return self.manifest.shards[shard], Row._make(row)
 
     def place_of(self, shard: ShardEntry) -> str:
         """Path or URL of a shard."""
@@ -265,7 +270,7 @@ class Dataset:
             if end - first < PIECE_SAMPLES and number + 1 < len(self._ends):
                 continue
             shards = range(start, number + 1)
-            yield Piece(first, np.concatenate([self._index(shard) for shard in shards]))
+            yield Piece(first, np.concatenate([self._rows(shard) for shard in shards]))
             first, start = end, number + 1
 
     def column(self, name: str) -> NDArray[Any]:
@@ -273,8 +278,13 @@ class Dataset:
         values = np.empty(len(self), INDEX_DTYPE[name])
         for number, end in enumerate(self._ends):
             first = end - self.manifest.shards[number].num_samples
-            values[first:end] = self._index(number)[name]
+            values[first:end] = self._rows(number)[name]
         return values
+
+    def _rows(self, number: int) -> NDArray[np.void]:
+        """The index of a shard, [samples]."""
+        count = self.manifest.shards[number].num_samples
+        return np.ndarray(count, INDEX_DTYPE, self._index(number))
 
     def _place(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self._ends[-1]:
@@ -298,16 +308,16 @@ class Dataset:
                 )
 
 
-def _map_index(directory: Path, shards: Sequence[ShardEntry], number: int) -> NDArray[np.void]:
+def _map_index(directory: Path, shards: Sequence[ShardEntry], number: int) -> memoryview:
+    """The bytes of a shard's index."""
     shard = shards[number]
     if shard.num_samples == 0:
-        return np.empty(0, INDEX_DTYPE)
+        return memoryview(b"")
     path = directory / shard.index_file
-    index = np.memmap(path, dtype=INDEX_DTYPE, mode="r")
-    if hashlib.sha256(index.view(np.uint8).data).hexdigest() != shard.index_sha256:
+    index = np.memmap(path, np.uint8, mode="r").data
+    if hashlib.sha256(index).hexdigest() != shard.index_sha256:
         raise ManifestError(
             f"{path} is not the index that {MANIFEST_FILE} names: it was changed; "
             "run `kinodit data index` to write it anew"
         )
-    # The same bytes without the subclass, whose every row would be made in Python.
-    return np.asarray(index)
+    return index

@@ -136,9 +136,9 @@ def read_sample(buffer: bytes) -> Record:
 
 
 def _usual_members(buffer: bytes) -> tuple[str, dict[str, bytes]] | None:
-    """Key and members where `spans` would find one sample, and all headers are those of plain files.
+    """Key and members of what nearly all are: one sample, with one plain header for each member.
 
-    None for all else, of which `spans` judges: this is what nearly all samples are, in one pass.
+    None for all else, of which `spans` judges.
     """
     key, found, offset = "", dict[str, bytes](), 0
     while offset < len(buffer):

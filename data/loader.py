@@ -196,7 +196,7 @@ class _PendingStep:
 
     def packs(self) -> list[list[Loaded]]:
         """Waits for them. Raises what the first that failed has raised."""
-        # Once for all of them: to wake for each run takes the interpreter from the thread that loads.
+        # Once for all of them: whoever wakes for each takes the interpreter from those that load.
         wait(self.runs, return_when=FIRST_EXCEPTION)
         loaded = iter([found for run in self.runs for found in run.result()])
         return [list(islice(loaded, size)) for size in self.sizes]

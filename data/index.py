@@ -102,7 +102,8 @@ def spans(buffer: bytes | memoryview, *, whole: bool) -> Iterator[Span]:
     the *first* dot of its name, and each key may occur in one run only.
     """
     seen: set[str] = set()
-    key, found = "", dict[str, TarMember]()
+    key = ""
+    found: dict[str, TarMember] = {}
     start = end = 0
     for member in members(buffer, whole=whole):
         name, _, extension = member.name.partition(".")
@@ -140,8 +141,9 @@ def _usual_members(buffer: bytes) -> tuple[str, dict[str, bytes]] | None:
 
     None for all else, of which `spans` judges.
     """
-    key, found, offset = "", dict[str, bytes](), 0
-    while offset < len(buffer):
+    found: dict[str, bytes] = {}
+    key, offset, end = "", 0, len(buffer)
+    while offset < end:
         data = offset + BLOCK
         header = plain_header(buffer[offset:data])
         if header is None:
@@ -149,7 +151,7 @@ def _usual_members(buffer: bytes) -> tuple[str, dict[str, bytes]] | None:
         size = header[1]
         offset = data + -(-size // BLOCK) * BLOCK
         stem, _, extension = header[0].decode("ascii").partition(".")
-        if (found and stem != key) or extension in found or offset > len(buffer):
+        if (found and stem != key) or extension in found or offset > end:
             return None
         key = stem
         found[extension] = buffer[data : data + size]

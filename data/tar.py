@@ -24,8 +24,9 @@ _PLAIN = struct.Struct("100s24x11sc12x6s2sc100x8s80xc166x")
 """The same: size and checksum apart from what ends them, and the prefix's first byte."""
 _BLANKS = 8 * ord(" ")
 """What the checksum itself counts as in its sum."""
-_ENDS = b"\0 "
-"""What may come behind the digits of a number."""
+_BLANKS_BUT_ONE = 7 * ord(" ")
+_ENDS = (b"\0", b" ")
+"""What may come behind the digits of a number. A byte is found in bytes by way of an exception."""
 
 
 class TarError(UserError):
@@ -104,8 +105,8 @@ def plain_header(block: bytes) -> tuple[bytes, int] | None:
     except ValueError:
         return None
     # The lower half of Adler-32 is one more than the sum of the bytes: faster than `sum`. The
-    # checksum's own bytes, digits and blanks, count as eight blanks.
-    actual = (adler32(block) & 0xFFFF) - (adler32(checksum) & 0xFFFF) + _BLANKS - ord(" ")
+    # checksum's own bytes, digits and `blanks`, count as eight blanks.
+    actual = (adler32(block) & 0xFFFF) - (adler32(checksum) & 0xFFFF) + _BLANKS_BUT_ONE
     if claimed != actual or size > MAX_MEMBER_BYTES:
         return None
     return name.partition(b"\0")[0], size

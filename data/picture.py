@@ -43,7 +43,7 @@ class Canvas:
         if as_planes:
             half = (num_frames, 2, size[0] // 2, size[1] // 2)
             self._arrays = np.empty((num_frames, *size), np.uint8), np.empty(half, np.uint8)
-            self._flat = [memoryview(array.reshape(-1)) for array in self._arrays]
+            self._flat = [array.reshape(-1).data for array in self._arrays]
         else:
             self._arrays = (np.empty((num_frames, *size, 3), np.uint8),)
 

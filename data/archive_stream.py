@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kinodit.data.config import StorageConfig
 from kinodit.data.foreign import FailedSampleError
-from kinodit.data.index import read_span, spans
+from kinodit.data.index import read_sample
 from kinodit.data.reader import SampleError, readable_key
 from kinodit.data.record import MAX_MEMBERS, Record, RecordError
 from kinodit.data.remote import retried
@@ -43,8 +43,7 @@ def archive_samples(
         for run in _runs(source):
             num_runs += 1
             try:
-                (span,) = spans(run, whole=False)
-                yield read_span(run, span)
+                yield read_sample(run)
             except FailedSampleError:
                 continue
             except (TarError, RecordError) as error:

@@ -152,9 +152,11 @@ def frames_of(
     A frame that no other refers to is not decoded unless `is_wanted` says so of its time stamp;
     only codecs whose frames say whether others refer to them leave any out.
     """
-    codec = stream.codec_context
+    codec, now = stream.codec_context, ""
     for packet in container.demux(stream):
-        codec.skip_frame = "DEFAULT" if is_wanted(packet.pts) else "NONREF"
+        skipped = "DEFAULT" if is_wanted(packet.pts) else "NONREF"
+        if skipped != now:
+            codec.skip_frame = now = skipped
         yield from packet.decode()
 
 

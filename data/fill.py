@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,11 +53,13 @@ def balanced(costs: Sequence[int], num_packs: int) -> Packs:
 
     Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17, 1969.
     """
-    loads, packs = [0] * num_packs, [list[int]() for _ in range(num_packs)]
-    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        pack = min(range(num_packs), key=lambda p: (loads[p], len(packs[p]), p))
-        loads[pack] += costs[item]
+    packs: Packs = [[] for _ in range(num_packs)]
+    # The emptiest first: by load, by number of items, by number of the pack.
+    waiting = [(0, 0, pack) for pack in range(num_packs)]
+    for item in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        load, count, pack = waiting[0]
         packs[pack].append(item)
+        heapreplace(waiting, (load + costs[item], count + 1, pack))
     return packs
 
 

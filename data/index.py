@@ -18,7 +18,7 @@ from kinodit.data.checksums import Digest, crc32
 from kinodit.data.foreign import FailedSampleError
 from kinodit.data.probe import MediumError, probe, with_facts
 from kinodit.data.record import MODALITIES, Modality, Record, RecordError, RecordMeta, parse_record
-from kinodit.data.tar import TarError, TarMember, members
+from kinodit.data.tar import BLOCK, TarError, TarMember, members, plain_header
 from kinodit.models.errors import UserError
 
 MAX_SAMPLE_BYTES = (1 << 32) - 1
@@ -102,7 +102,8 @@ def spans(buffer: bytes | memoryview, *, whole: bool) -> Iterator[Span]:
     the *first* dot of its name, and each key may occur in one run only.
     """
     seen: set[str] = set()
-    key, found = "", dict[str, TarMember]()
+    key = ""
+    found: dict[str, TarMember] = {}
     start = end = 0
     for member in members(buffer, whole=whole):
         name, _, extension = member.name.partition(".")
@@ -122,6 +123,39 @@ def spans(buffer: bytes | memoryview, *, whole: bool) -> Iterator[Span]:
         end = member.end
     if found:
         yield Span(key, start, end, found)
+
+
+def read_sample(buffer: bytes) -> Record:
+    """The record of the one sample that `buffer` is. Raises TarError or RecordError."""
+    usual = _usual_members(buffer)
+    if usual is not None:
+        return parse_record(*usual)
+    found = list(spans(buffer, whole=False))
+    if len(found) != 1:
+        raise RecordError(f"these bytes hold {len(found)} samples, not one")
+    return read_span(buffer, found[0])
+
+
+def _usual_members(buffer: bytes) -> tuple[str, dict[str, bytes]] | None:
+    """Key and members of what nearly all are: one sample, with one plain header for each member.
+
+    None for all else, of which `spans` judges.
+    """
+    found: dict[str, bytes] = {}
+    key, offset, end = "", 0, len(buffer)
+    while offset < end:
+        data = offset + BLOCK
+        header = plain_header(buffer[offset:data])
+        if header is None:
+            return None
+        size = header[1]
+        offset = data + -(-size // BLOCK) * BLOCK
+        stem, _, extension = header[0].decode("ascii").partition(".")
+        if (found and stem != key) or extension in found or offset > end:
+            return None
+        key = stem
+        found[extension] = buffer[data : data + size]
+    return (key, found) if found else None
 
 
 def read_span(buffer: bytes | memoryview, span: Span) -> Record:

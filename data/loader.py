@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -196,5 +196,7 @@ class _PendingStep:
 
     def packs(self) -> list[list[Loaded]]:
         """Waits for them. Raises what the first that failed has raised."""
+        # Once for all of them: whoever wakes for each takes the interpreter from those that load.
+        wait(self.runs, return_when=FIRST_EXCEPTION)
         loaded = iter([found for run in self.runs for found in run.result()])
         return [list(islice(loaded, size)) for size in self.sizes]

@@ -107,19 +107,31 @@ def _feistel(
     """An alternating Feistel network: the halves may differ by a bit and swap widths each round."""
     narrow, wide = num_bits // 2, num_bits - num_bits // 2
     left, right = values >> np.uint64(wide), values & np.uint64((1 << wide) - 1)
+    shifts = np.uint64(64 - narrow), np.uint64(64 - wide)
     for index, round_key in enumerate(round_keys):
-        left_bits = narrow if index % 2 == 0 else wide
-        mixed = _mix(right ^ round_key) >> np.uint64(64 - left_bits)
-        left, right = right, left ^ mixed
+        mixed = _mixed(right ^ round_key)
+        mixed >>= shifts[index % 2]
+        mixed ^= left
+        left, right = right, mixed
     # An even number of rounds: the widths are where they began.
     return (left << np.uint64(wide)) | right
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every bit affects all."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`values`, changed in place by the finaliser of SplitMix64: every bit affects all.
+
+    Steele, Lea and Flood, OOPSLA 2014.
+    """
+    values ^= values >> _SHIFTS[0]
+    values *= _FACTORS[0]
+    values ^= values >> _SHIFTS[1]
+    values *= _FACTORS[1]
+    values ^= values >> _SHIFTS[2]
+    return values
 
 
 def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
@@ -182,12 +194,13 @@ class Mixture:
 
         The place counts from 0 over the whole run: the k-th slot of a dataset has place k.
         """
-        slots = [first + offset for offset in range(count)]
-        within = np.array([slot % self.period for slot in slots], dtype=np.int64)
+        slots, period = range(first, first + count), self.period
+        within = np.array([slot % period for slot in slots], dtype=np.int64)
         datasets = self.choice[within]
+        ordinals = self.ordinal[within].tolist()
         places = [
-            (slot // self.period) * self.shares[dataset] + int(ordinal)
-            for slot, dataset, ordinal in zip(slots, datasets, self.ordinal[within], strict=True)
+            (slot // period) * self.shares[dataset] + ordinal
+            for slot, dataset, ordinal in zip(slots, datasets.tolist(), ordinals, strict=True)
         ]
         return datasets, places
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -36,11 +37,13 @@ class Canvas:
         self._crop = crop
         self._last: Any = None
         self._last_row = 0
+        self._scaled_of: tuple[Any, tuple[int, int]] = (None, (0, 0))
         self._matrix, self._is_full = "bt601", False
         self._arrays: tuple[NDArray[np.uint8], ...]
         if as_planes:
             half = (num_frames, 2, size[0] // 2, size[1] // 2)
             self._arrays = np.empty((num_frames, *size), np.uint8), np.empty(half, np.uint8)
+            self._flat = [array.reshape(-1).data for array in self._arrays]
         else:
             self._arrays = (np.empty((num_frames, *size, 3), np.uint8),)
 
@@ -66,18 +69,24 @@ class Canvas:
             if frame.is_corrupt:
                 raise DecodeError(f"its frame at {frame.time} s is damaged")
             turns = round(frame.rotation / 90) % 4
-            scaled = self._scaled(frame, turns, aspect)
+            # Nearly always as of the frame before: rational arithmetic costs as much as copying it.
+            given = frame.height, frame.width, turns, aspect
+            if self._scaled_of[0] != given:
+                self._scaled_of = given, self._scaled(*given)
+            scaled = self._scaled_of[1]
             raw = scaled if turns % 2 == 0 else scaled[::-1]
             if len(self._arrays) == 1:
-                self._put_rgb(row, np.rot90(_scaler().to_rgb(frame, raw), turns), scaled)
+                self._put_rgb(row, _turned(_scaler().to_rgb(frame, raw), turns), scaled)
             else:
                 self._put_planes(row, frame, raw, turns, scaled)
         self._last, self._last_row = frame, row
 
-    def _scaled(self, frame: Any, turns: int, aspect: Fraction | None) -> tuple[int, int]:
+    def _scaled(
+        self, rows: int, columns: int, turns: int, aspect: Fraction | None
+    ) -> tuple[int, int]:
         """Rows and columns of the upright picture that covers the canvas."""
         height, width = self.config.height, self.config.width
-        source = (frame.height, round(frame.width * (aspect or 1)))
+        source = (rows, round(columns * (aspect or 1)))
         if turns % 2:
             source = source[::-1]
         scale = max(height / source[0], width / max(1, source[1]))
@@ -99,19 +108,48 @@ class Canvas:
         self, row: int, frame: Any, raw: tuple[int, int], turns: int, scaled: tuple[int, int]
     ) -> None:
         """Crops at even places, so that colours stay with their pixels."""
+        name = frame.format.name
         self._matrix = _MATRIX_OF_SPACE.get(int(frame.colorspace), "bt601")
-        self._is_full = frame.format.name.startswith("yuvj") or int(frame.color_range) == _FULL
-        picture = _scaler().to_planes(frame, raw, self._is_full)
+        self._is_full = name.startswith("yuvj") or int(frame.color_range) == _FULL
+        planes = _scaler().to_planes(frame, name, raw, self._is_full).planes
+        is_whole = not turns and scaled == (self.config.height, self.config.width)
+        if is_whole and self._put_whole(row, planes):
+            return
+        half = -(-raw[0] // 2), -(-raw[1] // 2)
         spare = scaled[0] - self.config.height, scaled[1] - self.config.width
         top, left = (round(s // 2 * c) for s, c in zip(spare, self._crop, strict=True))
         y, uv = self._arrays
-        targets = ((y[row], 2), (uv[row, 0], 1), (uv[row, 1], 1))
-        for (target, unit), plane in zip(targets, picture, strict=True):
-            upright = np.rot90(plane, turns)
+        targets = ((y[row], raw, 2), (uv[row, 0], half, 1), (uv[row, 1], half, 1))
+        for (target, shape, unit), plane in zip(targets, planes, strict=True):
+            upright = _turned(_pixels(plane, shape), turns)
             height, width = target.shape
             target[...] = upright[
                 unit * top : unit * top + height, unit * left : unit * left + width
             ]
+
+    def _put_whole(self, row: int, planes: Sequence[Any]) -> bool:
+        """Copies planes that are the frame's bytes without a gap; False if they are not."""
+        size = self.config.height * self.config.width
+        views = [memoryview(plane) for plane in planes]
+        if [len(view) for view in views] != [size, size // 4, size // 4]:
+            return False
+        y, uv = self._flat
+        y[row * size : (row + 1) * size] = views[0]
+        start, middle, end = (row * size // 2 + part * size // 4 for part in range(3))
+        uv[start:middle], uv[middle:end] = views[1:]
+        return True
+
+
+def _turned(pixels: NDArray[np.uint8], turns: int) -> NDArray[np.uint8]:
+    """`pixels`, turned by quarters; nearly none are, and numpy takes long to find out."""
+    return np.rot90(pixels, turns) if turns else pixels
+
+
+def _pixels(plane: Any, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A view of a plane's own memory (av.video.plane.VideoPlane)."""
+    inner = (shape[2],) if len(shape) == 3 else ()
+    strides = (plane.line_size, *inner, 1)
+    return np.ndarray(shape, np.uint8, memoryview(plane), strides=strides)
 
 
 _MATRIX_OF_SPACE = {1: "bt709", 9: "bt2020", 10: "bt2020"}
@@ -148,30 +186,22 @@ class _Scaler:
         picture = self._reformatter.reformat(
             frame, width=size[1], height=size[0], format=self._rgb, interpolation=how, threads=1
         )
-        plane = picture.planes[0]
-        return np.ndarray((*size, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
+        return _pixels(picture.planes[0], (*size, 3))
 
-    def to_planes(
-        self, frame: Any, size: tuple[int, int], is_full: bool
-    ) -> list[NDArray[np.uint8]]:
-        """`frame` in 4:2:0 of `size`: three planes, views of the picture's own memory."""
-        name = "yuvj420p" if is_full else "yuv420p"
-        picture = frame
-        if size != (frame.height, frame.width) or frame.format.name not in (name, "yuv420p"):
-            how = self._shrink if size[0] < frame.height else self._enlarge
-            picture = self._reformatter.reformat(
-                frame, width=size[1], height=size[0], format=name, interpolation=how, threads=1
-            )
-        half = -(-size[0] // 2), -(-size[1] // 2)
-        return [
-            np.ndarray(shape, np.uint8, memoryview(plane), strides=(plane.line_size, 1))
-            for shape, plane in zip((size, half, half), picture.planes, strict=True)
-        ]
+    def to_planes(self, frame: Any, name: str, size: tuple[int, int], is_full: bool) -> Any:
+        """`frame`, of the pixel format `name`, in 4:2:0 of `size` (av.VideoFrame)."""
+        wanted = "yuvj420p" if is_full else "yuv420p"
+        if size == (frame.height, frame.width) and name in (wanted, "yuv420p"):
+            return frame
+        how = self._shrink if size[0] < frame.height else self._enlarge
+        return self._reformatter.reformat(
+            frame, width=size[1], height=size[0], format=wanted, interpolation=how, threads=1
+        )
 
 
 def _scaler() -> _Scaler:
     """This thread's scaler."""
-    if not hasattr(_thread, "scaler"):
-        _thread.scaler = _Scaler()
-    scaler: _Scaler = _thread.scaler
+    scaler: _Scaler | None = _thread.__dict__.get("scaler")
+    if scaler is None:
+        scaler = _thread.scaler = _Scaler()
     return scaler

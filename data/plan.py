@@ -154,8 +154,9 @@ def _draw(spec: PlanSpec, first: int, count: int) -> _Drawn:
     """The samples of the slots `first` to `first + count` of the run, numbered from 0."""
     chosen, places = spec.mixture.slots(first, count)
     by_epoch: dict[tuple[int, int], list[int]] = {}
+    sizes = [dataset.num_eligible for dataset in spec.datasets]
     for slot, (dataset, place) in enumerate(zip(chosen.tolist(), places, strict=True)):
-        epoch = place // spec.datasets[dataset].num_eligible
+        epoch = place // sizes[dataset]
         by_epoch.setdefault((dataset, epoch), []).append(slot)
     refs: list[SampleRef | None] = [None] * count
     lengths = np.zeros(count, dtype=np.int64)

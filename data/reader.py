@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from kinodit.data.checksums import crc32
-from kinodit.data.index import read_span, spans
+from kinodit.data.index import read_sample
 from kinodit.data.manifest import Dataset, ShardEntry
 from kinodit.data.record import KEY_PATTERN, Record, RecordError
 from kinodit.data.remote import RemoteShards, Traffic
@@ -83,10 +83,7 @@ class ShardReader:
                 readable_key(span),
             )
         try:
-            found = list(spans(span, whole=False))
-            if len(found) != 1:
-                raise RecordError(f"these bytes hold {len(found)} samples, not one")
-            return read_span(span, found[0])
+            return read_sample(span)
         except (TarError, RecordError) as error:
             raise SampleError(
                 f"{where()} breaks the record contract: {error}", readable_key(span)
@@ -177,15 +174,14 @@ class _FileCache:
         """Its user has read what it wanted."""
         with self._lock:
             file.num_users -= 1
-            self._shrink(self._max_open)
+            if len(self._files) > self._max_open:
+                self._shrink(self._max_open)
 
     def close(self) -> None:
         with self._lock:
             self._shrink(0)
 
     def _shrink(self, limit: int) -> None:
-        if len(self._files) <= limit:
-            return
         unused = [name for name, file in self._files.items() if not file.num_users]
         for name in unused[: len(self._files) - limit]:
             os.close(self._files.pop(name).descriptor)

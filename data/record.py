@@ -65,6 +65,7 @@ REFERENCE_PATTERN = re.compile(
 )
 
 _ALLOWED_MEMBERS = frozenset({"json", "txt", *UNUSED_MEMBERS}.union(*MEDIA_MEMBERS.values()))
+_TEXTS = frozenset({"json", "txt"})
 _APART = frozenset({"json", "txt", *UNUSED_MEMBERS})
 """Members that a `Record` does not hold."""
 
@@ -136,8 +137,9 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
     if len(members) > MAX_MEMBERS:
         raise RecordError(f"sample {key!r} has {len(members)} members; {MAX_MEMBERS} are allowed")
     for name, payload in members.items():
-        check_member(key, name)
-        limit = MAX_TEXT_BYTES if name in ("json", "txt") else MAX_MEMBER_BYTES
+        if name not in _ALLOWED_MEMBERS:
+            check_member(key, name)
+        limit = MAX_TEXT_BYTES if name in _TEXTS else MAX_MEMBER_BYTES
         if len(payload) > limit:
             raise RecordError(
                 f"sample {key!r}: member {name!r} has {len(payload)} bytes; {limit} are allowed"

@@ -20,10 +20,13 @@ _ZERO_BLOCK = bytes(BLOCK)
 _MAX_PAX_BYTES = 1 << 16
 _HEADER = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")
 """Name, size, checksum, type, magic and version, prefix."""
+_PLAIN = struct.Struct("100s24x11sc12x6s2sc100x8s80xc166x")
+"""The same: size and checksum apart from what ends them, and the prefix's first byte."""
 _BLANKS = 8 * ord(" ")
 """What the checksum itself counts as in its sum."""
-_ENDS = b"\0 "
-"""What may come behind the digits of a number."""
+_BLANKS_BUT_ONE = 7 * ord(" ")
+_ENDS = (b"\0", b" ")
+"""What may come behind the digits of a number. A byte is found in bytes by way of an exception."""
 
 
 class TarError(UserError):
@@ -66,33 +69,47 @@ def members(buffer: bytes | memoryview, *, whole: bool) -> Iterator[TarMember]:
 
 
 def _plain_member(view: memoryview, start: int) -> TarMember | None:
-    """The member at `start` if it is what nearly all are: a file with one USTAR header, as written.
+    """The member at `start` if `plain_header` takes its header; None of what is anything else."""
+    data = start + BLOCK
+    header = plain_header(bytes(view[start:data]))
+    if header is None:
+        return None
+    name, size = header
+    end = data + -(-size // BLOCK) * BLOCK
+    if end > len(view):
+        return None
+    return TarMember(name.decode("ascii"), start, data, size, end)
+
+
+def plain_header(block: bytes) -> tuple[bytes, int] | None:
+    """The name and size in a header that is what nearly all are: a file's, USTAR, as written.
 
     None for all else and for whatever is wrong, of which `_read_member` judges: reading a clip
     without decoding it is little else than this.
     """
-    data = start + BLOCK
-    if data > len(view):
+    # Bytes of ASCII, 512 of them, have a sum that Adler-32 does not wrap.
+    if len(block) != BLOCK or not block.isascii():
         return None
-    first, claimed, checksum, kind, magic, prefix = _HEADER.unpack_from(view, start)
-    name, digits = first.partition(b"\0")[0], claimed[:11]
+    name, digits, stop, checksum, blanks, kind, magic, prefix = _PLAIN.unpack(block)
     if (
         kind != b"0"
-        or prefix[0]
+        or prefix != b"\0"
         or magic != b"ustar\x0000"
-        or claimed[11] not in _ENDS
-        or checksum[6:] != b"\0 "
-        or not (digits.isdigit() and checksum[:6].isdigit())
+        or stop not in _ENDS
+        or blanks != b"\0 "
+        or not (digits + checksum).isdigit()
     ):
         return None
     try:
-        size, said, text = int(digits, 8), int(checksum[:6], 8), name.decode()
+        size, claimed = int(digits, 8), int(checksum, 8)
     except ValueError:
         return None
-    end = data + -(-size // BLOCK) * BLOCK
-    if said != _sum(view, start, checksum) or size > MAX_MEMBER_BYTES or end > len(view):
+    # The lower half of Adler-32 is one more than the sum of the bytes: faster than `sum`. The
+    # checksum's own bytes, digits and `blanks`, count as eight blanks.
+    actual = (adler32(block) & 0xFFFF) - (adler32(checksum) & 0xFFFF) + _BLANKS_BUT_ONE
+    if claimed != actual or size > MAX_MEMBER_BYTES:
         return None
-    return TarMember(text, start, data, size, end)
+    return name.partition(b"\0")[0], size
 
 
 def _read_member(view: memoryview, start: int) -> TarMember:

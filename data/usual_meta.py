@@ -6,7 +6,7 @@ and names what is wrong.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -21,6 +21,8 @@ from kinodit.data.meta import (
     Modality,
     RecordMeta,
 )
+
+T = TypeVar("T", Caption, RecordMeta)
 
 _Side = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE)]
 
@@ -68,21 +70,19 @@ def usual_meta(key: str, payload: bytes) -> RecordMeta | None:
         said = _USUAL.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return RecordMeta(
-        key if said.id is msgspec.UNSET else said.id,
-        said.modality,
-        said.width,
-        said.height,
-        said.fps,
-        said.num_frames,
-        said.duration_s,
-        said.has_audio,
-        said.sample_rate,
-        tuple([Caption(c.text, c.lang, c.source, c.weight) for c in said.captions]),
-        said.scores,
-        said.extra,
-        said.source,
-        said.licence,
-        said.sha256,
-        tuple(said.references),
-    )
+    values = msgspec.structs.asdict(said)
+    if said.id is msgspec.UNSET:
+        values["id"] = key
+    captions = [_made(Caption, msgspec.structs.asdict(caption)) for caption in said.captions]
+    values["captions"], values["references"] = tuple(captions), tuple(said.references)
+    return _made(RecordMeta, values)
+
+
+def _made(kind: type[T], values: dict[str, Any]) -> T:
+    """A frozen dataclass of all its fields, past its constructor.
+
+    That sets one field after the other by a call, and takes as long as parsing the JSON does.
+    """
+    made = object.__new__(kind)
+    made.__dict__.update(values)
+    return made

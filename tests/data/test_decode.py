@@ -386,6 +386,31 @@ def test_planes_show_what_rgb_shows(rotation: int, size: tuple[int, int]) -> Non
         assert error.float().mean() < 6 and error.max() < 40
 
 
+@pytest.mark.parametrize("width", [128, 72])
+def test_planes_of_a_clip_in_its_own_size_are_those_that_are_coded(width: int) -> None:
+    """Rows of 128 lie without a gap in a decoder's memory; of 72 they do not."""
+    buffer, source = io.BytesIO(), np.random.default_rng(width)
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = width, 48, "yuv420p"
+        stream.options = {"threads": "1"}
+        for _ in range(5):
+            pixels = source.integers(0, 256, (48, width, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    buffer.seek(0)
+    with av.open(buffer) as container:
+        frames = list(container.decode(video=0))
+        assert (frames[0].planes[0].line_size == width) is (width == 128)
+        coded = np.stack([frame.to_ndarray() for frame in frames])
+    record = video_record("noise", buffer.getvalue(), 5, 24.0)
+    config = replace(CONFIG, width=width, fps=24.0, num_frames=5, pixels="yuv420")
+    planes = decode(record, config).planes
+    assert planes is not None
+    assert np.array_equal(planes.y.numpy(), coded[:, :48])
+    assert np.array_equal(planes.uv.numpy().ravel(), coded[:, 48:].ravel())
+
+
 def slope_clip(picture: Any, rotation: int) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:

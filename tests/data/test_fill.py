@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kinodit.data.fill import Budget, by_class, cost_of, split_rounds, within_budget
+from kinodit.data.fill import (
+    Budget,
+    balanced,
+    by_class,
+    cost_of,
+    split_rounds,
+    within_budget,
+)
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
 
@@ -16,6 +23,18 @@ def test_a_sample_of_parity_length_costs_twice_its_tokens() -> None:
     tokens = np.array([10, 1000, 2000], dtype=np.int64)
     assert cost_of(tokens, 1000).tolist() == [10, 2000, 6000]
     assert cost_of(tokens, 0).tolist() == tokens.tolist()
+
+
+@given(costs=st.lists(st.integers(0, 4), max_size=40), num_packs=st.integers(1, 7))
+def test_ties_of_equal_packs_go_by_number_of_items_and_by_pack(
+    costs: list[int], num_packs: int
+) -> None:
+    """Which pack a sample is in is part of the data order: it may never change."""
+    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        sizes = [(sum(costs[i] for i in pack), len(pack)) for pack in packs]
+        packs[sizes.index(min(sizes))].append(item)
+    assert balanced(costs, num_packs) == packs
 
 
 @settings(deadline=None, max_examples=80)

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from kinodit.data.index import INDEX_DTYPE, index_row, read_span, spans
-from kinodit.data.manifest import Dataset, Manifest, ManifestError, ShardEntry, build_index
+from kinodit.data.manifest import (
+    _ROW,
+    Dataset,
+    Manifest,
+    ManifestError,
+    ShardEntry,
+    build_index,
+)
 from kinodit.data.record import MODALITIES, RecordMeta
 from tests.data.shards import image_record, write_images
 
@@ -19,6 +26,12 @@ from tests.data.shards import image_record, write_images
 def test_a_row_takes_36_bytes_and_nothing_is_padded() -> None:
     assert INDEX_DTYPE.itemsize == 36
     assert MODALITIES == ("video", "image", "audio")
+
+
+def test_rows_are_unpacked_as_numpy_reads_them() -> None:
+    data = np.random.default_rng(0).bytes(36 * 9)
+    for number, row in enumerate(np.frombuffer(data, INDEX_DTYPE)):
+        assert _ROW.unpack_from(data, 36 * number) == row.item()
 
 
 def test_every_sample_is_found_at_its_offset(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,12 +18,13 @@ from kinodit.data.manifest import Dataset
 from kinodit.data.plan import SampleRef, assign, plan
 from kinodit.data.quarantine import Replacement
 from kinodit.data.remote import Traffic
-from kinodit.data.samples import Loaded, LoadError, SampleSource, Settled
+from kinodit.data.samples import Loaded, LoadError, SampleSource, Settled, longest_s
 from kinodit.data.shared_media import SharedMedia
 from kinodit.data.spec import PlanSpec
 
 __all__ = ["LoadError", "Loader", "StepData"]
 
+ALIVE_EVERY_S = 1.0
 RUNS_PER_THREAD = 4
 """Runs of samples that a step is cut into for each thread."""
 
@@ -61,6 +62,7 @@ class Loader:
         end_step: int | None = None,
         settled: Settled | None = None,
         shared: SharedMedia | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """A loader of one rank.
 
@@ -75,7 +77,11 @@ class Loader:
             end_step: the step before which to stop; None never stops.
             settled: replacements of the run so far, which steps that are loaded again repeat.
             shared: where ranks of a node that share an index find what one of them has decoded.
+            alive: is called each second while a step is waited for, as long as the limits of
+                storage and decoders allow it to take.
         """
+        self._alive = alive
+        self._limit_s = longest_s(config)
         self._spec = spec
         self._config = config
         self._dp = dp_index, dp_size
@@ -105,6 +111,7 @@ class Loader:
         start = time.perf_counter()
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
+            pending.wait(self._alive, self._limit_s)
             loaded = pending.packs()
             on_failure.pop_all()
         packs = tuple(tuple(found.sample for found in pack) for pack in loaded)
@@ -194,9 +201,18 @@ class _PendingStep:
     sizes: tuple[int, ...]
     runs: tuple[Future[list[Loaded]], ...]
 
-    def packs(self) -> list[list[Loaded]]:
-        """Waits for them. Raises what the first that failed has raised."""
+    def wait(self, alive: Callable[[], None], limit_s: float) -> None:
+        """Until all are there or one has failed; `alive`: see `Loader`."""
+        give_up_s = time.monotonic() + limit_s
         # Once for all of them: whoever wakes for each takes the interpreter from those that load.
-        wait(self.runs, return_when=FIRST_EXCEPTION)
+        while wait(self.runs, ALIVE_EVERY_S, FIRST_EXCEPTION).not_done and not self._has_failed():
+            if time.monotonic() < give_up_s:
+                alive()
+
+    def _has_failed(self) -> bool:
+        return any(run.done() and run.exception() is not None for run in self.runs)
+
+    def packs(self) -> list[list[Loaded]]:
+        """What was waited for. Raises what the first that failed has raised."""
         loaded = iter([found for run in self.runs for found in run.result()])
         return [list(islice(loaded, size)) for size in self.sizes]

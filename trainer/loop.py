@@ -8,7 +8,6 @@ from typing import cast
 
 from torch import Tensor
 
-from kinodit.data.samples import longest_s
 from kinodit.models.mmdit import MMDiTConfig
 from kinodit.trainer import checkpoint, faults
 from kinodit.trainer.batches import BatchSource
@@ -176,9 +175,7 @@ class Loop:
         config, clock = self.config, window.clock
         pulse.step(state.step)
         faults.reach("step:begin", state.step)
-        # Storage and decoders have limits of their own, after which the run goes on or ends with
-        # the reason; ranks that have their samples wait for those that do not.
-        with clock.measure("data", more_s=longest_s(config.data)):
+        with clock.measure("data"):
             data = next(self.steps)
         # As in every collective of a step: who waits here waits for ranks that still compute.
         clock.move(self.steps.take_wait_s(), "data", "compute")

@@ -39,9 +39,9 @@ class Clock:
     cpu_s: float = 0.0
 
     @contextmanager
-    def measure(self, activity: str, more_s: float = 0.0) -> Iterator[None]:
+    def measure(self, activity: str) -> Iterator[None]:
         """Add the time inside the context to `activity`."""
-        pulse.beat(activity, slow=activity in BETWEEN_STEPS, more_s=more_s)
+        pulse.beat(activity, slow=activity in BETWEEN_STEPS)
         start, cpu_start = time.perf_counter(), time.thread_time()
         try:
             yield

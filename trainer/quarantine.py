@@ -13,10 +13,12 @@ from kinodit.data.config import DataConfig
 from kinodit.data.loader import Loader, StepData
 from kinodit.data.manifest import Dataset
 from kinodit.data.quarantine import LEDGER_FILE, QuarantineError, Quotas, Replacement
+from kinodit.data.samples import longest_s
 from kinodit.data.shared_media import SharedMedia, shared_folder
 from kinodit.data.spec import PlanSpec
 from kinodit.trainer.jsonl import cut_torn_line, read_rows
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.resilience import pulse
 
 
 def read_ledger(run_dir: Path, plan: str) -> dict[tuple[int, int], Replacement]:
@@ -72,10 +74,11 @@ class Quarantine:
         self._written = set(settled)
         self._tell = tell
         self._waited_s = 0.0
+        self._longest_s = longest_s(config)
         place = mesh.dp_index, mesh.dp_size
         self._loader = Loader(
             spec, datasets, config, *place, start_step, settled=settled,
-            shared=_shared(run_dir, mesh, spec),
+            shared=_shared(run_dir, mesh, spec), alive=lambda: pulse.beat("data"),
         )  # fmt: skip
 
     def __iter__(self) -> Self:
@@ -91,6 +94,9 @@ class Quarantine:
         data = next(self._loader)
         if not self._is_on:
             return data
+        # Storage and decoders have limits of their own, after which the run goes on or ends with
+        # the reason; ranks that have their samples wait for those that do not.
+        pulse.beat("data", more_s=self._longest_s)
         start_s = time.perf_counter()
         is_replaced = self._mesh.any(bool(data.replaced))
         self._waited_s += time.perf_counter() - start_s

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kinodit.data import loader as loading
 from kinodit.data.captions import choose_caption
 from kinodit.data.config import DataConfig, DatasetConfig
 from kinodit.data.decode import DecodedSample, decode, pick_view
@@ -203,6 +204,33 @@ def test_waiting_is_measured(datasets: dict[str, Dataset]) -> None:
     steps = run(datasets, steps=2)
     assert all(data.wait_s >= 0 for data in steps)
     assert steps[0].wait_s > 0
+
+
+@pytest.mark.parametrize("limit_s", [60.0, 0.0])
+def test_signs_of_life_are_given_while_limits_allow_waiting(
+    datasets: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch, limit_s: float
+) -> None:
+    """Or until some process is stopped, which has nobody to give them."""
+    monkeypatch.setattr(loading, "ALIVE_EVERY_S", 0.01)
+    monkeypatch.setattr(loading, "longest_s", lambda config: limit_s)
+    settings = config(datasets, workers="threads")
+    go_on, signs = threading.Event(), []
+
+    def slow(*args: Any, **options: Any) -> Any:
+        assert go_on.wait(60)
+        return decode(*args, **options)
+
+    def alive() -> None:
+        signs.append(1)
+        if len(signs) == 3:
+            go_on.set()
+
+    monkeypatch.setattr("kinodit.data.samples.decode", slow)
+    if limit_s == 0:
+        threading.Timer(0.1, go_on.set).start()
+    with Loader(spec_of(datasets, settings), datasets, settings, alive=alive) as loader:
+        assert next(loader).step == 0
+    assert bool(signs) == (limit_s > 0)
 
 
 def copied(datasets: dict[str, Dataset], root: Path) -> dict[str, Dataset]:

@@ -107,7 +107,7 @@ def with_span(dataset: Dataset, index: int, span: bytes) -> ShardReader:
     path.write_bytes(whole)
     rows = np.fromfile(path.with_suffix(".idx"), INDEX_DTYPE)
     rows["crc32"][index] = zlib.crc32(span)
-    dataset._index = lru_cache(lambda _: rows)
+    dataset._index = lru_cache(lambda _: memoryview(rows.tobytes()))
     return ShardReader(dataset)
 
 
@@ -164,6 +164,6 @@ def test_a_wrong_header_checksum_is_refused(dataset: Dataset) -> None:
 def test_an_index_that_claims_more_than_the_shard_has_is_refused_unread(dataset: Dataset) -> None:
     rows = np.fromfile(dataset.locate(0)[0].with_suffix(".idx"), INDEX_DTYPE)
     rows["size"][2] = 4_000_000_000
-    dataset._index = lru_cache(lambda _: rows)
+    dataset._index = lru_cache(lambda _: memoryview(rows.tobytes()))
     with pytest.raises(ShardError, match="cannot lie there: its index says 4000000000 bytes"):
         ShardReader(dataset).read(2)

@@ -39,12 +39,28 @@ DEALT = [
 ]
 # A dispatcher sends rows to experts of other ranks.
 DISPATCHING = {"megatron-alltoall", "megatron-alltoall-no-sp"}
+# One rank or two with the same experts; neighbours by tp, or by the pack that they share.
+ZERO_DEALT = [
+    (name, parallel)
+    for name in ENGINES
+    if name.startswith("zero")
+    for parallel in (
+        ParallelConfig(dp_shard=2, ep=2),
+        ParallelConfig(dp_shard=4, ep=2),
+        ParallelConfig(dp_shard=2, tp=2, ep=2),
+        ParallelConfig(dp_shard=2, cp=2, ep=2),
+        ParallelConfig(dp_shard=1, cp=2, ep=2),
+        ParallelConfig(dp_shard=2, cp=2, ring=2, ep=4),
+    )
+]
 FEW = [
     ("zero1", SPLIT),
     ("zero2", AROUND),
     ("zero3", SHARDED),
     ("megatron-no-sp", SPLIT),
     DEALT[0],
+    ("zero2", ParallelConfig(dp_shard=2, ep=2)),
+    ("zero3", ParallelConfig(dp_shard=4, ep=2)),
 ]
 GRID = [
     (name, parallel)
@@ -71,7 +87,7 @@ def under(
         *FEW,
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [*GRID, *DEALT]
+            for case in [*GRID, *DEALT, *ZERO_DEALT]
             if case not in FEW
         ),
     ],

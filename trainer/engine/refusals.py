@@ -45,12 +45,6 @@ def refusal(wish: Wish) -> str:
     unmet = float8_refusal(wish.precision, wish.device, wish.capability, _products_of(wish.engine))
     if unmet:
         return unmet
-    if isinstance(wish.engine, DeepSpeedConfig) and wish.parallel.ep > 1:
-        return (
-            f"parallel.ep={wish.parallel.ep} with engine.name=deepspeed: it sums gradients of "
-            "experts that are dealt out apart from others in MoE modules of its own alone; set "
-            "parallel.ep=1, or engine.name to native or megatron"
-        )
     if isinstance(wish.engine, DeepSpeedConfig):
         return _of_deepspeed(wish.engine, wish)
     if isinstance(wish.engine, MegatronConfig):
@@ -153,6 +147,11 @@ def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
         return (
             f"engine.hpz={engine.hpz} with parallel.tp={wish.parallel.tp}: DeepSpeed keeps second "
             "copies among neighbouring ranks, and those are tp ranks; set engine.hpz=1"
+        )
+    if engine.hpz > 1 and wish.parallel.ep > 1:
+        return (
+            f"engine.hpz={engine.hpz} with parallel.ep={wish.parallel.ep}: DeepSpeed keeps second "
+            "copies among neighbouring ranks, and those have different experts; set engine.hpz=1"
         )
     if num_ranks % engine.hpz:
         return (

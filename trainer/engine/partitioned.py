@@ -157,7 +157,8 @@ class PartitionedEngine:
     def canonical(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Engine`: copies, on the host, but for buffers."""
         places = self._partitions.places
-        like, made = next(iter(values.values())), {}
+        like = next(iter(values.values()))
+        made: dict[str, Tensor] = {}
         for some in self._shells:
             parts = {name: places[name].view(values).detach() for name, _ in some}
             have = {name: places[name].spans for name, _ in some}
@@ -249,7 +250,9 @@ def own_buffers(model: nn.Module, device: torch.device, dtype: torch.dtype | Non
 
 def is_split(parameter: Tensor) -> bool:
     """Whether tp ranks have different parts of it."""
-    axes = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
+    if not isinstance(parameter, DTensor):
+        return False
+    axes = parameter.device_mesh.mesh_dim_names or ()
     return "tp" in axes and not parameter.placements[axes.index("tp")].is_replicate()
 
 

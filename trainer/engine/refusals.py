@@ -151,7 +151,7 @@ def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
     if engine.hpz > 1 and wish.parallel.ep > 1:
         return (
             f"engine.hpz={engine.hpz} with parallel.ep={wish.parallel.ep}: DeepSpeed keeps second "
-            "copies among neighbouring ranks, and those have different experts; set engine.hpz=1"
+            "copies among neighbouring ranks, which have different experts; set engine.hpz=1"
         )
     if num_ranks % engine.hpz:
         return (
@@ -169,7 +169,17 @@ def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
             f"engine.nvme_path={engine.nvme_path}, but nothing is offloaded there: set "
             "engine.offload_optimizer=nvme, or leave it out"
         )
-    return conflict(engine, wish.precision)
+    return conflict(engine, wish.precision) or _of_dealt_experts(engine, wish.parallel.ep)
+
+
+def _of_dealt_experts(engine: DeepSpeedConfig, ep: int) -> str:
+    key = "contiguous_gradients"
+    if ep == 1 or engine.stage == 3 or engine.extra.get("zero_optimization", {}).get(key, True):
+        return ""
+    return (
+        f"engine.extra.zero_optimization.{key}=false with parallel.ep={ep}: DeepSpeed then sums "
+        "all gradients over all data-parallel ranks, which have different experts; leave it out"
+    )
 
 
 def _offloads_params(engine: DeepSpeedConfig) -> bool:

@@ -82,6 +82,8 @@ CASES = [
     (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=2), "bfloat16"),
     (DeepSpeedConfig(stage=2), ParallelConfig(dp_shard=2, tp=2), "float32"),
     (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=1, cp=2, tp=2), "float32"),
+    (DeepSpeedConfig(stage=1), ParallelConfig(dp_shard=4, ep=2), "float32"),
+    (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=2, ep=2), "bfloat16"),
 ]
 
 

@@ -15,7 +15,7 @@ from kinodit.trainer.engine.refusals import is_missing
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from tests.parity.test_experts import MODEL, check, twin_of
 from tests.support.ranks import Ranks
-from tests.trainer.engine.test_zero import life
+from tests.trainer.engine.test_zero import backward, engine_of, life
 
 pytestmark = [
     pytest.mark.gloo,
@@ -89,16 +89,18 @@ def test_gathers_begin_in_one_order_whatever_the_addresses_are() -> None:
     assert begun == [[0, 1, 2]] * 2
 
 
-def names_of_groups(rank: int, world_size: int) -> list[str]:
-    from deepspeed.utils import groups
-
-    trace(rank, world_size, twin_of(MODEL), PAIR, engine_config=DeepSpeedConfig(stage=1))
-    found = list(groups._EXPERT_PARALLEL_GROUP)
-    shared = ParallelConfig(dp_shard=2)
-    trace(rank, world_size, twin_of(MODEL), shared, engine_config=DeepSpeedConfig(stage=1))
-    return [*found, *groups._EXPERT_PARALLEL_GROUP, *groups._EXPERT_DATA_PARALLEL_GROUP_RANKS]
+def beside_another(rank: int, world_size: int) -> None:
+    """Trains on, while an engine of another layout is built and trains."""
+    twin = twin_of(MODEL)
+    for stage in (2, 3):
+        config = DeepSpeedConfig(stage=stage)
+        first = engine_of(twin, rank, world_size, config, PAIR)
+        second = engine_of(twin, rank, world_size, config, ParallelConfig(dp_shard=2))
+        for engine in (first, second):
+            backward(engine, twin, 0)
+        assert float(first.clip(1.0)) == pytest.approx(float(second.clip(1.0)), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_groups_of_an_earlier_engine_are_forgotten(two: Ranks) -> None:
-    assert two.run(names_of_groups) == [["ep_size_2"]] * 2
+def test_an_engine_keeps_its_groups_beside_others(two: Ranks) -> None:
+    two.run(beside_another)

@@ -59,7 +59,8 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
     library = load(mesh.device)
     mpu = tell_groups(mesh, settings.hpz)
     dealt = Dealt.of(mesh)
-    register(dealt)
+    if dealt is not None:
+        register(dealt)
     told = zero_config(settings, wish.precision)
     config = _checked(library, told, mpu)
     group = partition_group(mesh)

@@ -41,20 +41,14 @@ class Dealt:
         return f"ep_size_{self.every.size()}"
 
 
-def register(dealt: Dealt | None) -> None:
-    """Make these the only groups of experts that DeepSpeed knows."""
+def register(dealt: Dealt) -> None:
+    """Tell DeepSpeed these groups by their name. Engines that are there already keep theirs."""
     from deepspeed.utils import groups
 
-    found = {} if dealt is None else {dealt.name: dealt}
-    for table, ranks, key in (
-        (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, "every"),
-        (groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, "same"),
-    ):
-        table.clear()
-        ranks.clear()
-        for name, one in found.items():
-            table[name] = getattr(one, key)
-            ranks[name] = get_process_group_ranks(table[name])
+    groups._EXPERT_PARALLEL_GROUP[dealt.name] = dealt.every
+    groups._EXPERT_PARALLEL_GROUP_RANKS[dealt.name] = get_process_group_ranks(dealt.every)
+    groups._EXPERT_DATA_PARALLEL_GROUP[dealt.name] = dealt.same
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[dealt.name] = get_process_group_ranks(dealt.same)
 
 
 def mark(part: nn.Module, dealt: Dealt, stage: int) -> None:

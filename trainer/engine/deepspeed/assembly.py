@@ -25,6 +25,7 @@ from kinodit.trainer.engine.deepspeed.experts import (
 )
 from kinodit.trainer.engine.deepspeed.files import Files
 from kinodit.trainer.engine.deepspeed.library import (
+    keep_gathers_outside,
     leave_empty_modules,
     load,
     partition_group,
@@ -109,6 +110,8 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
     own_buffers(model, mesh.device, wish.precision.params_dtype)
     if settings.stage == 3:
         leave_empty_modules(model)
+        if wish.remat.mode == "selective":
+            keep_gathers_outside(model_blocks(model))
     partitions = partitions_of(engine, model)
     if files is not None:
         _put_in(files, partitions, optimizer, settings)

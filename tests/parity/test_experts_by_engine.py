@@ -130,6 +130,14 @@ def test_experts_that_stage_3_gathers_are_gathered_again(
         check(found, reference)
 
 
+def test_what_stage_3_gathers_is_no_part_of_what_selective_recomputation_counts(
+    groups: dict[int, Ranks], reference: Trace
+) -> None:
+    """Small parameters are gathered once and stay, so that they are not gathered again."""
+    for found in groups[2].run(under, SHARDED, DeepSpeedConfig(stage=3), "selective"):
+        check(found, reference)
+
+
 def in_bfloat16(rank: int, world_size: int) -> Trace:
     return trace(
         rank,

@@ -7,13 +7,11 @@ from dataclasses import replace
 import pytest
 
 from kinodit.trainer.certify.engines import ENGINES, can_have
+from kinodit.trainer.certify.layouts import layout_name
 from kinodit.trainer.certify.trace import Trace, trace
 from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig
-from kinodit.trainer.engine.refusals import Wish, is_missing, refusal
-from kinodit.trainer.optim import OptimConfig
-from kinodit.trainer.parallel.apply import PrecisionConfig
+from kinodit.trainer.engine.refusals import is_missing
 from kinodit.trainer.parallel.mesh import ParallelConfig
-from kinodit.trainer.parallel.remat import RematConfig
 from tests.parity.test_experts import AMONG_SAMPLES, MODEL, check, size_of, twin_of
 from tests.support.ranks import Ranks
 
@@ -39,12 +37,28 @@ DEALT = [
 ]
 # A dispatcher sends rows to experts of other ranks.
 DISPATCHING = {"megatron-alltoall", "megatron-alltoall-no-sp"}
+# One rank or two with the same experts; neighbours by tp, or by the pack that they share.
+ZERO_DEALT = [
+    (name, parallel)
+    for name in ENGINES
+    if name.startswith("zero")
+    for parallel in (
+        ParallelConfig(dp_shard=2, ep=2),
+        ParallelConfig(dp_shard=4, ep=2),
+        ParallelConfig(dp_shard=2, tp=2, ep=2),
+        ParallelConfig(dp_shard=2, cp=2, ep=2),
+        ParallelConfig(dp_shard=1, cp=2, ep=2),
+        ParallelConfig(dp_shard=2, cp=2, ring=2, ep=4),
+    )
+]
 FEW = [
     ("zero1", SPLIT),
     ("zero2", AROUND),
     ("zero3", SHARDED),
     ("megatron-no-sp", SPLIT),
     DEALT[0],
+    ("zero2", ParallelConfig(dp_shard=2, ep=2)),
+    ("zero3", ParallelConfig(dp_shard=4, ep=2)),
 ]
 GRID = [
     (name, parallel)
@@ -52,6 +66,10 @@ GRID = [
     if name != "native" and name not in DISPATCHING
     for parallel in (SHARDED, SPLIT, AROUND, BOTH)
 ]
+
+
+def named(engine: str, parallel: ParallelConfig) -> str:
+    return f"{engine} {layout_name(parallel)}"
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +86,10 @@ def under(
 @pytest.mark.parametrize(
     ("name", "parallel"),
     [
-        *FEW,
+        *(pytest.param(*case, id=named(*case)) for case in FEW),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [*GRID, *DEALT]
+            pytest.param(*case, marks=pytest.mark.slow, id=named(*case))
+            for case in [*GRID, *DEALT, *ZERO_DEALT]
             if case not in FEW
         ),
     ],
@@ -112,6 +130,14 @@ def test_experts_that_stage_3_gathers_are_gathered_again(
         check(found, reference)
 
 
+def test_what_stage_3_gathers_is_no_part_of_what_selective_recomputation_counts(
+    groups: dict[int, Ranks], reference: Trace
+) -> None:
+    """Small parameters are gathered once and stay, so that they are not gathered again."""
+    for found in groups[2].run(under, SHARDED, DeepSpeedConfig(stage=3), "selective"):
+        check(found, reference)
+
+
 def in_bfloat16(rank: int, world_size: int) -> Trace:
     return trace(
         rank,
@@ -131,19 +157,12 @@ def test_corrections_keep_their_precision_in_bfloat16(groups: dict[int, Ranks]) 
         assert any(abs(float(x) * 256 - round(float(x) * 256)) > 1e-3 for v in loads for x in v)
 
 
-def test_certificates_have_rows_of_every_engine_and_of_ep_where_fsdp2_shards() -> None:
+def test_certificates_have_rows_of_every_engine_and_of_ep_where_no_buffer_is_shared() -> None:
     config = twin_of(MODEL).config
     lacking = {name for name, e in ENGINES.items() if not can_have(e, SHARDED, config)}
     assert lacking == DISPATCHING
     dealt = replace(SHARDED, ep=2)
-    assert [name for name, e in ENGINES.items() if can_have(e, dealt, config)] == [
-        "native",
-        "megatron",
-        "megatron-no-sp",
-        "megatron-alltoall",
-        "megatron-alltoall-no-sp",
-    ]
-    wish = Wish(
-        ENGINES["zero2"], OptimConfig(), dealt, PrecisionConfig(), RematConfig(), world_size=2
-    )
-    assert "MoE modules of its own alone" in refusal(wish)
+    assert {name for name, e in ENGINES.items() if not can_have(e, dealt, config)} == {
+        "megatron-distributed",
+        "megatron-distributed-no-sp",
+    }

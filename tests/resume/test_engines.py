@@ -68,7 +68,7 @@ def test_engines_take_over_from_each_other(
 
 
 EXPERTS: dict[str, Legs] = {
-    "ep2-zero3-alone": ((2, ("parallel.ep=2",)), (2, zero(3)), (1, ())),
+    "ep2-zero3-ep2-alone": ((2, ("parallel.ep=2",)), (2, zero(3, "parallel.ep=2")), (1, ())),
 }
 LONG_EXPERTS: dict[str, Legs] = {
     "zero2-megatron-zero1": (
@@ -76,6 +76,19 @@ LONG_EXPERTS: dict[str, Legs] = {
         (2, ("engine.name=megatron", "parallel.tp=2")),
         (2, zero(1, "parallel.tp=2")),
         (2, ("parallel.cp=2",)),
+    ),
+    "ep2-zero3-alone": ((2, ("parallel.ep=2",)), (2, zero(3)), (1, ())),
+    "zero2-ep2-fsdp2-zero3-ep2": (
+        (4, zero(2, "parallel.ep=2")),
+        (2, ()),
+        (4, zero(3, "parallel.ep=2", "parallel.tp=2")),
+        (4, zero(1, "parallel.ep=2")),
+    ),
+    "zero1-ep4-ep2-zero2-ep2": (
+        (4, zero(1, "parallel.ep=4")),
+        (2, ("engine.name=megatron", "parallel.ep=2")),
+        (4, zero(2, "parallel.cp=2", "parallel.ep=2")),
+        (1, ()),
     ),
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kinodit.trainer.engine.shells import Shells
+from kinodit.trainer.engine.shells import Shell, Shells
 from kinodit.trainer.engine.spans import Span, redistribute
 from kinodit.trainer.optim.adamw import AdamW
 from kinodit.trainer.parallel.deferred import Values
@@ -72,24 +72,33 @@ class PartitionedEngine:
         model: nn.Module,
         optimizer: AdamW,
         partitions: Partitions,
-        shells: Shells,
+        shells: Sequence[Shells],
         mesh: Mesh,
     ) -> None:
+        """shells: of all parameters, by the ranks that each has its stretches on.
+
+        Behind the first are those of experts that the mesh deals out.
+        """
         self.model = model
         self.device = mesh.device
         self._optimizer = optimizer
         self._partitions = partitions
         self._shells = shells
+        known = {name: shell for some in shells for name, shell in some}
+        self._shell = {name: known[name] for name, _ in model.named_parameters()}
+        self._dealt = {name for some in shells[1:] for name, _ in some}
         self._buffers = dict(model.named_buffers())
         self._mesh = mesh
 
     def start_from(self, values: Values) -> None:
         """Set the masters to `values`, one whole parameter at a time. Collective."""
         flats = self._partitions.masters()
-        for name, shell in self._shells:
+        for name, shell in self._shell.items():
             made = values(name, shell.shape)
+            if name in self._dealt:
+                made = _own_experts(made, self._mesh)
             if shell.spec is not None and not shell.on_every_tp_rank:
-                made = _along_tp(made, shell.tp_shape, self._mesh)
+                made = _along_tp(made, shell, self._mesh)
             place = self._partitions.places[name]
             with torch.no_grad():
                 place.view(flats).copy_(made.reshape(-1)[slice(*place.own)])
@@ -101,7 +110,7 @@ class PartitionedEngine:
     @property
     def num_parameters(self) -> int:
         """See `Engine`."""
-        return self._shells.num_parameters
+        return sum(some.num_parameters for some in self._shells)
 
     def clip(self, max_norm: float) -> Tensor:
         """See `Engine`."""
@@ -131,7 +140,7 @@ class PartitionedEngine:
         parts = self.gradient_parts()
         norms = torch._foreach_norm([parts[name] for name in names], dtype=torch.float64)
         num_tp = 1 if self._mesh.tp_mesh is None else self._mesh.tp_mesh.size()
-        shells = (self._shells.by_name[name] for name in names)
+        shells = (self._shell[name] for name in names)
         copies = [num_tp if shell.on_every_tp_rank else 1 for shell in shells]
         # What is offloaded to the host still crosses between devices.
         squares = torch.stack(norms).to(self.device).square()
@@ -148,20 +157,25 @@ class PartitionedEngine:
     def canonical(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Engine`: copies, on the host, but for buffers."""
         places = self._partitions.places
-        parts = {name: places[name].view(values).detach() for name, _ in self._shells}
-        made = self._shells.empty(next(iter(values.values())))
-        have = {name: places[name].spans for name, _ in self._shells}
-        redistribute(parts, have, made, self._shells.spans(), self._shells.group)
-        found = {name: shell.wrap(made[name]) for name, shell in self._shells}
+        like = next(iter(values.values()))
+        made: dict[str, Tensor] = {}
+        for some in self._shells:
+            parts = {name: places[name].view(values).detach() for name, _ in some}
+            have = {name: places[name].spans for name, _ in some}
+            wanted = some.empty(like)
+            redistribute(parts, have, wanted, some.spans(), some.group)
+            made |= wanted
+        found = {name: shell.wrap(made[name]) for name, shell in self._shell.items()}
         return found | {name: values[name] for name in self._buffers if name in values}
 
     def assign(self, values: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
         places = self._partitions.places
-        parts = {name: _flat(canonical[name]) for name, _ in self._shells}
-        wanted = {name: places[name].view(values).detach() for name, _ in self._shells}
-        want = {name: places[name].spans for name, _ in self._shells}
-        redistribute(parts, self._shells.spans(), wanted, want, self._shells.group)
+        for some in self._shells:
+            parts = {name: _flat(canonical[name]) for name, _ in some}
+            wanted = {name: places[name].view(values).detach() for name, _ in some}
+            want = {name: places[name].spans for name, _ in some}
+            redistribute(parts, some.spans(), wanted, want, some.group)
         for name in self._buffers:
             if name in values:
                 values[name].copy_(canonical[name])
@@ -201,7 +215,7 @@ class PartitionedEngine:
         parts = [
             part
             for name, part in self.gradient_parts().items()
-            if self._shells.by_name[name].on_every_tp_rank
+            if self._shell[name].on_every_tp_rank
         ]
         sum_parts(parts, self._mesh.tp_mesh, self.device)
 
@@ -236,7 +250,10 @@ def own_buffers(model: nn.Module, device: torch.device, dtype: torch.dtype | Non
 
 def is_split(parameter: Tensor) -> bool:
     """Whether tp ranks have different parts of it."""
-    return isinstance(parameter, DTensor) and not parameter.placements[0].is_replicate()
+    if not isinstance(parameter, DTensor):
+        return False
+    axes = parameter.device_mesh.mesh_dim_names or ()
+    return "tp" in axes and not parameter.placements[axes.index("tp")].is_replicate()
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -250,12 +267,19 @@ def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _along_tp(value: Tensor, tp_shape: tuple[int, ...], mesh: Mesh) -> Tensor:
-    """A tp rank's part of a whole value."""
+def _own_experts(value: Tensor, mesh: Mesh) -> Tensor:
+    """What a rank of the ep axis has of all experts' values."""
+    assert mesh.expert_mesh is not None
+    axis = mesh.expert_mesh["ep"]
+    return value.chunk(axis.size())[axis.get_local_rank()]
+
+
+def _along_tp(value: Tensor, shell: Shell, mesh: Mesh) -> Tensor:
+    """A tp rank's part of a value."""
     assert mesh.tp_mesh is not None
     # Not its place among shares of a pack: tp ranks may have the same tokens.
     rank = mesh.tp_mesh.get_local_rank()
-    for dim, (whole, part) in enumerate(zip(value.shape, tp_shape, strict=True)):
+    for dim, (whole, part) in enumerate(zip(shell.shape, shell.tp_shape, strict=True)):
         if part < whole:
             return value.narrow(dim, rank * part, part)
     return value

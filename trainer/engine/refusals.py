@@ -45,12 +45,6 @@ def refusal(wish: Wish) -> str:
     unmet = float8_refusal(wish.precision, wish.device, wish.capability, _products_of(wish.engine))
     if unmet:
         return unmet
-    if isinstance(wish.engine, DeepSpeedConfig) and wish.parallel.ep > 1:
-        return (
-            f"parallel.ep={wish.parallel.ep} with engine.name=deepspeed: it sums gradients of "
-            "experts that are dealt out apart from others in MoE modules of its own alone; set "
-            "parallel.ep=1, or engine.name to native or megatron"
-        )
     if isinstance(wish.engine, DeepSpeedConfig):
         return _of_deepspeed(wish.engine, wish)
     if isinstance(wish.engine, MegatronConfig):
@@ -154,6 +148,11 @@ def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
             f"engine.hpz={engine.hpz} with parallel.tp={wish.parallel.tp}: DeepSpeed keeps second "
             "copies among neighbouring ranks, and those are tp ranks; set engine.hpz=1"
         )
+    if engine.hpz > 1 and wish.parallel.ep > 1:
+        return (
+            f"engine.hpz={engine.hpz} with parallel.ep={wish.parallel.ep}: DeepSpeed keeps second "
+            "copies among neighbouring ranks, which have different experts; set engine.hpz=1"
+        )
     if num_ranks % engine.hpz:
         return (
             f"engine.hpz={engine.hpz} does not divide the {num_ranks} ranks that parameters are "
@@ -170,7 +169,17 @@ def _of_partitions(engine: DeepSpeedConfig, wish: Wish) -> str:
             f"engine.nvme_path={engine.nvme_path}, but nothing is offloaded there: set "
             "engine.offload_optimizer=nvme, or leave it out"
         )
-    return conflict(engine, wish.precision)
+    return conflict(engine, wish.precision) or _of_dealt_experts(engine, wish.parallel.ep)
+
+
+def _of_dealt_experts(engine: DeepSpeedConfig, ep: int) -> str:
+    key = "contiguous_gradients"
+    if ep == 1 or engine.stage == 3 or engine.extra.get("zero_optimization", {}).get(key, True):
+        return ""
+    return (
+        f"engine.extra.zero_optimization.{key}=false with parallel.ep={ep}: DeepSpeed then sums "
+        "all gradients over all data-parallel ranks, which have different experts; leave it out"
+    )
 
 
 def _offloads_params(engine: DeepSpeedConfig) -> bool:

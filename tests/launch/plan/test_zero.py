@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,6 +17,7 @@ from kinodit.launch.plan.workload import Workload
 from kinodit.launch.plan.zero import cut_by, zero_messages, zero_plan
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.presets import PRESETS
+from kinodit.trainer.config import load_config
 from kinodit.trainer.ema import Ema, EmaConfig
 from kinodit.trainer.engine.build import build_engine
 from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig
@@ -27,7 +29,7 @@ from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.sequence import cut
 from kinodit.trainer.parallel.volume import Formats
-from tests.support.ranks import Ranks
+from tests.support.ranks import ROOT, Ranks
 
 WORKLOAD = families()["experts"]
 FORMATS = {"float32": Formats(4, 4, 4), "bfloat16": Formats(4, 2, 4)}
@@ -82,12 +84,21 @@ CASES = [
     (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=2), "bfloat16"),
     (DeepSpeedConfig(stage=2), ParallelConfig(dp_shard=2, tp=2), "float32"),
     (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=1, cp=2, tp=2), "float32"),
+    (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=2, ep=2), "bfloat16"),
+]
+SLOW = [
+    (DeepSpeedConfig(stage=1), ParallelConfig(dp_shard=4, ep=2), "float32"),
+    (DeepSpeedConfig(stage=2), ParallelConfig(dp_shard=2, tp=2, ep=2), "bfloat16"),
+    (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=4, ep=2), "float32"),
 ]
 
 
 @pytest.mark.gloo
 @pytest.mark.skipif(is_missing("deepspeed"), reason="needs the extra deepspeed")
-@pytest.mark.parametrize(("config", "parallel", "compute"), CASES)
+@pytest.mark.parametrize(
+    ("config", "parallel", "compute"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
 def test_ranks_hold_what_was_planned(
     config: DeepSpeedConfig, parallel: ParallelConfig, compute: str, groups: dict[int, Ranks]
 ) -> None:
@@ -129,6 +140,25 @@ def test_stages_send_what_the_paper_says() -> None:
     four = zero_messages(weights, DeepSpeedConfig(stage=2), parallel, formats, 4)
     assert four is not None and four.nbytes / whole == pytest.approx(5, rel=1e-4)
     assert zero_messages(weights, DeepSpeedConfig(), ParallelConfig(dp_shard=1), formats, 1) is None
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_experts_that_are_dealt_out_leave_each_rank_an_equal_share(stage: int) -> None:
+    """And cross between ranks with the same ones alone."""
+    model = load_config(ROOT / "configs" / "av_moe_30b.yaml").model
+    config, formats = DeepSpeedConfig(stage=stage), FORMATS["bfloat16"]
+    weights, shared = Weights(model), ParallelConfig(dp_shard=64)
+    dealt = replace(shared, ep=8)
+    numel = sum(math.prod(weight.shape) for weight in weights.weights)
+    for parallel in (shared, dealt):
+        state = zero_plan(weights, config, parallel, formats, 0).state
+        assert state.optimizer / (8 * numel / 64) == pytest.approx(1, abs=1e-3)
+    experts = sum(math.prod(weight.shape) for weight in weights.weights if weight.pool)
+    assert experts > numel / 2
+    every, fewer = (cut_by(weights, config, one).others for one in (shared, dealt))
+    expected = (numel - experts) * 63 / 64 + experts / 8 * 7 / 8
+    assert every == pytest.approx(numel * 63 / 64, rel=1e-3)
+    assert fewer == pytest.approx(expected, rel=1e-3)
 
 
 def settings_for(config: EngineConfig) -> Settings:

@@ -74,7 +74,18 @@ DISTRIBUTED = megatron(data_parallel="distributed_optimizer")
             zero(extra={"zero_optimization": {"zero_quantized_weights": True}}),
             "zero_quantized_weights=True contradicts",
         ),
-        (replace(zero(), parallel=ParallelConfig(ep=2)), "parallel.ep=1"),
+        (
+            replace(zero(stage=3, hpz=2), parallel=ParallelConfig(ep=2)),
+            "which have different experts; set engine.hpz=1",
+        ),
+        (
+            replace(
+                zero(stage=1, extra={"zero_optimization": {"contiguous_gradients": False}}),
+                parallel=ParallelConfig(ep=2),
+            ),
+            "which have different experts; leave it out",
+        ),
+        (zero(extra={"expert_parallel": {"enabled": True}}), "parallel.ep decides that"),
         (megatron(bucket_numel=7), "engine.data_parallel=distributed_optimizer"),
         (megatron(overlap=False), "always overlaps"),
         (replace(DISTRIBUTED, parallel=ParallelConfig(dp_replicate=2)), "dp_replicate=1"),
@@ -108,6 +119,8 @@ def test_refused_with_the_reason_and_what_to_change(wish: Wish, reason: str) -> 
             extra={"zero_optimization": {"offload_optimizer": {"buffer_count": 5}}},
         ),
         replace(zero(stage=3), parallel=ParallelConfig(cp=2, tp=2), precision=BF16),
+        *(replace(zero(stage=stage), parallel=ParallelConfig(ep=2)) for stage in (1, 2, 3)),
+        zero(stage=2, extra={"zero_optimization": {"contiguous_gradients": False}}),
         replace(megatron(), parallel=ParallelConfig(ep=2)),
         replace(DISTRIBUTED, parallel=ParallelConfig(cp=2, tp=2), precision=BF16),
         megatron(data_parallel="distributed_optimizer", bucket_numel=7, overlap=False),

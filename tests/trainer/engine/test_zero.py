@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from kinodit.data.synthetic import SyntheticStream, synthetic_pack
 from kinodit.models.errors import ConfigError
@@ -98,12 +99,19 @@ def loss(predictions: Predictions) -> Tensor:
     return torch.stack([((part.double() - 1) ** 2).sum() for part in predictions.values()]).sum()
 
 
-def engine_of(twin: Twin, rank: int, world_size: int, engine: EngineConfig) -> Engine:
-    mesh = build_mesh(ParallelConfig(), world_size, rank, torch.device("cpu"))
+def engine_of(
+    twin: Twin,
+    rank: int,
+    world_size: int,
+    engine: EngineConfig,
+    parallel: ParallelConfig | None = None,
+) -> Engine:
+    parallel = parallel or ParallelConfig()
+    mesh = build_mesh(parallel, world_size, rank, torch.device("cpu"))
     with torch.device("meta"):
         model = MMDiT(twin.config.model)
     optim, remat = twin.config.optim, twin.config.remat
-    wish = Wish(engine, optim, ParallelConfig(), PrecisionConfig(), remat, world_size)
+    wish = Wish(engine, optim, parallel, PrecisionConfig(), remat, world_size)
     return build_engine(model, initial_values(0), mesh, wish)
 
 
@@ -120,18 +128,29 @@ def backward(engine: Engine, twin: Twin, step: int) -> None:
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
-        name: x.full_tensor() if hasattr(x, "full_tensor") else x.clone()
+        name: x.full_tensor() if isinstance(x, DTensor) else x.clone()
         for name, x in tensors.items()
     }
 
 
-def life(rank: int, world_size: int, twin: Twin, config: DeepSpeedConfig) -> None:
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def life(
+    rank: int,
+    world_size: int,
+    twin: Twin,
+    config: DeepSpeedConfig,
+    parallel: ParallelConfig | None = None,
+) -> None:
     """A step, a skipped step, a step again; then state out, in, and elsewhere."""
-    engine = engine_of(twin, rank, world_size, config)
+    engine = engine_of(twin, rank, world_size, config, parallel)
     backward(engine, twin, 0)
     engine.clip(1.0)
     engine.step(1e-3)
-    before = whole(engine.state())
+    state = engine.state()
+    before, parts = whole(state), {name: local(x).clone() for name, x in state.items()}
     backward(engine, twin, 1)
     engine.clip(1.0)
     engine.skip()
@@ -143,16 +162,13 @@ def life(rank: int, world_size: int, twin: Twin, config: DeepSpeedConfig) -> Non
     expected = whole(engine.state())
     assert bool(expected["optim/exp_avg/heads.video.linear.weight"].any())
 
-    other = engine_of(twin, rank, world_size, config)
+    other = engine_of(twin, rank, world_size, config, parallel)
     state = other.state()
-    filled = engine_of(twin, rank, world_size, config).state()
+    filled = engine_of(twin, rank, world_size, config, parallel).state()
     again = whole(filled)
     assert all(torch.equal(again[name], x) for name, x in whole(state).items())
-    reader = dict(before)
     for name, tensor in state.items():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        start = rank * -(-reader[name].shape[0] // world_size)
-        local.copy_(reader[name][start : start + local.shape[0]])
+        local(tensor).copy_(parts[name])
     other.load(state)
     other.set_num_steps(1)
     backward(other, twin, 2)

@@ -14,8 +14,18 @@ from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.config import DeepSpeedConfig
 from kinodit.trainer.engine.deepspeed.driver import driver_class
 from kinodit.trainer.engine.deepspeed.engine import ZeroEngine
+from kinodit.trainer.engine.deepspeed.experts import (
+    Dealt,
+    apart,
+    gather_in_one_order,
+    mark,
+    name_groups,
+    register,
+    shells_of,
+)
 from kinodit.trainer.engine.deepspeed.files import Files
 from kinodit.trainer.engine.deepspeed.library import (
+    keep_gathers_outside,
     leave_empty_modules,
     load,
     partition_group,
@@ -29,10 +39,10 @@ from kinodit.trainer.engine.deepspeed.partitions import (
 )
 from kinodit.trainer.engine.partitioned import MOMENTS, allocate, own_buffers
 from kinodit.trainer.engine.refusals import Wish
-from kinodit.trainer.engine.shells import Shells
 from kinodit.trainer.engine.zero_config import zero_config
-from kinodit.trainer.optim import build_optimizer
+from kinodit.trainer.optim import OptimConfig
 from kinodit.trainer.optim.adamw import AdamW
+from kinodit.trainer.optim.base import group_parameters
 from kinodit.trainer.parallel.apply import model_blocks, parallelize
 from kinodit.trainer.parallel.deferred import Values
 from kinodit.trainer.parallel.mesh import Mesh
@@ -49,12 +59,15 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
     files = Files(settings.nvme_path) if settings.nvme_path else None
     library = load(mesh.device)
     mpu = tell_groups(mesh, settings.hpz)
+    dealt = Dealt.of(mesh)
+    if dealt is not None:
+        register(dealt)
     told = zero_config(settings, wish.precision)
     config = _checked(library, told, mpu)
     group = partition_group(mesh)
     whole = copy.deepcopy(model)
     parallelize(whole, mesh, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
-    shells = Shells.of(whole, group)
+    shells = shells_of(whole, group, dealt)
     unsharded = replace(mesh, device_mesh=None)
     parallelize(model, unsharded, wish.parallel, wish.precision, wish.remat, compile_blocks=False)
     if settings.stage == 3:
@@ -66,6 +79,8 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
             # DeepSpeed takes them as they are, whatever dtype it is told.
             own_buffers(part, mesh.device)
             allocate(part, mesh.device, wish.precision.compute_dtype)
+            if dealt is not None:
+                mark(part, dealt, settings.stage)
             Init(
                 module=part,
                 data_parallel_group=group,
@@ -75,11 +90,14 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
                 zero_param_parallel_group=nearby,
             )
         tell_of_routers(model)
+        if dealt is not None:
+            gather_in_one_order(model.parameters())
     else:
         own_buffers(model, mesh.device)
         allocate(model, mesh.device, wish.precision.params_dtype)
-    optimizer = build_optimizer(wish.optim, model)
-    assert isinstance(optimizer, AdamW), "refused before"
+        if dealt is not None:
+            mark(model, dealt, settings.stage)
+    optimizer = _optimizer(wish.optim, model, dealt)
     engine = driver_class(library, wish.precision.params_dtype)(
         args=None,
         model=model,
@@ -92,13 +110,25 @@ def build(model: nn.Module, values: Values, mesh: Mesh, wish: Wish) -> Engine:
     own_buffers(model, mesh.device, wish.precision.params_dtype)
     if settings.stage == 3:
         leave_empty_modules(model)
-    num_ranks, rank = (group.size(), group.rank()) if group is not None else (1, 0)
-    partitions = partitions_of(engine, model, num_ranks, rank)
+        if wish.remat.mode == "selective":
+            keep_gathers_outside(model_blocks(model))
+    partitions = partitions_of(engine, model)
     if files is not None:
         _put_in(files, partitions, optimizer, settings)
     zero = ZeroEngine(engine, model, optimizer, partitions, shells, mesh, wish.precision)
     zero.start_from(values)
     return zero
+
+
+def _optimizer(config: OptimConfig, model: nn.Module, dealt: Dealt | None) -> AdamW:
+    """As `build_optimizer`, with experts that are dealt out in groups of their own."""
+    assert config.name == "adamw", "refused before"
+    groups = group_parameters(config, model.named_parameters())
+    if dealt is None:
+        return AdamW(groups, config)
+    optimizer = AdamW(apart(groups, model), config)
+    name_groups(optimizer.adamw.param_groups, model, dealt)
+    return optimizer
 
 
 def _checked(library: Any, told: dict[str, Any], mpu: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ class ZeroEngine(PartitionedEngine):
         model: nn.Module,
         optimizer: AdamW,
         partitions: Partitions,
-        shells: Shells,
+        shells: Sequence[Shells],
         mesh: Mesh,
         precision: PrecisionConfig,
     ) -> None:
@@ -39,7 +39,8 @@ class ZeroEngine(PartitionedEngine):
         self._dtype = precision.compute_dtype
         self._shared = SharedForward(self._forward, mesh) if mesh.place.is_cut else self._forward
         is_averaged = engine.zero_optimization_stage() == 3
-        num_ranks = 1 if shells.group is None else shells.group.size()
+        group = shells[0].group
+        num_ranks = 1 if group is None else group.size()
         # Stage 3 divides by the number of ranks and cannot be told not to.
         self._loss_scale = float(num_ranks) if is_averaged else 1.0
         for layer in moe_layers(model).values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.remat import keep_hooks_outside
 
 
 def load(device: torch.device) -> Any:
@@ -67,6 +69,17 @@ def leave_empty_modules(model: nn.Module) -> None:
         if module is not model and not own:
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
+
+
+def keep_gathers_outside(blocks: Iterable[nn.Module]) -> None:
+    """Let stage 3's hooks in blocks be no part of them, for a selective recomputation.
+
+    To be called before anyone else hooks into the model.
+    """
+    for block in blocks:
+        for module in block.modules():
+            if module._forward_pre_hooks:
+                keep_hooks_outside(module)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kinodit.trainer.engine.deepspeed.files import Files
@@ -73,9 +74,11 @@ class SplitGroups(_Flats):
 
     masters_name, offloads_name = "single_partition_of_fp32_groups", "cpu_offload"
 
-    def __init__(self, optimizer: Any, names: Mapping[int, str], num_ranks: int, rank: int) -> None:
+    def __init__(self, optimizer: Any, names: Mapping[int, str]) -> None:
         super().__init__(optimizer)
         for index, group in enumerate(optimizer.round_robin_bit16_groups):
+            over = optimizer.real_dp_process_group[index]
+            num_ranks, rank = dist.get_world_size(over), dist.get_rank(over)
             size = int(optimizer.partition_size[index])
             offsets = optimizer.round_robin_bit16_offsets[index]
             for parameter, offset in zip(group, offsets, strict=True):
@@ -119,7 +122,7 @@ class SplitParameters(_Flats):
 
     masters_name, offloads_name = "fp32_partitioned_groups_flat", "offload_optimizer"
 
-    def __init__(self, optimizer: Any, names: Mapping[int, str], num_ranks: int, rank: int) -> None:
+    def __init__(self, optimizer: Any, names: Mapping[int, str]) -> None:
         super().__init__(optimizer)
         for index, group in enumerate(optimizer.fp16_groups):
             offset = 0
@@ -127,11 +130,10 @@ class SplitParameters(_Flats):
                 size, numel = int(parameter.partition_numel()), int(parameter.ds_numel)
                 spans = tuple(
                     (min(owner * size, numel), min((owner + 1) * size, numel))
-                    for owner in range(num_ranks)
+                    for owner in range(parameter.ds_zero_partition_world_size)
                 )
-                self.places[names[id(parameter)]] = Place(
-                    group_key(index), offset, spans[rank], spans
-                )
+                own = spans[parameter.ds_zero_partition_rank]
+                self.places[names[id(parameter)]] = Place(group_key(index), offset, own, spans)
                 offset += size
 
     def put_parameters_in(self, files: Files) -> None:
@@ -164,10 +166,8 @@ class SplitParameters(_Flats):
         zero.invalidate_secondary_tensor()
 
 
-def partitions_of(
-    engine: Any, model: nn.Module, num_ranks: int, rank: int
-) -> SplitGroups | SplitParameters:
-    """What a `DeepSpeedEngine` around `model` keeps on rank `rank` of `num_ranks`."""
+def partitions_of(engine: Any, model: nn.Module) -> SplitGroups | SplitParameters:
+    """What a `DeepSpeedEngine` around `model` keeps on this rank."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     stage = SplitParameters if engine.zero_optimization_stage() == 3 else SplitGroups
-    return stage(engine.optimizer, names, num_ranks, rank)
+    return stage(engine.optimizer, names)

@@ -53,7 +53,7 @@ class DistributedEngine(PartitionedEngine):
         mesh: Mesh,
         precision: PrecisionConfig,
     ) -> None:
-        super().__init__(parallel.module, optimizer, stretches, shells, mesh)
+        super().__init__(parallel.module, optimizer, stretches, [shells], mesh)
         self._parallel, self._stretches = parallel, stretches
         self._dtype = precision.compute_dtype
         self._computing = float8_context(precision.float8)

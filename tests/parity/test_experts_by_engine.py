@@ -13,6 +13,7 @@ from kinodit.trainer.engine.config import DeepSpeedConfig, EngineConfig
 from kinodit.trainer.engine.refusals import is_missing
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from tests.parity.test_experts import AMONG_SAMPLES, MODEL, check, size_of, twin_of
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 
 pytestmark = [
@@ -109,7 +110,8 @@ def among_samples(
 
 
 @pytest.mark.parametrize(
-    ("name", "parallel"), [("megatron-no-sp", SPLIT), ("megatron-no-sp", BOTH_SHARED), FEW[1]]
+    ("name", "parallel"),
+    quick([("megatron-no-sp", SPLIT), ("megatron-no-sp", BOTH_SHARED), FEW[1]], FEW[1]),
 )
 def test_choices_among_the_tokens_of_a_sample(
     name: str, parallel: ParallelConfig, groups: dict[int, Ranks]

@@ -7,10 +7,12 @@ names are read, then everything is merged against the schema that they select.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -267,7 +269,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _build(raw: DictConfig) -> RunConfig:
     """Merge `raw` against the schema that its choices and its model preset select."""
-    schema = OmegaConf.structured(RunConfig)
+    schema = copy.deepcopy(_schema())
     choices = dict(CHOICES)
     for key, options in NAMED_CHOICES.items():
         named = OmegaConf.select(raw, key)
@@ -295,6 +297,13 @@ def _build(raw: DictConfig) -> RunConfig:
     return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(schema, raw)))
 
 
+@cache
+def _schema() -> DictConfig:
+    """Of every recipe, before its choices; to be copied."""
+    made: DictConfig = OmegaConf.structured(RunConfig)
+    return made
+
+
 def _replace(schema: DictConfig, key: str, value: Any) -> None:
     """Put the dataclass (or instance) `value` at `key` of a read-only schema."""
     parent_key, _, last = key.rpartition(".")
@@ -306,9 +315,19 @@ def _replace(schema: DictConfig, key: str, value: Any) -> None:
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain nested dicts and lists of every field."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=False)
-    assert isinstance(container, dict)
-    return cast(dict[str, Any], container)
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    return cast(dict[str, Any], plain)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def config_to_yaml(config: RunConfig, *, redact_secrets: bool = True) -> str:

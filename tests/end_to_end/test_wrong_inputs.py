@@ -139,7 +139,7 @@ def test_missing_extra(root: Path, capsys: Capture, monkeypatch: pytest.MonkeyPa
     for module in [name for name in sys.modules if name == "av" or name.startswith("av.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(builtins, "__import__", without_av)
-    line = refused(capsys, "train", recipe(root))
+    line = refused(capsys, "train", recipe(root), "data.workers=threads")
     assert "kinodit[media]" in line
 
 

@@ -86,6 +86,7 @@ def test_steps_are_timed_without_the_first_ones() -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_ranks_time_the_layout_that_they_are_given() -> None:
     group = Ranks(2)
     try:

@@ -146,6 +146,7 @@ def test_ranks_meet_and_measure(tmp_path: Path, free_port: int) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_not_waited_for(tmp_path: Path, free_port: int) -> None:
     options = ("--folder", str(tmp_path), "--passed", str(tmp_path), "--deadline", "45")
     ranks = [doctor(rank, 3, free_port, *options) for rank in (0, 2)]

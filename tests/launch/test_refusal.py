@@ -119,6 +119,7 @@ def test_a_mistake_is_told_once_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 def test_ranks_with_different_mistakes_tell_both(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

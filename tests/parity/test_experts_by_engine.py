@@ -132,6 +132,7 @@ def test_experts_that_stage_3_gathers_are_gathered_again(
         check(found, reference)
 
 
+@pytest.mark.slow
 def test_what_stage_3_gathers_is_no_part_of_what_selective_recomputation_counts(
     groups: dict[int, Ranks], reference: Trace
 ) -> None:

@@ -75,6 +75,7 @@ build_text_encoder(TransformersTextConfig(path=sys.argv[1]), torch.device("cpu")
 """
 
 
+@pytest.mark.slow
 def test_loading_says_nothing_of_kernels_for_other_devices(saved: Callable[[str], Path]) -> None:
     command = [sys.executable, "-W", "ignore", "-c", LOADED, str(saved("bert"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)

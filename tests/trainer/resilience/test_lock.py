@@ -15,7 +15,7 @@ import pytest
 from kinodit.trainer.resilience.errors import LockedError
 from kinodit.trainer.resilience.lock import LOCK_FILE, RunLock
 
-NUM_RACES = 50
+NUM_RACES = 20
 NUM_RACERS = 4
 
 

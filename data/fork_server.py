@@ -236,13 +236,12 @@ def _become_process(name: str, descriptor: int, parent: int) -> NoReturn:
         if os.getppid() == parent:
             module, _, function = name.partition(":")
             run: Serve = getattr(importlib.import_module(module), function)
-            run(Connection(descriptor))
-            code = 0
-    except (BrokenPipeError, ConnectionResetError):
-        # Whoever would hear of it is gone.
+            # Whoever would hear of it may be gone.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                run(Connection(descriptor))
         code = 0
-    except Exception:
-        traceback.print_exc()
-        raise
     finally:
+        # What is raised ends here, in whose frames the server's must not go on.
+        if code:
+            traceback.print_exc()
         os._exit(code)

@@ -25,6 +25,7 @@ from kinodit.data.spec import PlanSpec
 __all__ = ["LoadError", "Loader", "StepData"]
 
 ALIVE_EVERY_S = 1.0
+"""Between two signs of life while a step is waited for."""
 RUNS_PER_THREAD = 4
 """Runs of samples that a step is cut into for each thread."""
 

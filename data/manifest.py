@@ -43,7 +43,8 @@ MANIFEST_FILE = "manifest.json"
 SCHEMAS: dict[Algorithm, int] = {"sha256": 1, "blake3": 2}
 MAX_MAPPED = 1024
 PIECE_SAMPLES = 1 << 19
-_ROW = struct.Struct("<QIIHHIIHBBI")
+_UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_ROW = struct.Struct("<" + "".join(_UNSIGNED[INDEX_DTYPE[n].itemsize] for n in Row._fields))
 """A row of `INDEX_DTYPE`."""
 
 

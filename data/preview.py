@@ -93,7 +93,7 @@ def preview(
     chosen = generator(seed, "preview").choice(len(dataset), size=count, replace=False)
     reader = ShardReader(dataset)
     cards = []
-    with ProbeWorker() as probes, closing(DecodeWorker()) as decodes:
+    with closing(ProbeWorker()) as probes, closing(DecodeWorker()) as decodes:
         openers = _Openers(probes, decodes)
         for index in np.sort(chosen).tolist():
             cards.append(_card(reader, index, openers))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Any
 
 from kinodit.data.killable import Answer, CrashedError, HungError, KillableProcess, answers
@@ -15,7 +13,7 @@ LIMIT_S = 60.0
 """How long reading all packets of one medium may take."""
 
 
-class ProbeWorker(AbstractContextManager["ProbeWorker"]):
+class ProbeWorker:
     """One process that probes one medium at a time; it is replaced when it dies or hangs."""
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
@@ -47,12 +45,7 @@ class ProbeWorker(AbstractContextManager["ProbeWorker"]):
             raise UserError(said["missing"])
         return MediumFacts(**said)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Ends the process."""
         self._process.close()
 

@@ -24,7 +24,6 @@ _PLAIN = struct.Struct("100s24x11sc12x6s2sc100x8s80xc166x")
 """The same: size and checksum apart from what ends them, and the prefix's first byte."""
 _BLANKS = 8 * ord(" ")
 """What the checksum itself counts as in its sum."""
-_BLANKS_BUT_ONE = 7 * ord(" ")
 _ENDS = (b"\0", b" ")
 """What may come behind the digits of a number. A byte is found in bytes by way of an exception."""
 
@@ -87,7 +86,6 @@ def plain_header(block: bytes) -> tuple[bytes, int] | None:
     None for all else and for whatever is wrong, of which `_read_member` judges: reading a clip
     without decoding it is little else than this.
     """
-    # Bytes of ASCII, 512 of them, have a sum that Adler-32 does not wrap.
     if len(block) != BLOCK or not block.isascii():
         return None
     name, digits, stop, checksum, blanks, kind, magic, prefix = _PLAIN.unpack(block)
@@ -104,10 +102,7 @@ def plain_header(block: bytes) -> tuple[bytes, int] | None:
         size, claimed = int(digits, 8), int(checksum, 8)
     except ValueError:
         return None
-    # The lower half of Adler-32 is one more than the sum of the bytes: faster than `sum`. The
-    # checksum's own bytes, digits and `blanks`, count as eight blanks.
-    actual = (adler32(block) & 0xFFFF) - (adler32(checksum) & 0xFFFF) + _BLANKS_BUT_ONE
-    if claimed != actual or size > MAX_MEMBER_BYTES:
+    if claimed != _sum(block, checksum + blanks) or size > MAX_MEMBER_BYTES:
         return None
     return name.partition(b"\0")[0], size
 
@@ -190,7 +185,7 @@ def _header(
         raise TarError(f"it is cut off within the header at byte {offset}")
     name, size, checksum, kind, magic, prefix = _HEADER.unpack_from(view, at)
     claimed = _octal(checksum, "checksum", offset)
-    actual = _sum(view, at, checksum)
+    actual = _sum(view[at : at + BLOCK], checksum)
     if claimed != actual:
         raise TarError(
             f"the header at byte {offset} is damaged: its checksum is {actual}, it says {claimed}"
@@ -200,11 +195,11 @@ def _header(
     return name, size, kind, magic, prefix
 
 
-def _sum(view: memoryview, at: int, checksum: bytes) -> int:
-    """The checksum that the header at `at` should have; it has `checksum`."""
+def _sum(header: bytes | memoryview, checksum: bytes) -> int:
+    """The checksum that a header should have; it has `checksum`."""
     # The lower half of Adler-32 is one more than the sum of at most 256 bytes: faster than `sum`.
     own = _BLANKS - 1 - (adler32(checksum) & 0xFFFF)
-    halves = adler32(view[at : at + 256]) & 0xFFFF, adler32(view[at + 256 : at + BLOCK]) & 0xFFFF
+    halves = adler32(header[:256]) & 0xFFFF, adler32(header[256:]) & 0xFFFF
     return own + halves[0] + halves[1]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def validate(
     problems: list[Problem] = []
     done = num_good = 0
     keys: dict[str, str] = {}
-    with ProbeWorker() as worker:
+    with closing(ProbeWorker()) as worker:
         opener = worker if decode else None
         for shard in shards:
             bad_before = len(problems)

@@ -68,7 +68,7 @@ def mark(part: nn.Module, dealt: Dealt, stage: int) -> None:
 
 def apart(groups: Iterable[Group], model: nn.Module) -> list[Group]:
     """The optimizer's groups with experts in groups of their own, behind those they came from."""
-    experts = {id(parameter) for parameter in _parameters(model)}
+    experts = _ids(model)
     made = []
     for group in groups:
         for are_experts in (False, True):
@@ -84,7 +84,7 @@ def apart(groups: Iterable[Group], model: nn.Module) -> list[Group]:
 
 def name_groups(torch_groups: Sequence[dict[str, Any]], model: nn.Module, dealt: Dealt) -> None:
     """Say which of torch's groups are experts'."""
-    experts = {id(parameter) for parameter in _parameters(model)}
+    experts = _ids(model)
     for group in torch_groups:
         if id(group["params"][0]) in experts:
             group.update(moe=True, name=dealt.name)
@@ -95,7 +95,7 @@ def shells_of(model: nn.Module, group: ProcessGroup | None, dealt: Dealt | None)
     every = Shells.of(model, group)
     if dealt is None:
         return [every]
-    experts = {id(parameter) for parameter in _parameters(model)}
+    experts = _ids(model)
     names = {name for name, parameter in model.named_parameters() if id(parameter) in experts}
     rest = {name: shell for name, shell in every if name not in names}
     made = {name: _dealt_shell(shell, dealt) for name, shell in every if name in names}
@@ -125,6 +125,10 @@ def _in_order(gather: Callable[..., Any]) -> Callable[..., Any]:
         return gather(sorted(parameters, key=lambda one: one.ds_id), **settings)
 
     return ordered
+
+
+def _ids(model: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in _parameters(model)}
 
 
 def _parameters(part: nn.Module) -> Iterator[Tensor]:

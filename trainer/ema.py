@@ -10,7 +10,7 @@ import torch
 
 from kinodit.models.errors import ConfigError
 from kinodit.trainer.engine.base import Engine
-from kinodit.trainer.parallel.shard import local_part
+from kinodit.trainer.parallel.parts import local_part, spread
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ class EmaConfig:
 class Ema:
     """One average of an engine's parameters, by its names, in their dtype and placement."""
 
+    @torch.no_grad()
     def __init__(self, config: EmaConfig, engine: Engine) -> None:
         """Start from the present parameters of `engine`."""
         self.config = config
         self._engine = engine
-        self.average = {name: p.detach().clone() for name, p in engine.masters().items()}
+        self.average = {
+            name: spread(local_part(p).clone(), p) for name, p in engine.masters().items()
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:

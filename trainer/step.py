@@ -23,8 +23,8 @@ from kinodit.trainer.balance import Balance
 from kinodit.trainer.ema import Ema
 from kinodit.trainer.engine.base import Engine, Predictions
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.parts import local_part
 from kinodit.trainer.parallel.sequence import share
-from kinodit.trainer.parallel.shard import local_part
 
 NUM_NOISE_BINS = 10
 

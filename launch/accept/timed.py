@@ -28,8 +28,8 @@ from kinodit.trainer.engine.native import NativeEngine
 from kinodit.trainer.optim import OptimConfig, build_optimizer
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.parallel.parts import local_part
 from kinodit.trainer.parallel.remat import RematConfig
-from kinodit.trainer.parallel.shard import local_part
 from kinodit.trainer.step import Step
 
 NUM_WARM_STEPS = 2

@@ -32,6 +32,7 @@ from kinodit.trainer.parallel import (
     apply,
     collectives,
     context,
+    parts,
     ring,
     sequence,
     shard,
@@ -377,7 +378,7 @@ def average_of_one_rank_stands_still() -> AbstractContextManager[Any]:
 def clipped_by_the_local_norm() -> AbstractContextManager[Any]:
     def clip(self: native.NativeEngine, max_norm: float) -> Tensor:
         gradients = [
-            shard.local_part(p.grad) for p in self.model.parameters() if p.grad is not None
+            parts.local_part(p.grad) for p in self.model.parameters() if p.grad is not None
         ]
         norm = torch.nn.utils.get_total_norm(gradients)
         scale = min(1.0, 0.1 / float(norm))
@@ -421,13 +422,13 @@ def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
 
     def without_norms(model: Any, *rest: Any) -> None:
         kept = {
-            name: shard.local_part(parameter.grad).clone()
+            name: parts.local_part(parameter.grad).clone()
             for name, parameter in model.named_parameters()
             if re.search("[qk]_norm", name)
         }
         real(model, *rest)
         for name, gradient in kept.items():
-            shard.local_part(model.get_parameter(name).grad).copy_(gradient)
+            parts.local_part(model.get_parameter(name).grad).copy_(gradient)
 
     return patch.object(native, "sum_whole_gradients", without_norms)
 

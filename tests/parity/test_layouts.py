@@ -11,7 +11,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kinodit.models.diffusion.objective import RectifiedFlowConfig, build_objective
 from kinodit.models.init import initialize
@@ -19,6 +18,7 @@ from kinodit.models.mmdit import MMDiT
 from kinodit.trainer.ema import Ema, EmaConfig
 from kinodit.trainer.engine.native import NativeEngine
 from kinodit.trainer.optim import OptimConfig, build_optimizer
+from kinodit.trainer.parallel import parts
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
@@ -60,8 +60,7 @@ class Trace:
 
 
 def whole(tensor: Tensor) -> Array:
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().numpy().copy()
+    return parts.whole(tensor).numpy().copy()
 
 
 def stirred_model() -> MMDiT:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kinodit.data.synthetic import synthetic_pack, task_pack
 from kinodit.models.diffusion.objective import (
@@ -32,6 +31,7 @@ from kinodit.trainer.engine.base import Engine
 from kinodit.trainer.engine.build import build_engine, build_mesh
 from kinodit.trainer.engine.config import EngineConfig, NativeConfig
 from kinodit.trainer.engine.refusals import Wish
+from kinodit.trainer.parallel import parts
 from kinodit.trainer.parallel.apply import PrecisionConfig
 from kinodit.trainer.parallel.deferred import Values, initial_values
 from kinodit.trainer.parallel.mesh import ParallelConfig
@@ -160,8 +160,7 @@ def trace(
 
 def whole(tensor: Tensor) -> Array:
     """All of a tensor that may be sharded, on the host. Collective for one that is."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    array: Array = full.detach().cpu().numpy().copy()
+    array: Array = parts.whole(tensor).cpu().numpy().copy()
     return array
 
 

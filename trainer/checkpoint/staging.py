@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from kinodit.trainer.parallel.shard import local_part
+from kinodit.trainer.parallel.parts import local_part, spread
 
 
 class Stager:
@@ -74,7 +73,7 @@ class Copy:
                 self.event.synchronize()
         finally:
             self._over.set()
-        return {name: _like(tensor, self._buffers[name]) for name, tensor in self._tensors.items()}
+        return {name: spread(self._buffers[name], tensor) for name, tensor in self._tensors.items()}
 
     def give_up(self) -> None:
         """It will not be made, or was: nobody has to wait for it."""
@@ -86,13 +85,3 @@ class Copy:
             self._over.wait()
         else:
             torch.cuda.current_stream().wait_event(self.event)
-
-
-def _like(tensor: Tensor, copy: Tensor) -> Tensor:
-    """`copy`, as this rank's part of a tensor that is sharded as `tensor` is."""
-    if not isinstance(tensor, DTensor):
-        return copy
-    # DTensor.from_local would move the copy to the mesh's device.
-    construct = cast(Any, DTensor)
-    wrapped: Tensor = construct(copy, tensor._spec, requires_grad=False)
-    return wrapped

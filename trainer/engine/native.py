@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.engine.base import Forward, Predictions
@@ -17,9 +16,9 @@ from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.deferred import Values, materialize
 from kinodit.trainer.parallel.float8 import use_float8
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.parts import local_part, spread, whole
 from kinodit.trainer.parallel.shard import (
     global_norm,
-    local_part,
     reshard,
     set_gradient_sync,
     squared_norms,
@@ -109,10 +108,7 @@ class NativeEngine:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
         for name, parameter in self.model.named_parameters():
-            gradient = parameter.grad
-            if gradient is None:
-                gradient = torch.zeros_like(parameter)
-            yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            yield name, whole(_gradient(parameter))
 
     def gradient_parts(self) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -121,8 +117,7 @@ class NativeEngine:
 
     def gradient_squares(self, names: Sequence[str]) -> Tensor:
         """See `Engine`."""
-        parameters = [self.model.get_parameter(name) for name in names]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = [_gradient(self.model.get_parameter(name)) for name in names]
         return squared_norms(gradients, self._mesh)
 
     def masters(self) -> dict[str, Tensor]:
@@ -158,3 +153,10 @@ class NativeEngine:
         with torch.autocast(self.device.type, self._dtype, enabled=self._autocast):
             predictions: Predictions = self.model(batch)
         return predictions
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Zero for a parameter that nothing depended on."""
+    if parameter.grad is not None:
+        return parameter.grad
+    return spread(torch.zeros_like(local_part(parameter)), parameter)

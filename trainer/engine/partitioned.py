@@ -19,6 +19,7 @@ from kinodit.trainer.engine.spans import Span, redistribute
 from kinodit.trainer.optim.adamw import AdamW
 from kinodit.trainer.parallel.deferred import Values
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.parallel.parts import local_part, whole
 from kinodit.trainer.parallel.tensor import sum_parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -128,7 +129,7 @@ class PartitionedEngine:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
         for name, part in self.canonical(self._partitions.gradients()).items():
-            yield name, part.full_tensor() if isinstance(part, DTensor) else part
+            yield name, whole(part)
 
     def gradient_parts(self) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -230,7 +231,7 @@ def allocate(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type != "meta":
                 continue
-            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            own = local_part(parameter)
             made = nn.Parameter(
                 torch.zeros(own.shape, device=device, dtype=dtype),
                 requires_grad=parameter.requires_grad,
@@ -257,8 +258,7 @@ def is_split(parameter: Tensor) -> bool:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.reshape(-1)
+    return local_part(tensor).reshape(-1)
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -279,7 +279,7 @@ def _along_tp(value: Tensor, shell: Shell, mesh: Mesh) -> Tensor:
     assert mesh.tp_mesh is not None
     # Not its place among shares of a pack: tp ranks may have the same tokens.
     rank = mesh.tp_mesh.get_local_rank()
-    for dim, (whole, part) in enumerate(zip(shell.shape, shell.tp_shape, strict=True)):
-        if part < whole:
+    for dim, (size, part) in enumerate(zip(shell.shape, shell.tp_shape, strict=True)):
+        if part < size:
             return value.narrow(dim, rank * part, part)
     return value

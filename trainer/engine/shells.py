@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
 from kinodit.trainer.engine.spans import Span, row_spans
+from kinodit.trainer.parallel.parts import as_specified
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,7 @@ class Shell:
         """This rank's numbers in the canonical shape."""
         if self.spec is None:
             return flat.view(self.shape)
-        # DTensor.from_local would move them to the mesh's device.
-        wrapped: Tensor = cast(Any, DTensor)(
-            flat.view(self.own_shape), self.spec, requires_grad=False
-        )
-        return wrapped
+        return as_specified(flat.view(self.own_shape), self.spec)
 
     @property
     def on_every_tp_rank(self) -> bool:

@@ -1,15 +1,21 @@
-"""AdamW by torch's fused kernel."""
+"""AdamW by torch's fused kernel, over each rank's own parts.
+
+Every operation is elementwise, so the kernel never meets a DTensor: one that it met would think for
+seconds about where a list of tensors may lie, in the first step of a run on a mesh of two axes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from kinodit.trainer.optim.base import Group
 from kinodit.trainer.optim.config import OptimConfig
+from kinodit.trainer.parallel.parts import local_part, spread
 
 
 class AdamW:
@@ -33,9 +39,29 @@ class AdamW:
         for torch_group, group in zip(self.adamw.param_groups, self._groups, strict=True):
             torch_group["lr"] = lr * group.lr_scale
 
+    @torch.no_grad()
     def step(self) -> None:
         """See `Optimizer`."""
-        self.adamw.step()
+        for settings, group in zip(self.adamw.param_groups, self._groups, strict=True):
+            updated = [p for p in group.parameters.values() if p.grad is not None]
+            states = [self.initialised(parameter) for parameter in updated]
+            beta1, beta2 = settings["betas"]
+            adamw(
+                [local_part(parameter) for parameter in updated],
+                [local_part(cast(Tensor, parameter.grad)) for parameter in updated],
+                [local_part(state["exp_avg"]) for state in states],
+                [local_part(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=settings["lr"],
+                weight_decay=settings["weight_decay"],
+                eps=settings["eps"],
+                maximize=False,
+            )
         self.skip()
 
     def skip(self) -> None:
@@ -67,6 +93,6 @@ class AdamW:
         state: dict[str, Any] = self.adamw.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = spread(torch.zeros_like(local_part(parameter)), parameter)
         return state

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kinodit.models.errors import ConfigError
 from kinodit.trainer.optim.config import OptimConfig, is_vector
@@ -62,7 +61,7 @@ def group_parameters(
     Raises:
         ConfigError: a rule that matches no parameter.
     """
-    groups: dict[tuple[float, float, object], Group] = {}
+    groups: dict[tuple[float, float], Group] = {}
     used: set[str] = set()
     rules, example = list(config.rules.values()), ""
     for name, parameter in parameters:
@@ -76,9 +75,7 @@ def group_parameters(
         if rule is not None:
             used.add(rule.pattern)
         key = (rule.weight_decay if rule else decay, rule.lr_scale if rule else 1.0)
-        # One fused call takes tensors of one mesh; experts that ranks share have another.
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((*key, mesh), Group(*key, {})).parameters[name] = parameter
+        groups.setdefault(key, Group(*key, {})).parameters[name] = parameter
     unused = [rule.pattern for rule in rules if rule.pattern not in used]
     if unused:
         raise ConfigError(

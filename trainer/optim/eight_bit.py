@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kinodit.models.errors import ConfigError
 from kinodit.models.libraries import import_extra
 from kinodit.trainer.optim.base import Group
 from kinodit.trainer.optim.config import QUANTISED_BLOCK, AdamW8bitConfig
-from kinodit.trainer.parallel.shard import local_part
+from kinodit.trainer.parallel.parts import local_part, spread
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 """Name -> whether it has a sign."""
@@ -143,7 +142,7 @@ class AdamW8bit:
             if not quantised or local.numel() == 0:
                 state[moment] = torch.zeros_like(local)
             if not quantised:
-                slot.saved[moment] = _spread(state[moment], slot.parameter, 1)
+                slot.saved[moment] = spread(state[moment], slot.parameter)
                 continue
             codes = torch.zeros_like(local, dtype=torch.uint8)
             scale = local.new_zeros(local.shape[0], local.shape[1] // QUANTISED_BLOCK)
@@ -151,8 +150,10 @@ class AdamW8bit:
                 state[moment] = self._library.subclass_8bit.OptimState8bit(
                     codes, scale.view(-1), self._map(signed, local.device), signed, local.dtype
                 )
-            slot.saved[f"{moment}_codes"] = _spread(codes, slot.parameter, 1)
-            slot.saved[f"{moment}_scale"] = _spread(scale, slot.parameter, QUANTISED_BLOCK)
+            slot.saved[f"{moment}_codes"] = spread(codes, slot.parameter)
+            slot.saved[f"{moment}_scale"] = spread(
+                scale, slot.parameter, _scales_of(slot.parameter)
+            )
 
     def _map(self, signed: bool, device: torch.device) -> Tensor:
         """What the 256 codes stand for: one table for all parameters."""
@@ -163,21 +164,9 @@ class AdamW8bit:
         return self._maps[signed]
 
 
-def _spread(local: Tensor, parameter: Tensor, per_number: int) -> Tensor:
-    """`local` as a tensor that lies as `parameter` does, one number for `per_number` of a row."""
-    if not isinstance(parameter, DTensor):
-        return local
-    shape = list(parameter.shape)
-    shape[-1] //= per_number
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=stride,
-    )
+def _scales_of(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter's scales: one for each block of a row."""
+    return (*parameter.shape[:-1], parameter.shape[-1] // QUANTISED_BLOCK)
 
 
 def _check(groups: Sequence[Group], config: AdamW8bitConfig) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kinodit.trainer.parallel.collectives import all_to_all
-from kinodit.trainer.parallel.deferred import cut_part
+from kinodit.trainer.parallel.parts import cut_part
 
 LABEL = "matrices"
 """What the messages are for."""

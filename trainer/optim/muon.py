@@ -22,7 +22,7 @@ from kinodit.trainer.optim.adamw import AdamW
 from kinodit.trainer.optim.base import Group
 from kinodit.trainer.optim.config import MuonConfig
 from kinodit.trainer.optim.exchange import on_whole
-from kinodit.trainer.parallel.shard import local_part
+from kinodit.trainer.parallel.parts import local_part, spread
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Jordan's quintic: the steepest at 0 whose iterates keep singular values near 1."""
@@ -130,5 +130,5 @@ class Muon:
 
     def _buffer(self, name: str, parameter: nn.Parameter) -> Tensor:
         if name not in self._momentum:
-            self._momentum[name] = torch.zeros_like(parameter, requires_grad=False)
+            self._momentum[name] = spread(torch.zeros_like(local_part(parameter)), parameter)
         return self._momentum[name]

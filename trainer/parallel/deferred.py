@@ -9,13 +9,13 @@ random numbers, every rank of a CPU mesh would draw the same shard.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from kinodit.models.init import initial_value
+from kinodit.trainer.parallel.parts import cut_part
 
 Values = Callable[[str, Sequence[int]], Tensor]
 """(parameter name, whole shape) -> the whole value, on the host."""
@@ -55,22 +55,3 @@ def part_of(value: Tensor, like: DTensor) -> Tensor:
     coordinate = like.device_mesh.get_coordinate()
     assert coordinate is not None, "a rank outside the mesh of its parameter"
     return cut_part(value, like, coordinate)
-
-
-def cut_part(value: Tensor, like: DTensor, coordinate: Sequence[int]) -> Tensor:
-    """The part of a whole `value`, a view, that the rank at `coordinate` holds of `like`.
-
-    Matrices are split and experts dealt out first, over tp and ep; FSDP2 then cuts each part into
-    equal rows, the last ranks' share being shorter, or nothing.
-    """
-    mesh = like.device_mesh
-    names = mesh.mesh_dim_names or ()
-    for axis in sorted(range(mesh.ndim), key=lambda axis: names[axis] not in ("ep", "tp")):
-        placement = like.placements[axis]
-        if placement.is_replicate():
-            continue
-        dim, rank = cast(Shard, placement).dim, coordinate[axis]
-        size = -(-value.shape[dim] // mesh.size(axis))
-        first = min(rank * size, value.shape[dim])
-        value = value.narrow(dim, first, min(size, value.shape[dim] - first))
-    return value

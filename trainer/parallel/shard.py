@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from kinodit.models.moe.layer import moe_layers
 from kinodit.trainer.parallel.mesh import Mesh, ParallelConfig
+from kinodit.trainer.parallel.parts import local_part
 from kinodit.trainer.parallel.remat import keep_hooks_outside
 from kinodit.trainer.parallel.traffic import note, others_share
 
@@ -148,11 +149,6 @@ def units(model: nn.Module) -> Iterator[FSDPModule]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             yield module
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def global_norm(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:

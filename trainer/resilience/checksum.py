@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.parallel.shard import local_part
+from kinodit.trainer.parallel.parts import local_part
 from kinodit.trainer.resilience.errors import CorruptedError
 
 _WORD_BYTES = 8

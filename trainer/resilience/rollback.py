@@ -18,7 +18,7 @@ from torch import Tensor
 from kinodit.trainer import checkpoint
 from kinodit.trainer.jsonl import JsonLines, read_rows
 from kinodit.trainer.parallel.mesh import Mesh
-from kinodit.trainer.parallel.shard import local_part
+from kinodit.trainer.parallel.parts import local_part
 from kinodit.trainer.resilience.errors import DivergedError
 from kinodit.trainer.state import TrainState
 

@@ -1,0 +1,84 @@
+"""Parts of a tensor and the whole: as DTensor itself has them, on every mesh and in odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe.config import ExpertsConfig
+from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
+from kinodit.trainer.parallel.deferred import initial_values, materialize
+from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
+from kinodit.trainer.parallel.parts import local_part, spread, whole
+from kinodit.trainer.parallel.remat import RematConfig
+from tests.support.ranks import Ranks
+from tests.support.synthetic import tiny_model_config
+
+CPU = torch.device("cpu")
+# 3 rows among 4 ranks, and 4 experts.
+CONFIG = tiny_model_config(num_heads=4, experts={"video": ExpertsConfig(4, 2, 1.0)})
+
+
+def wrong(rank: int, world_size: int, parallel: ParallelConfig) -> list[str]:
+    """Names of parameters whose parts or whole differ from DTensor's own."""
+    mesh = build_mesh(parallel, world_size, rank, CPU)
+    with torch.device("meta"):
+        model = MMDiT(CONFIG)
+    parallelize(model, mesh, parallel, PrecisionConfig(), RematConfig(), compile_blocks=False)
+    materialize(model, initial_values(3), CPU)
+    found = []
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        again = spread(local_part(parameter).detach().clone(), parameter)
+        assert isinstance(again, DTensor) and not again.requires_grad
+        same = (
+            again.placements == parameter.placements
+            and again.shape == parameter.shape
+            and again.stride() == parameter.stride()
+            and torch.equal(whole(again), parameter.full_tensor())
+        )
+        if not same:
+            found.append(name)
+    return found
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(dp_replicate=2),
+        ParallelConfig(tp=2),
+        ParallelConfig(tp=2, ep=2),
+    ],
+    ids=str,
+)
+def test_they_are_those_of_dtensor(parallel: ParallelConfig, four: Ranks) -> None:
+    assert four.run(wrong, parallel) == [[]] * 4
+
+
+def other(rank: int, world_size: int) -> tuple[torch.Size, torch.dtype, float]:
+    """A tensor of another shape and format that lies as a parameter does."""
+    mesh = build_mesh(ParallelConfig(), world_size, rank, CPU)
+    model = torch.nn.Linear(6, 5, bias=False)
+    assert mesh.device_mesh is not None
+    lies = torch.distributed.tensor.distribute_tensor(
+        model.weight, mesh.device_mesh, [torch.distributed.tensor.Shard(0)] * mesh.device_mesh.ndim
+    )
+    rows = local_part(lies).shape[0]
+    made = spread(torch.full((rows, 2), rank + 1, dtype=torch.uint8), lies, (5, 2))
+    return made.shape, made.dtype, float(whole(made).double().sum())
+
+
+@pytest.mark.gloo
+def test_a_tensor_of_another_shape_lies_alike(two: Ranks) -> None:
+    # 3 rows here and 2 there.
+    assert two.run(other) == [(torch.Size((5, 2)), torch.uint8, 2.0 * (3 * 1 + 2 * 2))] * 2
+
+
+def test_what_is_not_sharded_is_itself() -> None:
+    plain = torch.arange(3.0)
+    assert spread(plain, torch.zeros(3)) is plain
+    assert whole(plain).data_ptr() == plain.data_ptr() == local_part(plain).data_ptr()

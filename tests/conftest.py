@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,16 +64,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how much the long suites do: minutes, or all of it (make proof keeps the figures)",
     )
     parser.addoption(
-        "--part",
-        type=share,
-        default=1.0,
-        metavar="SHARE",
-        help="run this share of the chosen tests, others with every commit (0.5: half of them)",
+        "--seconds",
+        type=seconds,
+        default=math.inf,
+        metavar="S",
+        help="begin no test after so many seconds; the order is another one with every commit",
     )
 
 
-def share(text: str) -> float:
-    """A part of a whole.
+def seconds(text: str) -> float:
+    """A duration.
 
     Raises:
         ArgumentTypeError: it is none.
@@ -81,23 +82,42 @@ def share(text: str) -> float:
         found = float(text)
     except ValueError:
         found = 0.0
-    if not 0 < found <= 1:
-        raise argparse.ArgumentTypeError(f"found {text}, needs a number above 0 and at most 1")
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text}, needs a number of seconds above 0")
     return found
+
+
+STARTED_S = pytest.StashKey[float]()
+TURN = "left to another commit's turn"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[STARTED_S] = time.monotonic()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what `--part` does not draw, after other choices were made."""
-    from tests.support.sampling import sampled
+    """Files, and the tests of each, in the order that the commit draws where there is a limit."""
+    from tests.support.sampling import shuffled
 
-    part = config.getoption("--part")
-    if part == 1:
+    if config.getoption("--seconds") == math.inf:
         return
-    kept = sampled(items, math.ceil(part * len(items)), "ci", "part")
-    ids = {item.nodeid for item in kept}
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in ids])
-    items[:] = kept
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    items[:] = [
+        item
+        for path in shuffled(list(files), "files")
+        for item in shuffled(files[path], str(path.relative_to(config.rootpath)))
+    ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin nothing that no time is left for."""
+    spent_s = time.monotonic() - item.config.stash[STARTED_S]
+    if spent_s > item.config.getoption("--seconds"):
+        pytest.skip(TURN)
 
 
 @pytest.hookimpl(trylast=True)

@@ -59,17 +59,15 @@ def default_layouts(model: MMDiTConfig, base: ParallelConfig, world: int) -> lis
     Layouts that the model cannot have are left out. Degree 2 and more of an axis stand for all: a
     wrong group, count or index shows at 2 already, or at 4 where a degree is odd to its data.
     """
-    return [
-        layout for layout in _grid(base) if 1 < num_ranks(layout) <= world and _fits(model, layout)
-    ]
+    candidates = [layout for layout in _grid(base) if 1 < num_ranks(layout) <= world]
+    return _fitting(model, candidates)
 
 
 def full_layouts(model: MMDiTConfig, base: ParallelConfig, world: int) -> list[ParallelConfig]:
     """The default ones, and every triple of axes at 2 x 2 x 2, on at most `world` ranks."""
     triples = [_all_at_two(base, kinds) for kinds in itertools.combinations(KINDS, 3)]
-    return default_layouts(model, base, world) + [
-        layout for layout in triples if num_ranks(layout) <= world and _fits(model, layout)
-    ]
+    candidates = [layout for layout in triples if num_ranks(layout) <= world]
+    return default_layouts(model, base, world) + _fitting(model, candidates)
 
 
 KINDS = ("dp_replicate", "dp_shard", "ulysses", "ring", "tp")
@@ -119,14 +117,18 @@ def with_degrees(base: ParallelConfig, degrees: Mapping[str, int]) -> ParallelCo
     return replace(base, **{**dict.fromkeys(DEGREES, 1), **degrees})  # type: ignore[arg-type]
 
 
-def _fits(model: MMDiTConfig, layout: ParallelConfig) -> bool:
+def _fitting(model: MMDiTConfig, layouts: Sequence[ParallelConfig]) -> list[ParallelConfig]:
+    with torch.device("meta"):
+        unmade = MMDiT(model)
+    return [layout for layout in layouts if _fits(model, unmade, layout)]
+
+
+def _fits(model: MMDiTConfig, unmade: MMDiT, layout: ParallelConfig) -> bool:
     counts = [experts.num_experts for experts in model.experts.values()]
     if layout.ep > 1 and (not counts or any(count % layout.ep for count in counts)):
         return False
     if layout.cp * layout.tp == 1:
         return True
-    with torch.device("meta"):
-        unmade = MMDiT(model)
     try:
         check_heads(model, layout.tp, layout.ulysses)
         assign_splits(unmade, mmdit_table(model), layout.tp)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.engine.base import Forward, Predictions
+from kinodit.trainer.engine.evaluating import evaluating
 from kinodit.trainer.engine.refusals import Wish
 from kinodit.trainer.optim import Optimizer, build_optimizer
 from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
@@ -97,13 +98,11 @@ class NativeEngine:
     @contextmanager
     def inference(self) -> Iterator[Forward]:
         """See `Engine`."""
-        self.model.eval()
-        try:
-            with torch.no_grad():
+        with evaluating(self.model):
+            try:
                 yield self._shared
-        finally:
-            reshard(self.model)
-            self.model.train()
+            finally:
+                reshard(self.model)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from torch import nn
@@ -44,8 +45,12 @@ class Row:
 
     def matches(self, name: str) -> bool:
         """Whether the pattern names the module `name`."""
-        pattern = re.escape(self.pattern).replace(r"\*", r"[^.]+")
-        return re.fullmatch(pattern, name) is not None
+        return _compiled(self.pattern).fullmatch(name) is not None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kinodit.models.moe.layer import moe_layers
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.engine.base import Forward, Predictions
+from kinodit.trainer.engine.evaluating import evaluating
 from kinodit.trainer.engine.partitioned import PartitionedEngine, Partitions
 from kinodit.trainer.engine.shells import Shells
 from kinodit.trainer.optim.adamw import AdamW
@@ -65,12 +65,8 @@ class ZeroEngine(PartitionedEngine):
     @contextmanager
     def inference(self) -> Iterator[Forward]:
         """See `Engine`."""
-        self._engine.eval()
-        try:
-            with torch.no_grad():
-                yield self._shared
-        finally:
-            self._engine.train()
+        with evaluating(self._engine):
+            yield self._shared
 
     def _forward(self, batch: TokenBatch) -> Predictions:
         batch = batch.in_dtype(self._dtype)

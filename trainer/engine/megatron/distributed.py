@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kinodit.models.tokens import TokenBatch
 from kinodit.trainer.engine.base import Forward, Predictions
 from kinodit.trainer.engine.config import MegatronConfig
+from kinodit.trainer.engine.evaluating import evaluating
 from kinodit.trainer.engine.megatron.core import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -80,12 +81,8 @@ class DistributedEngine(PartitionedEngine):
     @contextmanager
     def inference(self) -> Iterator[Forward]:
         """See `Engine`."""
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield self._shared
-        finally:
-            self.model.train()
+        with evaluating(self.model):
+            yield self._shared
 
     def _forward(self, batch: TokenBatch) -> Predictions:
         batch = batch.in_dtype(self._dtype)

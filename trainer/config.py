@@ -332,11 +332,14 @@ def _plain(value: Any) -> Any:
 
 def config_to_yaml(config: RunConfig, *, redact_secrets: bool = True) -> str:
     """The complete recipe as YAML; values of keys that look like secrets are replaced."""
-    plain = config_to_dict(config)
-    if not redact_secrets:
-        return yaml.safe_dump(plain, sort_keys=False)
+    plain = redacted(config) if redact_secrets else config_to_dict(config)
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def redacted(config: RunConfig) -> Any:
+    """The complete recipe as plain data; values of keys that look like secrets are replaced."""
     # A value of the environment's secrets may stand under any name.
-    return yaml.safe_dump(redact_values(redact(plain), secret_values(os.environ)), sort_keys=False)
+    return redact_values(redact(config_to_dict(config)), secret_values(os.environ))
 
 
 @dataclass(frozen=True)
@@ -394,6 +397,8 @@ def with_later_keys(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
     Both are whole recipes. A key that an older version did not have is no difference as long as
     nobody sets it: a default leaves a run as it was.
     """
+    if flatten(now).keys() <= flatten(saved).keys():
+        return dict(saved)
     return _filled(saved, now, _build(OmegaConf.create(dict(now))))
 
 
@@ -428,7 +433,7 @@ def check_resumable(saved_yaml: str, config: RunConfig, where: Path) -> None:
         ConfigError: a key differs that would change the loss curve; all of them are listed.
     """
     saved = yaml.safe_load(saved_yaml)
-    current = yaml.safe_load(config_to_yaml(config))
+    current = redacted(config)
     changed = [
         f"{key}: was {old}, is {new}"
         for key, old, new in differences(with_later_keys(saved, current), current)

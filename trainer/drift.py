@@ -13,16 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kinodit.data.spec import PlanSpec
 from kinodit.trainer.certify.certificate import sources
 from kinodit.trainer.checkpoint import Accept, Manifest
 from kinodit.trainer.config import (
     RunConfig,
-    config_to_yaml,
     differences,
     may_change,
+    redacted,
     with_later_keys,
 )
 from kinodit.trainer.environment import describe_environment
@@ -41,7 +39,7 @@ def facts(config: RunConfig, world_size: int, spec: PlanSpec | None = None) -> d
     }
     versions = describe_environment(world_size)
     return {
-        "config": yaml.safe_load(config_to_yaml(config)),
+        "config": redacted(config),
         "mesh": mesh,
         "versions": {name: versions[name] for name in ("kinodit", "torch", "python", "device")},
         "code": code_digests(),

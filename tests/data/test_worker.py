@@ -111,7 +111,10 @@ def test_a_worker_that_hangs_is_killed_and_the_sample_named(clip: Record) -> Non
     hasty.close()
 
 
-def test_a_request_too_large_for_the_socket_does_not_hang_either(clip: Record) -> None:
+def test_a_request_too_large_for_the_socket_does_not_hang_either(
+    clip: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kinodit.data.killable.GRACE_S", 2.0)
     hasty, config = DecodeWorker(), replace(CONFIG, decode_limit_s=0.2)
     hasty.decode(image_record("still", image_bytes("png")), config, 0.0, (0.5, 0.5))
     assert hasty.pid is not None

@@ -135,6 +135,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_ranks_meet_and_measure(tmp_path: Path, free_port: int) -> None:
     ranks = [doctor(rank, 3, free_port, "--folder", str(tmp_path)) for rank in range(3)]

@@ -104,6 +104,7 @@ def torchrun(*program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_mistake_is_told_once_under_torchrun(tmp_path: Path) -> None:
     recipe = tmp_path / "absent.yaml"

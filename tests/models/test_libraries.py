@@ -33,6 +33,7 @@ def test_a_library_that_misses_another_is_not_called_missing(
         import_extra("half_there", "extra", "a test")
 
 
+@pytest.mark.slow
 def test_libraries_say_nothing_of_kernels_for_other_devices() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ASKED], capture_output=True, text=True, timeout=200

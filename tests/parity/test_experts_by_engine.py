@@ -53,12 +53,9 @@ ZERO_DEALT = [
     )
 ]
 FEW = [
-    ("zero1", SPLIT),
     ("zero2", AROUND),
-    ("zero3", SHARDED),
     ("megatron-no-sp", SPLIT),
     DEALT[0],
-    ("zero2", ParallelConfig(dp_shard=2, ep=2)),
     ("zero3", ParallelConfig(dp_shard=4, ep=2)),
 ]
 GRID = [

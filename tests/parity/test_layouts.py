@@ -28,7 +28,7 @@ from tests.support.ranks import Ranks
 from tests.support.synthetic import synthetic_pack, tiny_model_config
 
 Array = NDArray[np.float64]
-NUM_STEPS = 20
+NUM_STEPS = 8
 FEW_STEPS = 5
 PACKS = [[0, 5], [1, 2, 6], [3], [4, 7]]
 FLOAT64 = PrecisionConfig("float64", "float64", "float64")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.repo.test_layout import PACKAGES, ROOT
+from tests.support.quick import quick
 
 SOURCES = (*PACKAGES, "configs", "slurm", "src")
 
@@ -49,7 +50,7 @@ def install(distribution: Path, folder: Path) -> Path:
     return folder / "bin"
 
 
-@pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
+@pytest.mark.parametrize("kind", quick(["*.whl", "*.tar.gz"], "*.whl"))
 def test_installs_into_an_empty_environment(kind: str, dist: Path, tmp_path: Path) -> None:
     (distribution,) = dist.glob(kind)
     programs = install(distribution, tmp_path / "environment")

@@ -69,8 +69,6 @@ def test_engines_take_over_from_each_other(
 
 EXPERTS: dict[str, Legs] = {
     "ep2-zero3-ep2-alone": ((2, ("parallel.ep=2",)), (2, zero(3, "parallel.ep=2")), (1, ())),
-}
-LONG_EXPERTS: dict[str, Legs] = {
     "zero2-megatron-zero1": (
         (2, zero(2)),
         (2, ("engine.name=megatron", "parallel.tp=2")),
@@ -99,13 +97,12 @@ def with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(tmp_path_factory.mktemp("experts"), model={"experts": {"video": pool}})
 
 
-@pytest.mark.parametrize(
-    "name", [*EXPERTS, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG_EXPERTS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERTS)
 def test_engines_take_over_experts_and_their_corrections(
     name: str, with_experts: Path, groups: dict[int, Ranks]
 ) -> None:
-    travel(with_experts, name, (EXPERTS | LONG_EXPERTS)[name], groups)
+    travel(with_experts, name, EXPERTS[name], groups)
     assert_as_alone(with_experts, name)
     tensors = final_tensors(with_experts, name)
     corrections = [x for key, x in tensors.items() if key.endswith(".correction")]

@@ -29,7 +29,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", quick(CHOICES, "muon"))
+@pytest.mark.parametrize("name", quick(CHOICES))
 def test_interrupted_is_uninterrupted_on_one_and_two_ranks(
     name: str, recipe: Path, two: Ranks
 ) -> None:

@@ -21,7 +21,7 @@ LEGS: Legs = ((2, ()), (3, ()), (2, ("parallel.dp_replicate=2",)), (1, ()))
 SOURCES = ((24, 48, 32), (10, 32, 64), (30, 24, 24), (16, 16, 64), (12, 32, 40))
 
 
-@pytest.fixture(scope="module", params=quick(["budget", "class"], "budget"))
+@pytest.fixture(scope="module", params=quick(["budget", "class"]))
 def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("own")
     write_clips(root / "clips", 7)

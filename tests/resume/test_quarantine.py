@@ -114,7 +114,7 @@ def test_two_ranks_and_restarts_give_the_same_curve(recipe: Path, whole: str, tw
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("axis", quick(["tp", "cp"], "tp"))
+@pytest.mark.parametrize("axis", quick(["tp", "cp"]))
 def test_ranks_that_share_a_pack_train_on_one_sample(recipe: Path, two: Ranks, axis: str) -> None:
     """Sample 5 fails on one of two ranks with the same packs: both take its substitute."""
     layout = (*ALLOWED, f"parallel.{axis}=2", "data.workers=threads")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kinodit.data import fork_server
 from kinodit.trainer.certify import ranks
@@ -21,6 +21,13 @@ class Ranks(ranks.Ranks):
     """A group of `world_size` gloo processes that can import the tests."""
 
     body = staticmethod(_serve)
+    # What modules of tests import besides.
+    preloaded: ClassVar[list[str]] = [
+        *ranks.PRELOADED,
+        "pytest",
+        "hypothesis",
+        "kinodit.trainer.run",
+    ]
 
     def __init__(self, world_size: int) -> None:
         super().__init__(world_size, (str(ROOT), str(ROOT / "src")))

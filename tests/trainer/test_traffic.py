@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -75,6 +76,7 @@ LAYOUTS = {
     "ddp2 x tp2": (4, ParallelConfig(dp_replicate=2, tp=2), "none"),
 }
 """(ranks, layout, what is recomputed)"""
+MODELS = {"single": MODEL, "uneven": UNEVEN}
 
 
 def is_complete(counted: Counted) -> bool:
@@ -139,15 +141,22 @@ def means(ranks: list[Counted]) -> dict[str, Volume]:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("config", [MODEL, UNEVEN], ids=["single", "uneven"])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    quick(
+        itertools.product(MODELS, LAYOUTS),
+        *(("single", name) for name in ("fsdp2", "tp2", "kept", "ring2", "hsdp2x2", "ulysses2")),
+        ("uneven", "ddp2"),
+        ("uneven", "ring2 x tp2"),
+    ),
+)
 def test_a_step_sends_the_least_there_can_be(
-    name: str, config: MMDiTConfig, groups: dict[int, Ranks]
+    model: str, name: str, groups: dict[int, Ranks]
 ) -> None:
     world_size, parallel, remat = LAYOUTS[name]
-    ours = groups[world_size].run(counted_step, config, parallel, [EVEN, EVEN], remat)
+    ours = groups[world_size].run(counted_step, MODELS[model], parallel, [EVEN, EVEN], remat)
     assert all(is_complete(counted) for counted in ours)
-    assert means(ours) == least_of(config, EVEN, name, passes=2)
+    assert means(ours) == least_of(MODELS[model], EVEN, name, passes=2)
     assert {counted.label("control")[0] for counted in ours} == {2}
 
 

@@ -85,6 +85,7 @@ class Ranks:
 
     body: ClassVar[Callable[..., None]] = staticmethod(_serve)
     """What each of them runs."""
+    preloaded: ClassVar[list[str]] = PRELOADED
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload(self.preloaded)
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes = []

@@ -91,6 +91,7 @@ def test_bytes_depend_on_the_options_alone(demo: Path, tmp_path: Path) -> None:
     assert Dataset(tmp_path / "other").content_hash != Dataset(demo).content_hash
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_byte(demo: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     build(tmp_path / "d", OPTIONS, 2, progress=lambda *now: seen.append(now))

@@ -29,6 +29,7 @@ from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
 from kinodit.trainer.parallel.sequence import cut
 from kinodit.trainer.parallel.volume import Formats
+from tests.support.quick import quick
 from tests.support.ranks import ROOT, Ranks
 
 WORKLOAD = families()["experts"]
@@ -79,14 +80,12 @@ def held(
 
 
 CASES = [
-    (DeepSpeedConfig(stage=1), ParallelConfig(dp_shard=2), "bfloat16"),
     (DeepSpeedConfig(stage=2), ParallelConfig(dp_shard=2), "float32"),
-    (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=2), "bfloat16"),
-    (DeepSpeedConfig(stage=2), ParallelConfig(dp_shard=2, tp=2), "float32"),
     (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=1, cp=2, tp=2), "float32"),
     (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=2, ep=2), "bfloat16"),
-]
-SLOW = [
+    (DeepSpeedConfig(stage=1), ParallelConfig(dp_shard=2), "bfloat16"),
+    (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=2), "bfloat16"),
+    (DeepSpeedConfig(stage=2), ParallelConfig(dp_shard=2, tp=2), "float32"),
     (DeepSpeedConfig(stage=1), ParallelConfig(dp_shard=4, ep=2), "float32"),
     (DeepSpeedConfig(stage=2), ParallelConfig(dp_shard=2, tp=2, ep=2), "bfloat16"),
     (DeepSpeedConfig(stage=3), ParallelConfig(dp_shard=4, ep=2), "float32"),
@@ -97,7 +96,7 @@ SLOW = [
 @pytest.mark.skipif(is_missing("deepspeed"), reason="needs the extra deepspeed")
 @pytest.mark.parametrize(
     ("config", "parallel", "compute"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    quick(CASES, *CASES[:3]),
 )
 def test_ranks_hold_what_was_planned(
     config: DeepSpeedConfig, parallel: ParallelConfig, compute: str, groups: dict[int, Ranks]

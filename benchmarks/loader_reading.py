@@ -220,7 +220,7 @@ def overhead(dataset: Dataset) -> int:
     )  # fmt: skip
     spec = plan_spec(data, {"clips": dataset}, CostModel(64, None), seed=0)
     with (
-        patch("kinodit.data.samples.decode", lambda *_: media),
+        patch("kinodit.data.decoders.decode", lambda *_: media),
         Loader(spec, {"clips": dataset}, data, end_step=steps) as loader,
     ):
         return sum(len(pack) for step in loader for pack in step.packs)

@@ -16,6 +16,7 @@ from kinodit.data.decode import decode
 from kinodit.data.manifest import Dataset
 from kinodit.data.quarantine import LEDGER_FILE
 from kinodit.launch.cli import main
+from kinodit.trainer.resilience.errors import HUNG
 from tests.support.decoders import struck
 from tests.support.recipes import tiny_recipe, write_dataset
 
@@ -59,7 +60,7 @@ def test_the_curve_is_that_of_a_sample_that_is_merely_damaged(
             raise DecodeError("damaged", record.key)
         return decode(record, *rest)
 
-    monkeypatch.setattr("kinodit.data.samples.decode", refused)
+    monkeypatch.setattr("kinodit.data.decoders.decode", refused)
     assert trained(root, f"plain-{harm}", "data.workers=threads") == curve and len(curve) == 6
     found, plain = rows(root, harm, LEDGER_FILE), rows(root, f"plain-{harm}", LEDGER_FILE)
     dataset = Dataset(root / "data")
@@ -102,8 +103,8 @@ def imported(*args, **options):
     if decode is None and hasattr(here, "DecodeWorker"):
         decode = here.decode
         here.decode = strikes
-        if samples := sys.modules.get("kinodit.data.samples"):
-            samples.decode = strikes
+        if decoders := sys.modules.get("kinodit.data.decoders"):
+            decoders.decode = strikes
     return module
 
 decode, real = None, builtins.__import__
@@ -113,7 +114,8 @@ builtins.__import__ = imported
 
 
 @pytest.mark.parametrize(
-    ("workers", "harm", "code"), [("processes", "hold", 0), ("threads", "crash", 139)]
+    ("workers", "harm", "code"),
+    [("processes", "hold", 0), ("threads", "crash", 139), ("threads", "hold", HUNG)],
 )
 def test_the_command_under_its_watchdog(
     root: Path, tmp_path: Path, workers: str, harm: str, code: int
@@ -124,7 +126,7 @@ def test_the_command_under_its_watchdog(
     recipe = tiny_recipe(root, root / "data")
     command = [
         sys.executable, "-m", "kinodit", "train", str(recipe), f"run.name={name}", *ALLOWED,
-        "resilience.hang_s=2", f"data.workers={workers}",
+        "resilience.hang_s=2", "run.deadline_s=20", f"data.workers={workers}",
     ]  # fmt: skip
     where = os.pathsep.join([str(tmp_path), str(Path.cwd())])
     variables = {**os.environ, "PYTHONPATH": where}
@@ -133,3 +135,6 @@ def test_the_command_under_its_watchdog(
     if workers == "processes":
         assert {row["wanted"] for row in rows(root, name, LEDGER_FILE)} == {5}
         assert rows(root, name, "metrics.jsonl")[-1]["step"] == 6
+    else:
+        said = f"sample {KEY!r} (clips:5 in 000000.tar) for "
+        assert said in rows(root, name, "events.jsonl")[-1]["message"] and said in done.stderr

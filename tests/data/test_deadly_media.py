@@ -276,12 +276,12 @@ def test_a_file_that_a_task_is_given_is_refused(
     path.write_bytes(clip_bytes(8, 12))
     monkeypatch.setattr("kinodit.data.given.ProbeWorker", partial(ProbeWorker, 0.5))
     config = DecodeConfig(height=16, width=16, num_frames=1, decode_limit_s=0.5, max_references=1)
-    with struck(monkeypatch, f"kinodit.data.{at}", lambda *_: True, harm):
-        with pytest.raises(GivenError) as error:
-            if harm == "hold":
-                read_given(path, config)
-            else:
-                read_references([path], config)
+    deadly = struck(monkeypatch, f"kinodit.data.{at}", lambda *_: True, harm)
+    with deadly, pytest.raises(GivenError) as error:
+        if harm == "hold":
+            read_given(path, config)
+        else:
+            read_references([path], config)
     said = str(error.value)
     assert said.startswith(f"{path}: ") and "\n" not in said
     assert SAID[harm].rpartition(": ")[2] in said

@@ -11,16 +11,16 @@ import mmap
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 NUM_PLACES = 64
 """So many threads at once have notes; what others are at is not known."""
 
-_BODY = struct.Struct("<d496s")
-_THREAD = struct.Struct("<Q")
-_PLACE_BYTES = _THREAD.size + _BODY.size
+_NOTE = struct.Struct("<Q496sd")
+"""The time is last, and written last: a place without one has no note."""
+_TIME = struct.Struct("<d")
+_TIME_OFFSET = _NOTE.size - _TIME.size
+_TEXT_BYTES = 496
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,30 @@ class AtWork:
     """Notes of the threads of one process. Threads share it, and a parent that it was made in."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, NUM_PLACES * _PLACE_BYTES)
-        self._free = list(range(NUM_PLACES))
+        self._memory = mmap.mmap(-1, NUM_PLACES * _NOTE.size)
+        self._free = list(range(0, NUM_PLACES * _NOTE.size, _NOTE.size))
 
-    @contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """Within it, this thread is at `what`."""
+    def begin(self, what: str) -> int:
+        """This thread is at `what` from here on, until `end` is given what this returns."""
         try:
-            place = self._free.pop() * _PLACE_BYTES
+            place = self._free.pop()
         except IndexError:
-            yield
-            return
-        text = what.encode()[: _BODY.size - 8]
-        _BODY.pack_into(self._memory, place + _THREAD.size, time.monotonic(), text)
-        # Last, since it makes a note of what is there.
-        _THREAD.pack_into(self._memory, place, threading.get_ident())
-        try:
-            yield
-        finally:
-            _THREAD.pack_into(self._memory, place, 0)
-            self._free.append(place // _PLACE_BYTES)
+            return -1
+        note = threading.get_ident(), what.encode()[:_TEXT_BYTES], time.monotonic()
+        _NOTE.pack_into(self._memory, place, *note)
+        return place
+
+    def end(self, place: int) -> None:
+        """What was begun is over."""
+        if place >= 0:
+            _TIME.pack_into(self._memory, place + _TIME_OFFSET, 0.0)
+            self._free.append(place)
 
     def read(self) -> list[Note]:
         """The notes of now, the oldest first; of any process that shares the memory."""
         found = []
-        for place in range(0, NUM_PLACES * _PLACE_BYTES, _PLACE_BYTES):
-            (thread,) = _THREAD.unpack_from(self._memory, place)
-            since_s, text = _BODY.unpack_from(self._memory, place + _THREAD.size)
-            if thread:
+        for thread, text, since_s in _NOTE.iter_unpack(self._memory[:]):
+            if since_s:
                 what = text.rstrip(b"\0").decode(errors="ignore")
                 found.append(Note(thread, since_s, what))
         return sorted(found, key=lambda note: note.since_s)

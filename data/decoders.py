@@ -51,8 +51,11 @@ class Decoders:
             UserError: PyAV is not installed.
         """
         if self._at_work is not None:
-            with self._at_work.on(f"sample {record.key!r} {place()}".rstrip()):
+            noted = self._at_work.begin(f"sample {record.key!r} {place()}".rstrip())
+            try:
                 return decode(record, config, window_u, crop_u)
+            finally:
+                self._at_work.end(noted)
         if not hasattr(self._own, "worker"):
             self._own.worker = DecodeWorker()
             with self._lock:

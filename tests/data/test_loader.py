@@ -16,6 +16,7 @@ from kinodit.data import loader as loading
 from kinodit.data.at_work import AtWork
 from kinodit.data.captions import choose_caption
 from kinodit.data.config import DataConfig, DatasetConfig
+from kinodit.data.container import DecodeError
 from kinodit.data.decode import DecodedSample, decode, pick_view
 from kinodit.data.loader import Loader, LoadError, StepData
 from kinodit.data.manifest import Dataset
@@ -252,6 +253,7 @@ def test_what_a_thread_has_been_at_for_too_long_is_told_once(
             assert notes.read()[0].what.startswith(f"sample {record.key!r} (")
             # In which it is looked at again.
             time.sleep(0.1)
+            raise DecodeError("damaged", record.key)
         return decode(record, *rest)
 
     monkeypatch.setattr("kinodit.data.decoders.decode", hangs)

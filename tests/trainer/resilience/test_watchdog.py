@@ -23,10 +23,10 @@ code = watchdog.fork_watched()
 if code is None:
     def harm():
         time.sleep(0.1)
-        with pulse.at_work().on("sample 'bad' (clips:3 in 000.tar)"):
-            if sys.argv[2] == "crash":
-                ctypes.string_at(0)
-            ctypes.PyDLL(None).pause()
+        pulse.at_work().begin("sample 'bad' (clips:3 in 000.tar)")
+        if sys.argv[2] == "crash":
+            ctypes.string_at(0)
+        ctypes.PyDLL(None).pause()
 
     pulse.watch(0, 1, Path(sys.argv[1]), hang_s=0.4, slow_s=0.4)
     thread = threading.Thread(target=harm)

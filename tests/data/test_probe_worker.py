@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -136,3 +137,20 @@ def test_copying_streams_elsewhere_gives_the_same_bytes() -> None:
         with pytest.raises(MediumError, match="its streams cannot be copied into an mp4"):
             worker.remux(b"garbage" * 99, "avi")
         assert worker.probe("mp4", clip) == probe("mp4", clip)
+
+
+def test_what_a_process_left_that_died_is_no_part_of_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, marker = clip_bytes(8, 12), tmp_path / "died"
+
+    def dies_once(request: tuple[str, bytes, int]) -> bool:
+        if marker.exists():
+            return False
+        marker.touch()
+        return os.write(request[2], bytes(1 << 20)) > 0
+
+    deadly = struck(monkeypatch, "kinodit.data.probe_worker._answer", dies_once, "crash")
+    with deadly, closing(ProbeWorker()) as worker:
+        assert worker.remux(clip, "mov") == remux(clip, "mov")
+    assert marker.exists()

@@ -3,7 +3,7 @@
 24 clips of 256 x 256 pixels (72 frames at 24 a second, H.264), noise and gradients that move, in
 shards that all contenders read in turn, interleaved, on one core; the best of the rounds counts,
 since neighbours on the machine only ever add time. Every contender gives batches of 8 clips as
-uint8 tensors.
+uint8 tensors. Rows of ours decode in threads, but for those that say processes.
 
     end_to_end_vs_webdataset  clips a CPU second: ours (16 frames at 8 a second, read by index,
                               checksum, exact window, one scaler; RGB) over webdataset's, with what
@@ -14,6 +14,10 @@ uint8 tensors.
                               that only decodes: no pixel is touched
     overhead_ms               milliseconds a clip of everything that is no decoding: plan, read,
                               checksum, parse; of 240 clips, in steps of 64
+    end_to_end_processes_*, decode_processes_*
+                              the same decoded in a process of its own, which is the default: with
+                              the CPU seconds of that process and of its server; what it takes to
+                              start them is a fortieth. They have no goal
 
 energon is in the extra `bench`; without it, its row is left out, and that is said. Beside the first
 row: the same where every frame is wanted, and no decoder can spare any.
@@ -21,21 +25,18 @@ row: the same where every frame is wanted, and no decoder can spare any.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 import os
-import shutil
-import subprocess
-import sys
+import resource
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Literal
 from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,21 +45,24 @@ import av
 import numpy as np
 import torch
 from goals import Goal, Row, goal_of
+from loader_rivals import BATCH, TAKEN, by_energon, by_webdataset, prepare_for_energon
 
+from kinodit.data import fork_server
 from kinodit.data.config import DataConfig, DatasetConfig, DecodeConfig
 from kinodit.data.decode import DecodedMedia, View, decode
 from kinodit.data.loader import Loader
 from kinodit.data.manifest import Dataset
+from kinodit.data.picture import CENTRE
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import Caption, Record, RecordMeta
 from kinodit.data.select import plan_spec
 from kinodit.data.spec import CostModel
+from kinodit.data.worker import DecodeWorker
 from kinodit.data.writer import DatasetWriter
 
-NUM_CLIPS, NUM_FRAMES, SIDE, BATCH, ROUNDS = 24, 72, 256, 8, 5
+NUM_CLIPS, NUM_FRAMES, SIDE, ROUNDS = 24, 72, 256, 5
 WANTED = DecodeConfig(height=SIDE, width=SIDE, num_frames=16, fps=8.0, window="first")
 EVERY = replace(WANTED, num_frames=NUM_FRAMES, fps=24.0)
-TAKEN = [3 * index for index in range(16)]
 
 GOALS = (
     Goal("end_to_end_vs_webdataset", 2.5, at_least=True),
@@ -66,7 +70,10 @@ GOALS = (
     Goal("decode_rgb", 0.65, at_least=True),
     Goal("decode_yuv", 0.8, at_least=True),
     Goal("overhead_ms", 0.05),
+    Goal("*_processes_*", 0.0, at_least=True),
 )
+
+Workers = Literal["threads", "processes"]
 
 
 def clip_bytes(number: int) -> bytes:
@@ -102,83 +109,16 @@ def write_clips(folder: Path) -> Dataset:
     return Dataset(folder)
 
 
-def usual(data: bytes, wanted: list[int] | None) -> torch.Tensor:
-    """What users of streaming loaders write."""
-    with av.open(io.BytesIO(data)) as container:
-        container.streams.video[0].thread_type = "NONE"
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    chosen = frames if wanted is None else [frames[index] for index in wanted]
-    return torch.from_numpy(np.stack(chosen))
-
-
-def batches(clips: Iterator[torch.Tensor]) -> int:
-    """Collates batches; the number of clips."""
-    held: list[torch.Tensor] = []
-    count = 0
-    for clip in clips:
-        held.append(clip)
-        count += 1
-        if len(held) == BATCH:
-            torch.stack(held)
-            held.clear()
-    return count
-
-
-def by_webdataset(folder: Path, wanted: list[int] | None) -> int:
-    import webdataset
-
-    urls = sorted(map(str, folder.glob("*.tar")))
-    pipeline = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(16)
-    return batches(usual(sample["mp4"], wanted) for sample in pipeline)
-
-
-def by_energon(folder: Path) -> tuple[int, float]:
-    """Clips, and the CPU seconds of going through them: building the loader does not count."""
-    from megatron.energon import WorkerConfig, get_loader, get_train_dataset, stateless
-    from megatron.energon.task_encoder import DefaultTaskEncoder
-    from megatron.energon.task_encoder.cooking import Cooker, basic_sample_keys
-
-    @stateless
-    def cook(sample: dict[str, Any]) -> dict[str, Any]:
-        return {**basic_sample_keys(sample), "video": usual(sample["mp4"], TAKEN)}
-
-    class Encoder(DefaultTaskEncoder[Any, Any, Any, Any]):
-        decoder = None
-        cookers = [Cooker(cook)]  # noqa: RUF012
-
-        @stateless
-        def encode_sample(self, sample: Any) -> Any:
-            return sample
-
-        @stateless
-        def batch(self, samples: list[Any]) -> Any:
-            return torch.stack([sample["video"] for sample in samples])
-
-        @stateless
-        def encode_batch(self, batch: Any) -> Any:
-            return batch
-
-    dataset = get_train_dataset(
-        folder, worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        batch_size=BATCH, shuffle_buffer_size=16, max_samples_per_sequence=16,
-        task_encoder=Encoder(), repeat=False,
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        # It pins memory whether there is a device or not.
-        warnings.simplefilter("ignore")
-        loader = get_loader(dataset)
-    start = time.process_time()
-    return sum(len(batch) for batch in loader), time.process_time() - start
-
-
-def by_kinodit(dataset: Dataset, config: DecodeConfig) -> int:
+def by_kinodit(
+    dataset: Dataset, config: DecodeConfig, workers: Workers = "threads", turns: int = 1
+) -> int:
     data = DataConfig(
         **{**vars(config), "datasets": {"clips": DatasetConfig(str(dataset.directory))}},
-        samples_per_step=BATCH, num_threads=1, workers="threads",
+        samples_per_step=BATCH, num_threads=1, workers=workers,
     )  # fmt: skip
     spec = plan_spec(data, {"clips": dataset}, CostModel(64, None), seed=0)
     count = 0
-    with Loader(spec, {"clips": dataset}, data, end_step=NUM_CLIPS // BATCH) as loader:
+    with Loader(spec, {"clips": dataset}, data, end_step=turns * NUM_CLIPS // BATCH) as loader:
         for step in loader:
             videos = [sample.video for pack in step.packs for sample in pack]
             count += len(torch.stack([video for video in videos if video is not None]))
@@ -197,6 +137,29 @@ def decoding_only(records: list[Record]) -> int:
 
 def decoded(records: list[Record], config: DecodeConfig) -> int:
     return sum(NUM_FRAMES for record in records if decode(record, config).num_bytes)
+
+
+def decoded_elsewhere(records: list[Record], config: DecodeConfig) -> int:
+    with closing(DecodeWorker()) as worker:
+        media = (worker.decode(record, config, 0.0, CENTRE) for record in records)
+        return sum(NUM_FRAMES for one in media if one.num_bytes)
+
+
+def cpu_s() -> float:
+    """Of this process, and of those that it, or a child that it has waited for, has waited for."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def with_processes(run: Callable[[], int]) -> tuple[int, float]:
+    """What `run` returns, and the CPU seconds of it with all processes that it makes."""
+    fork_server.stop()
+    start_s = cpu_s()
+    fork_server.fork_early()
+    found = run()
+    # The server waits for the processes that decode as they are closed, and this one for it.
+    fork_server.stop()
+    return found, cpu_s() - start_s
 
 
 def write_more(folder: Path, records: list[Record]) -> Dataset:
@@ -220,7 +183,7 @@ def overhead(dataset: Dataset) -> int:
     )  # fmt: skip
     spec = plan_spec(data, {"clips": dataset}, CostModel(64, None), seed=0)
     with (
-        patch("kinodit.data.samples.decode", lambda *_: media),
+        patch("kinodit.data.decoders.decode", lambda *_: media),
         Loader(spec, {"clips": dataset}, data, end_step=steps) as loader,
     ):
         return sum(len(pack) for step in loader for pack in step.packs)
@@ -239,21 +202,6 @@ def measured(contenders: dict[str, Callable[[], int | tuple[int, float]]]) -> di
     return best
 
 
-def prepare_for_energon(folder: Path) -> Path | None:
-    """A copy of the shards with energon's own index; None where energon is not installed."""
-    if importlib.util.find_spec("megatron.energon") is None:
-        print("no row of energon: pip install 'kinodit[bench]'", file=sys.stderr)
-        return None
-    copy = folder.with_name("energon")
-    shutil.copytree(folder, copy)
-    for path in copy.glob("*.idx"):
-        path.unlink()
-    command = str(Path(sys.executable).with_name("energon"))
-    options = ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
-    subprocess.run([command, "prepare", *options, str(copy)], check=True, capture_output=True)
-    return copy
-
-
 def rows() -> Iterator[Row]:
     """The rows of this family."""
     torch.set_num_threads(1)
@@ -265,23 +213,33 @@ def rows() -> Iterator[Row]:
         records = [reader.read(index) for index in range(NUM_CLIPS)]
         more = write_more(Path(root) / "more", records)
         yuv = replace(EVERY, pixels="yuv420")
-        rival = {} if energon is None else {"energon": lambda: by_energon(energon)}
+        rivals = {} if energon is None else {"energon": lambda: by_energon(energon)}
         best = measured(
             {
                 "kinodit": lambda: by_kinodit(dataset, WANTED),
                 "webdataset": lambda: by_webdataset(folder, TAKEN),
-                **rival,
+                **rivals,
                 "kinodit, every frame": lambda: by_kinodit(dataset, EVERY),
                 "webdataset, every frame": lambda: by_webdataset(folder, None),
                 "PyAV alone": lambda: decoding_only(records),
                 "rgb": lambda: decoded(records, EVERY),
                 "yuv": lambda: decoded(records, yuv),
                 "overhead": lambda: overhead(more),
+                "processes": lambda: with_processes(
+                    lambda: by_kinodit(dataset, WANTED, "processes", turns=8)
+                ),
+                "rgb, processes": lambda: with_processes(
+                    lambda: decoded_elsewhere(4 * records, EVERY)
+                ),
+                "yuv, processes": lambda: with_processes(
+                    lambda: decoded_elsewhere(4 * records, yuv)
+                ),
             }
         )
         reader.close()
     every = best["kinodit, every frame"] / best["webdataset, every frame"]
     ours, frames = best["kinodit"], best["PyAV alone"]
+    default, rival_speed = best["processes"], best.get("energon", math.nan)
     for name, value, beside in (
         (
             "end_to_end_vs_webdataset",
@@ -290,12 +248,26 @@ def rows() -> Iterator[Row]:
         ),
         (
             "end_to_end_vs_energon",
-            ours / best.get("energon", math.nan),
-            f"energon {best.get('energon', math.nan):.1f} clips a CPU second",
+            ours / rival_speed,
+            f"energon {rival_speed:.1f} clips a CPU second",
         ),
         ("decode_rgb", best["rgb"] / frames, f"{best['rgb']:.0f} of {frames:.0f} frames"),
         ("decode_yuv", best["yuv"] / frames, f"{best['yuv']:.0f} of {frames:.0f} frames"),
         ("overhead_ms", 1000 / best["overhead"], f"{best['overhead']:.0f} clips a CPU second"),
+        (
+            "end_to_end_processes_vs_webdataset",
+            default / best["webdataset"],
+            f"{default:.1f} clips a CPU second, {default / ours:.2f} of those in threads; no goal",
+        ),
+        ("end_to_end_processes_vs_energon", default / rival_speed, "no goal"),
+        *(
+            (
+                f"decode_processes_{kind}",
+                best[f"{kind}, processes"] / frames,
+                f"{best[f'{kind}, processes'] / best[kind]:.2f} of decoding in threads; no goal",
+            )
+            for kind in ("rgb", "yuv")
+        ),
     ):
         if not math.isnan(value):
             yield replace(goal_of(name, GOALS).row(name, value), size=beside)

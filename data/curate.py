@@ -16,6 +16,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import torch
+
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, too_slow
 from kinodit.data.index import known_meta
@@ -156,6 +158,7 @@ def _processes(count: int) -> Iterator[Callable[[_Job], Answer]]:
 
 def _serve(link: Connection) -> None:
     """The process that measures."""
+    torch.set_num_threads(1)
     answers(link, lambda link: link.recv(), _measured)
 
 

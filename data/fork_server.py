@@ -30,11 +30,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
-PRELOADED = ("kinodit.data.worker", "kinodit.data.scores", "av")
-"""Modules that are imported before processes are forked; one that is not installed is left out."""
+PRELOADED = ("av", "PIL.Image")
+"""Modules that are imported before processes are forked, beside that of what they run: those open
+media when they are asked to. One that is not installed is left out."""
 
 START_LIMIT_S = 120.0
-"""How long a server may take to answer: before the first one it imports torch."""
+"""How long a server may take to answer: it may import torch before."""
 
 _MAX_REQUEST_BYTES = 4096
 _PR_SET_PDEATHSIG = 1
@@ -203,7 +204,7 @@ def _answer_requests(server: socket.socket) -> None:
             return
         what, _, rest = request.decode().partition(" ")
         if what == "fork":
-            _preload()
+            _preload(rest.partition(":")[0])
             pid = os.fork()
             if pid == 0:
                 server.close()
@@ -222,9 +223,9 @@ def _answer_requests(server: socket.socket) -> None:
 
 
 @cache
-def _preload() -> None:
-    """Imports, once, what processes need; not before there is one."""
-    for name in PRELOADED:
+def _preload(module: str) -> None:
+    """Imports, once, what processes of a module need; not before there is one."""
+    for name in (module, *PRELOADED):
         with suppress(ImportError):
             importlib.import_module(name)
 

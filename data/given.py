@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from kinodit.data.config import DecodeConfig
-from kinodit.data.decode import DecodedSample, DecodeError, decode
+from kinodit.data.container import DecodeError
+from kinodit.data.decode import DecodedSample
+from kinodit.data.picture import CENTRE
 from kinodit.data.plan import SampleRef
-from kinodit.data.probe import MediumError, modality_of, probe, with_facts
+from kinodit.data.probe import MediumError, modality_of, with_facts
+from kinodit.data.probe_worker import ProbeWorker
 from kinodit.data.record import Record, RecordMeta
-from kinodit.data.remux import remux
 from kinodit.data.source import MEMBER_OF_SUFFIX, REMUXED
+from kinodit.data.worker import DecodeWorker
 from kinodit.models.errors import UserError
 from kinodit.models.tokens import SampleKey
 
@@ -47,6 +51,8 @@ def read_references(paths: Sequence[Path], config: DecodeConfig) -> Tensor:
 def read_given(path: Path, config: DecodeConfig) -> DecodedSample:
     """The first window of a medium, cropped in the middle; a picture is held for the whole clip.
 
+    It is opened in processes that are killed where it hangs them.
+
     Raises:
         GivenError: it cannot be read, or is shorter than a clip of `config`.
     """
@@ -58,11 +64,13 @@ def read_given(path: Path, config: DecodeConfig) -> DecodedSample:
         )
     try:
         data = path.read_bytes()
-        data = remux(data, REMUXED[suffix]) if suffix in REMUXED else data
         extension = MEMBER_OF_SUFFIX[suffix]
         meta = RecordMeta(id=path.name, modality=modality_of(extension), captions=())
-        meta = with_facts(meta, probe(extension, data))
-        media = decode(Record("given", meta, {extension: data}), replace(config, window="first"))
+        with closing(ProbeWorker()) as opener, closing(DecodeWorker()) as decoder:
+            data = opener.remux(data, REMUXED[suffix]) if suffix in REMUXED else data
+            meta = with_facts(meta, opener.probe(extension, data))
+            record = Record("given", meta, {extension: data})
+            media = decoder.decode(record, replace(config, window="first"), 0.0, CENTRE)
     except OSError as error:
         raise GivenError(f"cannot read {path}: {error.strerror}") from error
     except (MediumError, DecodeError) as error:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kinodit.data.checksums import Digest, crc32
 from kinodit.data.foreign import FailedSampleError
-from kinodit.data.probe import MediumError, probe, with_facts
+from kinodit.data.probe import MediumError, Probe, probe, with_facts
 from kinodit.data.record import MODALITIES, Modality, Record, RecordError, RecordMeta, parse_record
 from kinodit.data.tar import BLOCK, TarError, TarMember, members, plain_header
 from kinodit.models.errors import UserError
@@ -168,7 +168,7 @@ def read_span(buffer: bytes | memoryview, span: Span) -> Record:
     return parse_record(span.key, payloads)
 
 
-def read_meta(buffer: bytes | memoryview, span: Span) -> RecordMeta:
+def read_meta(buffer: bytes | memoryview, span: Span, opener: Probe = probe) -> RecordMeta:
     """The metadata of one span, of which a medium is copied only if it has to be opened.
 
     Raises RecordError or MediumError.
@@ -179,7 +179,7 @@ def read_meta(buffer: bytes | memoryview, span: Span) -> RecordMeta:
         payload = view[member.data : member.data + member.size]
         parts[name] = bytes(payload) if name in ("json", "txt") else payload
     record = parse_record(span.key, parts)
-    return record.meta if record.meta.is_probed else known_meta(read_span(buffer, span))
+    return record.meta if record.meta.is_probed else known_meta(read_span(buffer, span), opener)
 
 
 def index_row(meta: RecordMeta, start: int, data: memoryview) -> Row:
@@ -211,6 +211,7 @@ def build_index(
     left_out: Callable[[Damage], None] = lambda damage: None,
     without: Collection[str] = (),
     digest: Digest | None = None,
+    opener: Probe = probe,
 ) -> NDArray[np.void]:
     """The index of a shard, made by reading the shard itself: [samples] of `INDEX_DTYPE`.
 
@@ -222,6 +223,7 @@ def build_index(
         left_out: called with samples that their own tool could not get.
         without: keys of samples that are wanted in no index.
         digest: takes all bytes of the shard, while they are in the processor's cache.
+        opener: opens media.
 
     Raises:
         ManifestError: it breaks the contract; names the file and, where it has one, the byte offset
@@ -240,7 +242,7 @@ def build_index(
                 hashed = span.end
             if span.key not in without:
                 try:
-                    meta = read_meta(view, span)
+                    meta = read_meta(view, span, opener)
                     rows.append(index_row(meta, span.start, view[span.start : span.end]))
                 except FailedSampleError as error:
                     left_out(Damage(span.start, span.key, str(error)))
@@ -260,7 +262,7 @@ def shard_bytes(path: Path) -> memoryview:
         raise ManifestError(f"{path} cannot be read: {error}") from error
 
 
-def known_meta(record: Record) -> RecordMeta:
+def known_meta(record: Record, opener: Probe = probe) -> RecordMeta:
     """The record's metadata; of the medium itself where they do not say its size and length.
 
     Raises MediumError.
@@ -268,6 +270,6 @@ def known_meta(record: Record) -> RecordMeta:
     if record.meta.is_probed or record.medium is None:
         return record.meta
     try:
-        return with_facts(record.meta, probe(*record.medium))
+        return with_facts(record.meta, opener(*record.medium))
     except MediumError as error:
         raise MediumError(f"sample {record.key!r}: {error}") from error

@@ -12,13 +12,16 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kinodit.data.checksums import Algorithm, Digest
+from kinodit.data.fork_server import fork_early
 from kinodit.data.index import INDEX_DTYPE, Damage, ManifestError, build_index, shard_bytes
 from kinodit.data.manifest import MANIFEST_FILE, Manifest, ShardEntry
+from kinodit.data.probe_worker import ProbeWorker
 from kinodit.data.salvage import salvage
 from kinodit.data.writer import WriterError, disk_errors
 
@@ -131,6 +134,9 @@ def index_shards(
     and manifest that are there are replaced, each file whole. Shards that an interrupted run has
     finished are not read again, unless their size or time has changed.
 
+    Media that records do not describe are opened in processes of their own: one that hangs or
+    crashes its decoder is damaged like others.
+
     Raises ManifestError for a shard that breaks the contract, WriterError if nothing can be done.
     """
     folder, options = Path(directory), options or IndexOptions()
@@ -179,15 +185,16 @@ def _each(
             yield _index_one(tar, mtime_ns, options, seen)
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, context) as pool:
+    # Each has a server of its own for the processes in which media are opened.
+    with ProcessPoolExecutor(workers, context, initializer=fork_early) as pool:
         futures = [pool.submit(_index_one, tar, time, options) for tar, time in waiting]
         try:
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
             raise ManifestError(
-                "a process that read shards died, of a medium that crashes its decoder or for want "
-                "of memory: `--workers 1` shows at which shard. What was finished is kept"
+                "a process that read shards died, for want of memory, say: `--workers 1` shows at "
+                "which shard. What was finished is kept"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -225,11 +232,16 @@ def _index_one(
     without, left_out = _without(options, tar.name), list[Damage]()
     assert options.algorithm is not None
     digest = Digest(options.algorithm)
-    if options.skip_bad:
-        digest.update(shard_bytes(tar))
-        rows, left_out = salvage(tar, seen=seen, without=without)
-    else:
-        rows = build_index(tar, seen=seen, left_out=left_out.append, without=without, digest=digest)
+    # There is no process before a medium has to be opened.
+    with closing(ProbeWorker()) as worker:
+        if options.skip_bad:
+            digest.update(shard_bytes(tar))
+            rows, left_out = salvage(tar, seen=seen, without=without, opener=worker.probe)
+        else:
+            rows = build_index(
+                tar, seen=seen, left_out=left_out.append, without=without, digest=digest,
+                opener=worker.probe,
+            )  # fmt: skip
     index = rows.tobytes()
     entry = ShardEntry(
         file=tar.name,

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 from kinodit.data.fork_server import ForkedProcess, Serve
 
 GRACE_S = 5.0
@@ -116,7 +114,6 @@ def answers(
     Whatever `work` raises is a fault of ours: told with its stack, and raised where it can be seen.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    torch.set_num_threads(1)
     while True:
         try:
             request = receive(link)

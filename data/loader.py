@@ -12,6 +12,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Self
 
+from kinodit.data.at_work import AtWork
 from kinodit.data.config import DataConfig
 from kinodit.data.decode import DecodedSample
 from kinodit.data.manifest import Dataset
@@ -64,6 +65,7 @@ class Loader:
         settled: Settled | None = None,
         shared: SharedMedia | None = None,
         alive: Callable[[], None] = lambda: None,
+        at_work: AtWork | None = None,
     ) -> None:
         """A loader of one rank.
 
@@ -80,6 +82,7 @@ class Loader:
             shared: where ranks of a node that share an index find what one of them has decoded.
             alive: is called each second while a step is waited for, as long as the limits of
                 storage and decoders allow it to take.
+            at_work: where threads that decode note their samples.
         """
         self._alive = alive
         self._limit_s = longest_s(config)
@@ -89,7 +92,9 @@ class Loader:
         self._next_step = start_step
         self._end_step = end_step
         self._is_closed = False
-        self._samples = SampleSource(spec, datasets, config, settled or {}, dp_index, shared)
+        self._samples = SampleSource(
+            spec, datasets, config, settled or {}, dp_index, shared, at_work
+        )
         self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="decode")
         self._ahead: deque[_PendingStep] = deque()
 
@@ -112,7 +117,7 @@ class Loader:
         start = time.perf_counter()
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
-            pending.wait(self._alive, self._limit_s)
+            pending.wait(self._alive, self._limit_s, self._samples.tell_late)
             loaded = pending.packs()
             on_failure.pop_all()
         packs = tuple(tuple(found.sample for found in pack) for pack in loaded)
@@ -202,11 +207,14 @@ class _PendingStep:
     sizes: tuple[int, ...]
     runs: tuple[Future[list[Loaded]], ...]
 
-    def wait(self, alive: Callable[[], None], limit_s: float) -> None:
+    def wait(
+        self, alive: Callable[[], None], limit_s: float, tell_late: Callable[[], None]
+    ) -> None:
         """Until all are there or one has failed; `alive`: see `Loader`."""
         give_up_s = time.monotonic() + limit_s
         # Once for all of them: whoever wakes for each takes the interpreter from those that load.
         while wait(self.runs, ALIVE_EVERY_S, FIRST_EXCEPTION).not_done and not self._has_failed():
+            tell_late()
             if time.monotonic() < give_up_s:
                 alive()
 

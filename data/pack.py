@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kinodit.data.manifest import Manifest
 from kinodit.data.meta import MAX_REFERENCES
-from kinodit.data.probe import MediumError, modality_of, probe, with_facts
+from kinodit.data.probe import MediumError, modality_of, with_facts
+from kinodit.data.probe_worker import ProbeWorker
 from kinodit.data.record import MAX_MEMBER_BYTES, Record, RecordError, RecordMeta
-from kinodit.data.remux import remux
 from kinodit.data.source import MEMBER_OF_SUFFIX, REMUXED, Source, SourceError, SourceItem
 from kinodit.data.writer import DEFAULT_SHARD_BYTES, DatasetWriter
 from kinodit.models.errors import UserError
@@ -55,6 +56,9 @@ def pack(
 ) -> PackReport:
     """Packs the media of `source` into a new dataset at `destination`.
 
+    Media are opened in a process of their own: one that hangs or crashes its decoder is bad like
+    others.
+
     Raises PackError, and writes nothing, if a medium is bad and `skip_bad` is not set; up to
     `MAX_REPORTED` of them are looked for, so that one run shows them together.
     """
@@ -62,12 +66,15 @@ def pack(
         raise PackError(f"shard-mb is {shard_bytes >> 20}; it must be at least 1")
     items = Source(source)
     bad: list[str] = []
-    with DatasetWriter(destination, name, shard_bytes) as writer:
+    with (
+        DatasetWriter(destination, name, shard_bytes) as writer,
+        closing(ProbeWorker()) as opener,
+    ):
         for done, item in enumerate(items, 1):
             try:
                 if isinstance(item, SourceError):
                     raise item
-                record = _record(item, allow_uncaptioned)
+                record = _record(item, allow_uncaptioned, opener)
                 if skip_bad or not bad:
                     writer.write(record)
             except (SourceError, PackError, RecordError) as error:
@@ -93,7 +100,7 @@ def _describe(bad: list[str], total: int, skip_bad: bool) -> str:
     )
 
 
-def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
+def _record(item: SourceItem, allow_uncaptioned: bool, opener: ProbeWorker) -> Record:
     if not item.captions and not allow_uncaptioned:
         raise PackError(
             f"{item.name}: it has no caption (a .txt or .json file beside it, or a 'caption' in "
@@ -106,11 +113,11 @@ def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
             raise PackError(f"{item.name}: it has more than {MAX_MEMBER_BYTES >> 20} MiB")
         data = item.path.read_bytes()
         if suffix in REMUXED:
-            data = remux(data, REMUXED[suffix])
-        facts = probe(extension, data)
+            data = opener.remux(data, REMUXED[suffix])
+        facts = opener.probe(extension, data)
     except (OSError, MediumError) as error:
         raise PackError(f"{item.name}: {error}") from error
-    references = _references(item)
+    references = _references(item, opener)
     members = {extension: data, **references}
     meta = RecordMeta(
         id=item.name,
@@ -126,7 +133,7 @@ def _record(item: SourceItem, allow_uncaptioned: bool) -> Record:
     return Record(item.key, with_facts(meta, facts), members)
 
 
-def _references(item: SourceItem) -> dict[str, bytes]:
+def _references(item: SourceItem, opener: ProbeWorker) -> dict[str, bytes]:
     """Members of its reference pictures, each opened once."""
     if len(item.references) > MAX_REFERENCES:
         raise PackError(
@@ -138,7 +145,7 @@ def _references(item: SourceItem) -> dict[str, bytes]:
         extension = MEMBER_OF_SUFFIX[reference.path.suffix.lower()]
         try:
             data = reference.path.read_bytes()
-            probe(extension, data)
+            opener.probe(extension, data)
         except (OSError, MediumError) as error:
             raise PackError(f"{item.name}: {reference.name}: {error}") from error
         members[f"ref{number}.{extension}"] = data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,10 @@ class MediumFacts:
     duration_s: float = 0.0
     has_audio: bool = False
     sample_rate: int = 0
+
+
+Probe = Callable[[str, bytes], MediumFacts]
+"""Facts about a medium of an extension, as `probe` finds them: here, or in another process."""
 
 
 def modality_of(extension: str) -> Modality:

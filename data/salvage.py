@@ -22,7 +22,7 @@ from kinodit.data.index import (
     read_meta,
     shard_bytes,
 )
-from kinodit.data.probe import MediumError
+from kinodit.data.probe import MediumError, Probe, probe
 from kinodit.data.record import KEY_PATTERN, RecordError
 from kinodit.data.tar import BLOCK, TarError, TarMember, members
 
@@ -41,10 +41,12 @@ def salvage(
     *,
     seen: Callable[[int], None] = lambda offset: None,
     without: Collection[str] = (),
+    opener: Probe = probe,
 ) -> tuple[NDArray[np.void], list[Damage]]:
     """(index of what is whole, [samples] of `INDEX_DTYPE`; what is not), by reading the shard.
 
-    `seen` is called with the byte after each sample, `without` are keys that are not wanted.
+    `seen` is called with the byte after each sample, `without` are keys that are not wanted,
+    `opener` opens media.
 
     Raises ManifestError if it cannot be read at all.
     """
@@ -68,7 +70,7 @@ def salvage(
         else:
             try:
                 data = view[span.start : span.end]
-                rows.append(index_row(read_meta(view, span), span.start, data))
+                rows.append(index_row(read_meta(view, span, opener), span.start, data))
                 continue
             except (RecordError, MediumError) as error:
                 reason = str(error)

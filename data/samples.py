@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock, local
 
+from kinodit.data.at_work import AtWork
 from kinodit.data.cache import BoundedCache
 from kinodit.data.captions import choose_caption, with_references
 from kinodit.data.config import DataConfig, DecodeConfig
 from kinodit.data.container import DecodeError
-from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
+from kinodit.data.decode import DecodedSample, pick_view
+from kinodit.data.decoders import Decoders
 from kinodit.data.killable import GRACE_S
 from kinodit.data.latents import Encoded, LatentCache
 from kinodit.data.manifest import Dataset
@@ -20,13 +21,12 @@ from kinodit.data.picture import CENTRE, Crop
 from kinodit.data.plan import SampleRef
 from kinodit.data.quarantine import Fault, QuarantineError, Replacement, instead, substitute
 from kinodit.data.reader import SampleError, ShardError, ShardReader
-from kinodit.data.record import Record, RecordMeta
+from kinodit.data.record import RecordMeta
 from kinodit.data.remote import Traffic
 from kinodit.data.shapes import Shape
 from kinodit.data.shared_media import DecodedRecord, SharedMedia
 from kinodit.data.spec import PlanSpec
 from kinodit.data.stream import StreamedDataset, StreamReader
-from kinodit.data.worker import DecodeWorker
 from kinodit.models.errors import UserError
 from kinodit.models.random import sample_generator, uniform
 from kinodit.models.tokens import SampleKey
@@ -63,6 +63,7 @@ class SampleSource:
         settled: Settled,
         dp_index: int = 0,
         shared: SharedMedia | None = None,
+        at_work: AtWork | None = None,
     ) -> None:
         """Arguments as of `kinodit.data.loader.Loader`."""
         self._shared = shared
@@ -88,9 +89,7 @@ class SampleSource:
             for name, dataset in datasets.items()
             if name in config.datasets and config.datasets[name].cache
         }
-        self._own = local()
-        self._workers: list[DecodeWorker] = []
-        self._lock = Lock()
+        self.decoders = Decoders(config.workers, at_work)
 
     def load(self, step: int, ref: SampleRef, settled: Replacement | None = None) -> Loaded:
         """The sample at a place of a step, or its substitute.
@@ -134,6 +133,10 @@ class SampleSource:
         """What was fetched from elsewhere so far."""
         return sum((reader.traffic for reader in self._readers.values()), Traffic())
 
+    def tell_late(self) -> None:
+        """Says which samples threads have been decoding for longer than they may."""
+        self.decoders.tell_late(self._decoding)
+
     def forget(self, before_step: int) -> None:
         """Lets go of what is shared for earlier steps."""
         if self._shared is not None:
@@ -147,9 +150,7 @@ class SampleSource:
             reader.close()
         for cache in self._caches.values():
             cache.close()
-        for worker in self._workers:
-            worker.close()
-        self._workers.clear()
+        self.decoders.close()
 
     def _next(
         self, step: int, ref: SampleRef, faults: list[Fault], error: SampleError | DecodeError
@@ -217,7 +218,12 @@ class SampleSource:
     ) -> DecodedRecord:
         def make() -> DecodedRecord:
             record = self._readers[ref.dataset].read(ref.index)
-            return DecodedRecord(record.meta, self._decode(record, config, window_u, crop_u))
+            media = self.decoders.decode(record, config, window_u, crop_u, place)
+            return DecodedRecord(record.meta, media)
+
+        def place() -> str:
+            shard, _, _ = self._datasets[ref.dataset].span(ref.index)
+            return f"({ref.sample_id} in {shard.file})"
 
         if self._shared is None:
             return make()
@@ -243,18 +249,6 @@ class SampleSource:
         if view is None and (config.window, config.crop) == ("first", "centre"):
             return kept
         return kept if view == encoded.view else None
-
-    def _decode(
-        self, record: Record, config: DecodeConfig, window_u: float, crop_u: Crop
-    ) -> DecodedMedia:
-        if self._config.workers == "threads":
-            return decode(record, config, window_u, crop_u)
-        if not hasattr(self._own, "worker"):
-            self._own.worker = DecodeWorker()
-            with self._lock:
-                self._workers.append(self._own.worker)
-        worker: DecodeWorker = self._own.worker
-        return worker.decode(record, config, window_u, crop_u)
 
 
 def longest_s(config: DataConfig) -> float:

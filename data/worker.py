@@ -163,6 +163,7 @@ def _sizes(config: DecodeConfig) -> tuple[int, int, int]:
 
 def _serve(link: Connection) -> None:
     """The worker's process."""
+    torch.set_num_threads(1)
     memory: mmap.mmap | None = None
 
     def receive(link: Connection) -> Any:

@@ -11,18 +11,17 @@ import torch
 
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError
-from kinodit.data.decode import DecodedMedia, DecodedSample, decode
+from kinodit.data.decode import DecodedSample
+from kinodit.data.decoders import Decoders
 from kinodit.data.encode import SampleEncoder
 from kinodit.data.encode_shards import EncodeReport, encode_shards
 from kinodit.data.latents import Encoded, Origin, decoding_of
-from kinodit.data.picture import CENTRE
 from kinodit.data.plan import SampleRef
 from kinodit.data.quarantine import instead
 from kinodit.data.reader import SampleError, ShardReader
-from kinodit.data.record import Record, RecordMeta
+from kinodit.data.record import RecordMeta
 from kinodit.data.samples import sized
 from kinodit.data.select import open_datasets, plan_spec
-from kinodit.data.worker import DecodeWorker
 from kinodit.models.errors import ConfigError
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.encoders import cost_model, fitted_encoders
@@ -64,18 +63,14 @@ def encode_dataset(
     encoder = SampleEncoder(encoders, config.run.seed, 0.0)
     settings = {item.name: getattr(config.data, item.name) for item in fields(DecodeConfig)}
     decoding = DecodeConfig(**{**settings, "window": "first", "crop": "centre"})
-    reader, worker = ShardReader(datasets[name]), DecodeWorker()
-
-    def decoded(record: Record, how: DecodeConfig) -> DecodedMedia:
-        if config.data.workers == "threads":
-            return decode(record, how)
-        return worker.decode(record, how, 0.0, CENTRE)
+    reader, decoders = ShardReader(datasets[name]), Decoders(config.data.workers)
 
     def encode(index: int) -> tuple[str, RecordMeta, Encoded] | str:
         ref = instead(spec, SampleRef(0, name, index, 0), index)
         try:
             record = reader.read(index)
-            media = decoded(record, decoding if ref.shape is None else sized(decoding, ref.shape))
+            how = decoding if ref.shape is None else sized(decoding, ref.shape)
+            media = decoders.decode(record, how)
         except (SampleError, DecodeError) as error:
             return str(error)
         place = (media.fps, media.start_s, media.view)
@@ -98,4 +93,4 @@ def encode_dataset(
         return encode_shards(directory, datasets[name], own, origin, encode, part, progress)
     finally:
         reader.close()
-        worker.close()
+        decoders.close()

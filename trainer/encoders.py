@@ -31,6 +31,7 @@ from kinodit.models.mmdit import MMDiTConfig
 from kinodit.trainer.batches import AUDIO, VIDEO
 from kinodit.trainer.config import RunConfig
 from kinodit.trainer.parallel.mesh import Mesh
+from kinodit.trainer.resilience import pulse
 
 CODEC_FILE = "codec.json"
 """Measured statistics of the video codec, in the run folder: sampling needs what training used."""
@@ -138,7 +139,7 @@ def _first_videos(
         prefetch_steps=1,
     )
     spec = plan_spec(data, datasets, cost, config.run.seed)
-    loader = Loader(spec, datasets, data, 0, 1, start_step=0)
+    loader = Loader(spec, datasets, data, 0, 1, start_step=0, at_work=pulse.at_work())
     try:
         (pack,) = next(iter(loader)).packs
     finally:

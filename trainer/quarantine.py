@@ -79,6 +79,7 @@ class Quarantine:
         self._loader = Loader(
             spec, datasets, config, *place, start_step, settled=settled,
             shared=_shared(run_dir, mesh, spec), alive=lambda: pulse.beat("data"),
+            at_work=pulse.at_work(),
         )  # fmt: skip
 
     def __iter__(self) -> Self:

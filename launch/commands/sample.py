@@ -102,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sample; prints where the clips are."""
+    is_alone = "torch" not in sys.modules
+    from kinodit.data import fork_server
     from kinodit.trainer.sampling import load_run, sample_run
 
     prompts = list(args.prompt)
@@ -117,10 +119,13 @@ def run(args: argparse.Namespace) -> int:
         raise SampleError("no prompt: give --prompt TEXT or --prompts FILE")
     folder = args.out or args.run_dir / "samples" / "manual"
     config = replace(config, data=shape_of(args, config.data))
+    settings = settings_of(args, config.sample)
+    if is_alone and (settings.given or settings.references):
+        # While there are neither threads nor connections, and no weights in memory.
+        fork_server.fork_early()
     topology = read_topology()
     lines = StageLines("steps", is_shown=topology.is_main)
     with process_group(topology, config.run.deadline_s) as device:
-        settings = settings_of(args, config.sample)
         entries = sample_run(
             args.run_dir, config, settings, prompts, folder, args.step, topology, device,
             partial(lines.show, f"drawing {len(prompts)} clip(s)"),

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
         ledger = ["log.ledger=true"] if args.ledger else []
         config = load_config(args.config, [*args.overrides, *ledger])
-        if is_alone and config.data.workers == "processes":
+        is_given = config.sample.given or config.sample.references
+        if is_alone and (config.data.workers == "processes" or is_given):
             # While there are neither threads nor connections, and no weights in memory.
             fork_server.fork_early()
         topology = read_topology()

@@ -123,10 +123,10 @@ def test_processes_that_somebody_kills_change_nothing(dataset: Dataset) -> None:
             assert before.keys() == after.keys() and not mine.replaced
             assert all(same(after[place], sample) for place, sample in before.items())
             # A sample that meets two kills counts as one that kills: its process gets time for it.
-            for worker in struck_loader._samples._workers if step % 4 == 0 else ():
+            for worker in struck_loader._samples.decoders.workers if step % 4 == 0 else ():
                 if worker.pid is not None:
                     os.kill(worker.pid, signal.SIGKILL)
-        assert sum(worker.num_started for worker in struck_loader._samples._workers) > 4
+        assert sum(worker.num_started for worker in struck_loader._samples.decoders.workers) > 4
 
 
 @pytest.mark.parametrize("harm", ["hold", "crash"])

@@ -183,7 +183,7 @@ def test_a_folder_of_img2dataset(tmp_path: Path) -> None:
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
     with pytest.MonkeyPatch.context() as patch:
         # The size is said, so that no picture is opened.
-        patch.setattr("kinodit.data.index.probe", interrupt)
+        patch.setattr("kinodit.data.indexing.ProbeWorker.probe", interrupt)
         report = index_shards(tmp_path, "laion")
     assert report.manifest.num_samples == 4
     dataset = Dataset(tmp_path)

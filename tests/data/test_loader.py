@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from kinodit.data import loader as loading
+from kinodit.data.at_work import AtWork
 from kinodit.data.captions import choose_caption
 from kinodit.data.config import DataConfig, DatasetConfig
+from kinodit.data.container import DecodeError
 from kinodit.data.decode import DecodedSample, decode, pick_view
 from kinodit.data.loader import Loader, LoadError, StepData
 from kinodit.data.manifest import Dataset
-from kinodit.data.record import Caption
+from kinodit.data.record import Caption, Record
 from kinodit.data.select import plan_spec
 from kinodit.data.spec import CostModel, PlanSpec
 from kinodit.models.random import sample_generator, uniform
@@ -141,7 +144,7 @@ def test_a_cache_changes_nothing_and_is_used(
         decoded.append(record.key)
         return decode(record, *rest)
 
-    monkeypatch.setattr("kinodit.data.samples.decode", counting)
+    monkeypatch.setattr("kinodit.data.decoders.decode", counting)
     options: dict[str, Any] = {"window": "first", "crop": "centre", "num_threads": 1}
     options["workers"] = "threads"
     plain = by_slot(run(datasets, steps=12, **options))
@@ -225,12 +228,42 @@ def test_signs_of_life_are_given_while_limits_allow_waiting(
         if len(signs) == 3:
             go_on.set()
 
-    monkeypatch.setattr("kinodit.data.samples.decode", slow)
+    monkeypatch.setattr("kinodit.data.decoders.decode", slow)
     if limit_s == 0:
         threading.Timer(0.1, go_on.set).start()
     with Loader(spec_of(datasets, settings), datasets, settings, alive=alive) as loader:
         assert next(loader).step == 0
     assert bool(signs) == (limit_s > 0)
+
+
+def test_what_a_thread_has_been_at_for_too_long_is_told_once(
+    datasets: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "ALIVE_EVERY_S", 0.01)
+    monkeypatch.setattr("kinodit.data.decoders.GRACE_S", 0.0)
+    settings = config(datasets, workers="threads", decode_limit_s=1.0)
+    notes, struck = AtWork(), list[str]()
+
+    def hangs(record: Record, *rest: Any) -> Any:
+        if not struck:
+            struck.append(record.key)
+            end_s = time.monotonic() + 60
+            while not caplog.records and time.monotonic() < end_s:
+                time.sleep(0.01)
+            assert notes.read()[0].what.startswith(f"sample {record.key!r} (")
+            # In which it is looked at again.
+            time.sleep(0.1)
+            raise DecodeError("damaged", record.key)
+        return decode(record, *rest)
+
+    monkeypatch.setattr("kinodit.data.decoders.decode", hangs)
+    with Loader(spec_of(datasets, settings), datasets, settings, at_work=notes) as loader:
+        next(loader)
+    (warning,) = caplog.records
+    said = warning.getMessage()
+    assert said.startswith(f"decoding sample {struck[0]!r} (")
+    assert " in 000000.tar) for 1." in said and "data.decode_limit_s allows 1 s" in said
+    assert notes.read() == []
 
 
 def copied(datasets: dict[str, Dataset], root: Path) -> dict[str, Dataset]:
@@ -286,6 +319,6 @@ def test_a_fault_of_ours_is_not_hidden(
     def fail(*_: Any) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("kinodit.data.samples.decode", fail)
+    monkeypatch.setattr("kinodit.data.decoders.decode", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         run(datasets, workers="threads")

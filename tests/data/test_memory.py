@@ -21,7 +21,7 @@ WARM_UP, CLIPS, PER_STEP = 2_000, 10_000, 50
 def resident_bytes(loader: Loader) -> int:
     """Of this process, and of those that decode for it."""
     gc.collect()
-    workers = [str(worker.pid) for worker in loader._samples._workers]
+    workers = [str(worker.pid) for worker in loader._samples.decoders.workers]
     pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in ("self", *workers)]
     return sum(pages) * 4096
 
@@ -46,7 +46,7 @@ def test_memory_does_not_grow(tmp_path: Path, workers: Literal["threads", "proce
         for data in loader:
             if (data.step + 1) * PER_STEP == WARM_UP:
                 before = resident_bytes(loader)
-        assert bool(loader._samples._workers) == (workers == "processes")
+        assert bool(loader._samples.decoders.workers) == (workers == "processes")
         after = resident_bytes(loader)
     assert before > 0
     assert after <= 1.05 * before, f"{before >> 20} MiB became {after >> 20} MiB"

@@ -199,7 +199,7 @@ def test_a_loader_says_what_was_fetched_for_what_was_used(
     media = DecodedMedia(
         torch.zeros(1, 8, 8, 3, dtype=torch.uint8), None, 8.0, 0.0, View(0, CENTRE)
     )
-    monkeypatch.setattr("kinodit.data.samples.decode", lambda *_: media)
+    monkeypatch.setattr("kinodit.data.decoders.decode", lambda *_: media)
     kept = replace(config, cache_gib=1.0, block_mib=0.003)
     url = serve().url
     settings = DataConfig(

@@ -70,7 +70,7 @@ def test_training_is_the_same_from_raw_from_a_cache_and_mixed(
     assert losses(root, "drawn-cached", drawn) == losses(root, "drawn")
     decoded: list[str] = []
     monkeypatch.setattr(
-        "kinodit.data.samples.decode", lambda record, *_: decoded.append(record.key)
+        "kinodit.data.decoders.decode", lambda record, *_: decoded.append(record.key)
     )
     # Nothing is decoded any more but for the codec's statistics, which a run keeps.
     kept = root / "runs" / "raw" / "codec.json"

@@ -46,7 +46,7 @@ def run_with_a_slow_rank(rank: int, world_size: int, start: Start) -> None:
         return decode(record, *rest)
 
     apart = patch("kinodit.trainer.quarantine._shared", return_value=None)
-    with apart, patch("kinodit.data.samples.decode", slow):
+    with apart, patch("kinodit.data.decoders.decode", slow):
         run_case(rank, world_size, start)
 
 

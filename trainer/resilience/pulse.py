@@ -15,6 +15,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from kinodit.data.at_work import AtWork
+
 _SIGN = struct.Struct("<qddqq32s64s")
 _PLACE = struct.Struct("<qq1024s")
 _SLOT_BYTES = _SIGN.size + 4
@@ -55,12 +57,15 @@ class Watched:
 class Page:
     """The shared memory; made before the fork.
 
+    at_work: what threads of the rank note that they are at
+
     Signs go to two places in turn, each with a checksum: whenever it is read, and wherever a writer
     was stopped, one of them is whole.
     """
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self.at_work = AtWork()
         self._num_signs = 0
         self.write(Sign(time.monotonic(), START_LIMIT_S, 0, 0, "start", ""))
 
@@ -121,6 +126,7 @@ class Pulse:
 
     def __init__(self, page: Page) -> None:
         self._page = page
+        self.at_work = page.at_work
         self._hang_s = self._slow_s = math.inf
         self._step = self._num_messages = 0
         self._activity, self._collective = "start", ""
@@ -217,3 +223,8 @@ def message(label: str, kind: str, num_bytes: int) -> None:
     """See `Pulse.message`; a listener of `trainer/parallel/traffic.py`."""
     if _pulse is not None:
         _pulse.message(label, kind)
+
+
+def at_work() -> AtWork | None:
+    """Where threads note what they are at, for the watchdog to read; None where there is none."""
+    return None if _pulse is None else _pulse.at_work

@@ -47,6 +47,7 @@ class Report:
     """What a watchdog writes.
 
     silent_s: since the last sign, which was good for limit_s; stopped: by a signal or a debugger
+    decoding: samples that threads were decoding (data.workers=threads), since when and in which
     """
 
     rank: int
@@ -59,6 +60,7 @@ class Report:
     activity: str
     collective: str
     num_messages: int
+    decoding: Sequence[str] = ()
 
 
 def supervise() -> int | None:
@@ -138,6 +140,9 @@ class Watchdog:
                 f"rank {who.rank} was ended by {signal.Signals(number).name} "
                 f"in step {sign.step} ({sign.activity})"
             )
+            decoding = self._decoding()
+            if decoding:
+                message += f"; it decoded {'; '.join(decoding)}"
             text = self._stack_text()
             if text:
                 message += f"; its stacks: {self._write_stacks(who, text)}"
@@ -178,8 +183,12 @@ class Watchdog:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child, signal.SIGSTOP)
 
-    @staticmethod
-    def _report(who: pulse.Watched, sign: pulse.Sign, silent_s: float, stopped: bool) -> None:
+    def _decoding(self) -> list[str]:
+        """What threads of the child are at, the one that has been for longest first."""
+        now_s = time.monotonic()
+        return [note.told(now_s) for note in self._page.at_work.read()]
+
+    def _report(self, who: pulse.Watched, sign: pulse.Sign, silent_s: float, stopped: bool) -> None:
         report = Report(
             who.rank,
             who.world_size,
@@ -191,6 +200,7 @@ class Watchdog:
             sign.activity,
             sign.collective,
             sign.num_messages,
+            self._decoding(),
         )
         _write(Path(who.folder) / f"rank-{who.rank:05d}.json", json.dumps(asdict(report)))
 
@@ -227,7 +237,8 @@ class Watchdog:
 
     def _write_stacks(self, who: pulse.Watched, text: str) -> Path:
         path = Path(who.folder) / f"rank-{who.rank:05d}.txt"
-        _write(path, text or "no stacks: the process did not answer\n")
+        notes = "".join(f"decoding {line}\n" for line in self._decoding())
+        _write(path, notes + (text or "no stacks: the process did not answer\n"))
         return path
 
 
@@ -269,6 +280,8 @@ def summary(reports: Sequence[Report]) -> str:
         f"{names} of {known.world_size} {what}: no sign for {known.silent_s:.1f} s "
         f"in step {known.step} ({known.activity}), after {last}"
     )
+    if known.decoding:
+        text += f"; it decodes {'; '.join(known.decoding)}"
     waiting = next((report for report in reports if report.rank not in odd), None)
     if waiting is not None and waiting.num_messages:
         text += f"; the others wait in message {waiting.num_messages}, {waiting.collective}"

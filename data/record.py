@@ -136,17 +136,20 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
     check_key(key)
     if len(members) > MAX_MEMBERS:
         raise RecordError(f"sample {key!r} has {len(members)} members; {MAX_MEMBERS} are allowed")
-    for name, payload in members.items():
-        if name not in _ALLOWED_MEMBERS:
+    if not _ALLOWED_MEMBERS.issuperset(members):
+        for name in members:
             check_member(key, name)
-        limit = MAX_TEXT_BYTES if name in _TEXTS else MAX_MEMBER_BYTES
-        if len(payload) > limit:
+    for name, payload in members.items():
+        size = len(payload)
+        if size > MAX_TEXT_BYTES and (name in _TEXTS or size > MAX_MEMBER_BYTES):
+            limit = MAX_TEXT_BYTES if name in _TEXTS else MAX_MEMBER_BYTES
             raise RecordError(
-                f"sample {key!r}: member {name!r} has {len(payload)} bytes; {limit} are allowed"
+                f"sample {key!r}: member {name!r} has {size} bytes; {limit} are allowed"
             )
-    meta = usual_meta(key, members["json"]) if "json" in members else None
+    said = members.get("json")
+    meta = usual_meta(key, said) if said is not None else None
     if meta is None:
-        document = _parse_json(key, members["json"]) if "json" in members else {}
+        document = _parse_json(key, said) if said is not None else {}
         if "schema" in document:
             meta = parse_meta(key, document)
         else:

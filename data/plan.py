@@ -23,7 +23,6 @@ from kinodit.data.spec import DatasetSpec, PlanError, PlanSpec
 from kinodit.models.random import KeyPart
 from kinodit.models.tokens import SampleKey
 
-
 DRAWN_AT_ONCE = 1024
 """Slots that are drawn together, about."""
 
@@ -51,7 +50,7 @@ class SampleRef(NamedTuple):
 
     def key(self, step: int) -> SampleKey:
         """The key of every random draw for this sample in this step."""
-        return SampleKey(step, self.slot, self.sample_id)
+        return SampleKey(step, self.slot, f"{self.dataset}:{self.index}")
 
 
 @dataclass(frozen=True)

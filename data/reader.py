@@ -141,13 +141,11 @@ class _OpenFile:
     thread as another file, and the read would return that file's bytes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        # Not there if the file could not be opened.
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 class _FileCache:
@@ -165,7 +163,7 @@ class _FileCache:
         """The file, opened if no other thread has done so meanwhile."""
         with self._lock:
             if name not in self._files:
-                file = _OpenFile(self._folder / name)
+                file = _OpenFile(os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC))
                 while len(self._files) >= self._max_open:
                     del self._files[next(iter(self._files))]
                 self._files[name] = file

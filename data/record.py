@@ -273,9 +273,9 @@ def _reference_members(members: Mapping[str, bytes]) -> list[str]:
 
 def _check_media(key: str, meta: RecordMeta, members: Mapping[str, bytes]) -> None:
     allowed = MEDIA_MEMBERS[meta.modality]
-    media = [name for name in members if name in allowed]
-    if len(media) == len(members) == 1 and not meta.references:
+    if len(members) == 1 and not meta.references and next(iter(members)) in allowed:
         return
+    media = [name for name in members if name in allowed]
     has_tensors = any(TENSOR_MEMBER_PATTERN.fullmatch(name) for name in members)
     if len(media) > 1 or not (media or has_tensors):
         raise RecordError(

@@ -13,7 +13,7 @@ from kinodit.data.cache import BoundedCache
 from kinodit.data.captions import choose_caption, with_references
 from kinodit.data.config import DataConfig, DecodeConfig
 from kinodit.data.container import DecodeError
-from kinodit.data.decode import DecodedMedia, DecodedSample, decode, pick_view
+from kinodit.data.decode import DecodedSample, decode, pick_view
 from kinodit.data.killable import GRACE_S
 from kinodit.data.latents import Encoded, LatentCache
 from kinodit.data.manifest import Dataset
@@ -21,7 +21,7 @@ from kinodit.data.picture import CENTRE, Crop
 from kinodit.data.plan import SampleRef
 from kinodit.data.quarantine import Fault, QuarantineError, Replacement, instead, substitute
 from kinodit.data.reader import SampleError, ShardError, ShardReader
-from kinodit.data.record import Record, RecordMeta
+from kinodit.data.record import RecordMeta
 from kinodit.data.remote import Traffic
 from kinodit.data.shapes import Shape
 from kinodit.data.shared_media import DecodedRecord, SharedMedia
@@ -74,6 +74,10 @@ class SampleSource:
             **{part.name: getattr(config, part.name) for part in fields(DecodeConfig)}
         )
         self._settled = settled
+        # Asked for each sample.
+        self._is_drawn = config.window == "random" or config.crop == "random"
+        self._is_kept = config.cache_mib > 0 or shared is not None
+        self._is_decoded_here = config.workers == "threads"
         self._readers: dict[str, ShardReader | StreamReader] = {
             name: StreamReader(dataset, spec.seed, dp_index)
             if isinstance(dataset, StreamedDataset)
@@ -183,11 +187,8 @@ class SampleSource:
         key = ref.key(step)
         config = self._decoding if ref.shape is None else sized(self._decoding, ref.shape)
         window_u, crop_u = 0.0, CENTRE
-        if self._config.window == "random":
-            window_u = uniform(sample_generator(self._spec.seed, key, "window"))
-        if self._config.crop == "random":
-            crop = sample_generator(self._spec.seed, key, "crop")
-            crop_u = uniform(crop), uniform(crop)
+        if self._is_drawn:
+            window_u, crop_u = self._draw(key)
         if self._caches:
             kept = self._from_cache(ref, config, window_u, crop_u)
             if kept is not None:
@@ -195,7 +196,7 @@ class SampleSource:
                 caption = self._caption(meta, key)
                 place = (encoded.fps, encoded.start_s, encoded.view)
                 return DecodedSample(key, ref, caption, None, None, *place, meta, encoded)
-        if self._config.cache_mib or self._shared is not None:
+        if self._is_kept:
             meta, media = self._kept(step, ref, key, config, window_u, crop_u)
         else:
             meta, media = self._made(ref, config, window_u, crop_u)
@@ -205,11 +206,21 @@ class SampleSource:
             media.start_s, media.view, meta, None, media.planes, media.references,
         )  # fmt: skip
 
+    def _draw(self, key: SampleKey) -> tuple[float, Crop]:
+        """What picks the window and the crop; what the recipe does not draw is left as it is."""
+        window_u, crop_u = 0.0, CENTRE
+        if self._config.window == "random":
+            window_u = uniform(sample_generator(self._spec.seed, key, "window"))
+        if self._config.crop == "random":
+            crop = sample_generator(self._spec.seed, key, "crop")
+            crop_u = uniform(crop), uniform(crop)
+        return window_u, crop_u
+
     def _made(
         self, ref: SampleRef, config: DecodeConfig, window_u: float, crop_u: Crop
     ) -> DecodedRecord:
         record = self._readers[ref.dataset].read(ref.index)
-        if self._config.workers == "threads":
+        if self._is_decoded_here:
             media = decode(record, config, window_u, crop_u)
         else:
             media = self._worker().decode(record, config, window_u, crop_u)

@@ -26,9 +26,11 @@ _PLAIN = re.compile(
     rb"([0-7]{6})\0 0.{100}ustar\x0000.{80}\0.{166}",
     re.DOTALL,
 )
-"""The header of a regular file `KEY.EXTENSION` without a prefix, as it is nearly always written: key,
-extension, size and checksum."""
-_BLANKS = 8 * ord(" ")
+"""The header of a regular file `KEY.EXTENSION` without a prefix, as nearly all are written.
+
+Key, extension, size and checksum. The name ends within its 100 bytes."""
+_BLANK = ord(" ")
+_BLANKS = 8 * _BLANK
 """What the checksum itself counts as in its sum."""
 
 
@@ -97,8 +99,8 @@ def plain_header(block: bytes) -> tuple[str, str, int] | None:
     size = int(digits, 8)
     # The lower half of Adler-32 is one more than the sum of the bytes: of so few below 128 it
     # stays below the modulus.
-    bytes_ = (adler32(block) & 0xFFFF) - (adler32(checksum) & 0xFFFF)
-    if bytes_ + _BLANKS - ord(" ") != int(checksum, 8) or size > MAX_MEMBER_BYTES:
+    others = (adler32(block) & 0xFFFF) - (adler32(checksum) & 0xFFFF) - _BLANK
+    if others + _BLANKS != int(checksum, 8) or size > MAX_MEMBER_BYTES:
         return None
     return key.decode(), extension.decode(), size
 

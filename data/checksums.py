@@ -18,15 +18,10 @@ Bytes = bytes | bytearray | memoryview
 try:
     from isal import isal_zlib
 except ImportError:
-    _crc32: Callable[[Bytes], int] = zlib.crc32
+    crc32: Callable[[Bytes], int] = zlib.crc32
 else:
-    _crc32 = isal_zlib.crc32
-
-
-def crc32(data: Bytes) -> int:
-    """The CRC-32 (ISO 3309) of `data`. Other threads run meanwhile."""
-    return _crc32(data)
-
+    crc32 = isal_zlib.crc32
+"""The CRC-32 (ISO 3309) of bytes. Other threads run meanwhile."""
 
 Algorithm = Literal["sha256", "blake3"]
 ALGORITHMS: dict[Algorithm, str] = {"sha256": "SHA-256", "blake3": "BLAKE3"}

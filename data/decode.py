@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,8 +78,7 @@ class DecodedMedia:
         return planes + sum(x.numel() * x.element_size() for x in whole)
 
 
-@dataclass(frozen=True)
-class DecodedSample:
+class DecodedSample(NamedTuple):
     """One sample of a step, ready to be encoded.
 
     key:     of every random draw for it in this step

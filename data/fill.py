@@ -53,10 +53,13 @@ def balanced(costs: Sequence[int], num_packs: int) -> Packs:
 
     Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17, 1969.
     """
+    longest_first = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
+    if num_packs == 1:
+        return [longest_first]
     packs: Packs = [[] for _ in range(num_packs)]
     # The emptiest first: by load, by number of items, by number of the pack.
     waiting = [(0, 0, pack) for pack in range(num_packs)]
-    for item in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+    for item in longest_first:
         load, count, pack = waiting[0]
         packs[pack].append(item)
         heapreplace(waiting, (load + costs[item], count + 1, pack))

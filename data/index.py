@@ -148,9 +148,8 @@ def _usual_members(buffer: bytes) -> tuple[str, dict[str, bytes]] | None:
         header = plain_header(buffer[offset:data])
         if header is None:
             return None
-        size = header[1]
+        stem, extension, size = header
         offset = data + -(-size // BLOCK) * BLOCK
-        stem, _, extension = header[0].decode("ascii").partition(".")
         if (found and stem != key) or extension in found or offset > end:
             return None
         key = stem

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
@@ -118,11 +118,11 @@ class Loader:
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
             pending.wait(self._alive, self._limit_s, self._samples.tell_late)
-            loaded = pending.packs()
+            loaded = pending.loaded()
             on_failure.pop_all()
-        packs = tuple(tuple(found.sample for found in pack) for pack in loaded)
-        changed = [found.replacement for pack in loaded for found in pack]
-        replaced = tuple(found for found in changed if found is not None)
+        samples = iter([found.sample for found in loaded])
+        packs = tuple(tuple(islice(samples, size)) for size in pending.sizes)
+        replaced = tuple([found.replacement for found in loaded if found.replacement is not None])
         return StepData(pending.step, packs, time.perf_counter() - start, replaced)
 
     def settle(self, data: StepData, replacements: Mapping[int, Replacement]) -> StepData:
@@ -212,16 +212,20 @@ class _PendingStep:
     ) -> None:
         """Until all are there or one has failed; `alive`: see `Loader`."""
         give_up_s = time.monotonic() + limit_s
-        # Once for all of them: whoever wakes for each takes the interpreter from those that load.
-        while wait(self.runs, ALIVE_EVERY_S, FIRST_EXCEPTION).not_done and not self._has_failed():
-            tell_late()
-            if time.monotonic() < give_up_s:
-                alive()
+        # The last one first: when it is there, so are most. Whoever wakes for each run takes the
+        # interpreter from those that load.
+        for run in reversed(self.runs):
+            while not run.done() and not self._has_failed():
+                with suppress(TimeoutError):
+                    run.exception(ALIVE_EVERY_S)
+                    break
+                tell_late()
+                if time.monotonic() < give_up_s:
+                    alive()
 
     def _has_failed(self) -> bool:
         return any(run.done() and run.exception() is not None for run in self.runs)
 
-    def packs(self) -> list[list[Loaded]]:
+    def loaded(self) -> list[Loaded]:
         """What was waited for. Raises what the first that failed has raised."""
-        loaded = iter([found for run in self.runs for found in run.result()])
-        return [list(islice(loaded, size)) for size in self.sizes]
+        return [found for run in self.runs for found in run.result()]

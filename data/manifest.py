@@ -46,6 +46,8 @@ PIECE_SAMPLES = 1 << 19
 _UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _ROW = struct.Struct("<" + "".join(_UNSIGNED[INDEX_DTYPE[n].itemsize] for n in Row._fields))
 """A row of `INDEX_DTYPE`."""
+_PLACE = struct.Struct("<QI20xI")
+"""Offset, size and CRC-32 of one."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,13 @@ class Dataset:
         # Numpy makes a row of Python's numbers in thrice the time.
         row = _ROW.unpack_from(self._index(shard), within * _ROW.size)
         return self.manifest.shards[shard], Row._make(row)
+
+    def place(self, index: int) -> tuple[ShardEntry, int, int, int]:
+        """(shard, first byte, number of bytes, CRC-32 of them) of sample `index`: to read it."""
+        shard, within = self._place(index)
+        return self.manifest.shards[shard], *_PLACE.unpack_from(
+            self._index(shard), within * _PLACE.size
+        )
 
     def place_of(self, shard: ShardEntry) -> str:
         """Path or URL of a shard."""

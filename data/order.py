@@ -189,20 +189,20 @@ class Mixture:
         """Number of slots after which the sequence repeats."""
         return len(self.choice)
 
-    def slots(self, first: int, count: int) -> tuple[NDArray[np.int32], list[int]]:
+    def slots(self, first: int, count: int) -> tuple[NDArray[np.int32], int, NDArray[np.int64]]:
         """The datasets of the slots `first .. first + count`, and each one's place in its dataset.
 
         The place counts from 0 over the whole run: the k-th slot of a dataset has place k.
+
+        Returns:
+            [count] datasets; whole periods before `first`; [count] places since then. Slot s of
+            dataset d has place `periods * shares[d] + places[s]`, which may be any number.
         """
-        slots, period = range(first, first + count), self.period
-        within = np.array([slot % period for slot in slots], dtype=np.int64)
+        periods, start = divmod(first, self.period)
+        turns, within = np.divmod(np.arange(start, start + count), self.period)
         datasets = self.choice[within]
-        ordinals = self.ordinal[within].tolist()
-        places = [
-            (slot // period) * self.shares[dataset] + ordinal
-            for slot, dataset, ordinal in zip(slots, datasets.tolist(), ordinals, strict=True)
-        ]
-        return datasets, places
+        places = turns * np.array(self.shares)[datasets] + self.ordinal[within]
+        return datasets, periods, places
 
 
 @lru_cache(maxsize=16)

@@ -8,8 +8,10 @@ datasets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +23,11 @@ from kinodit.data.spec import DatasetSpec, PlanError, PlanSpec
 from kinodit.models.random import KeyPart
 from kinodit.models.tokens import SampleKey
 
+DRAWN_AT_ONCE = 1024
+"""Slots that are drawn together, about."""
 
-@dataclass(frozen=True)
-class SampleRef:
+
+class SampleRef(NamedTuple):
     """One sample of a step.
 
     slot:    its place in the global batch, 0 to samples_per_step - 1
@@ -35,7 +39,7 @@ class SampleRef:
 
     slot: int
     dataset: str
-    index: int
+    index: int  # type: ignore[assignment]  # nobody looks for a value in it
     epoch: int
     shape: Shape | None = None
 
@@ -46,7 +50,7 @@ class SampleRef:
 
     def key(self, step: int) -> SampleKey:
         """The key of every random draw for this sample in this step."""
-        return SampleKey(step, self.slot, self.sample_id)
+        return SampleKey(step, self.slot, f"{self.dataset}:{self.index}")
 
 
 @dataclass(frozen=True)
@@ -72,22 +76,43 @@ def plan(spec: PlanSpec, step: int) -> GlobalBatch:
         raise PlanError(f"step {step} does not exist: steps count from 0")
     if spec.packing != "count":
         return _window(spec, step // spec.window_steps)[step % spec.window_steps]
-    drawn = _draw(spec, step * spec.samples_per_step, spec.samples_per_step)
+    size = spec.samples_per_step
+    per_run = max(1, DRAWN_AT_ONCE // size)
+    run, place = divmod(step, per_run)
+    drawn = _run(spec, run, per_run * size).part(place * size, size)
     return drawn.batch(step, balanced(drawn.tokens.tolist(), spec.packs_per_step))
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Samples by slot, and what each takes up."""
+    """Samples of slots that follow each other, and what each takes up; n of each."""
 
-    refs: list[SampleRef]
+    datasets: Sequence[str]
+    indices: Sequence[int]
+    epochs: Sequence[int]
+    shapes: Sequence[Shape | None]
     tokens: NDArray[np.int64]
     costs: NDArray[np.int64]
 
+    def part(self, first: int, count: int) -> _Drawn:
+        """The slots `first` to `first + count` of these."""
+        some = slice(first, first + count)
+        return _Drawn(
+            self.datasets[some], self.indices[some], self.epochs[some], self.shapes[some],
+            self.tokens[some], self.costs[some],
+        )  # fmt: skip
+
+    def refs(self) -> list[SampleRef]:
+        """By slot, counted from 0."""
+        slots = range(len(self.indices))
+        parts = self.datasets, self.indices, self.epochs, self.shapes
+        return list(map(SampleRef, slots, *parts))
+
     def batch(self, step: int, packs: Packs) -> GlobalBatch:
+        by_slot = self.refs().__getitem__
         return GlobalBatch(
             step=step,
-            packs=tuple(tuple(self.refs[slot] for slot in sorted(pack)) for pack in packs),
+            packs=tuple(tuple(map(by_slot, sorted(pack))) for pack in packs),
             tokens=tuple(int(self.tokens[pack].sum()) for pack in packs),
             costs=tuple(int(self.costs[pack].sum()) for pack in packs),
         )
@@ -104,7 +129,7 @@ def _window(spec: PlanSpec, window: int) -> tuple[GlobalBatch, ...]:
     first = window * steps
     drawn = _draw(spec, first * samples, steps * samples)
     if spec.packing == "class":
-        classes = [(ref.shape, int(n)) for ref, n in zip(drawn.refs, drawn.tokens, strict=True)]
+        classes = list(zip(drawn.shapes, drawn.tokens.tolist(), strict=True))
         rounds = by_class(classes, drawn.tokens, drawn.costs, spec.budget)
     else:
         packs = within_budget(drawn.tokens, drawn.costs, spec.budget)
@@ -124,7 +149,7 @@ def _window(spec: PlanSpec, window: int) -> tuple[GlobalBatch, ...]:
 def _renumbered(batch: GlobalBatch) -> GlobalBatch:
     """The batch with slots from 0, in the order in which the samples were drawn."""
     place = {s: n for n, s in enumerate(sorted(r.slot for pack in batch.packs for r in pack))}
-    packs = tuple(tuple(replace(ref, slot=place[ref.slot]) for ref in pack) for pack in batch.packs)
+    packs = tuple(tuple(ref._replace(slot=place[ref.slot]) for ref in pack) for pack in batch.packs)
     return replace(batch, packs=packs)
 
 
@@ -150,28 +175,34 @@ def _shuffled(
     return found.astype(np.int64)
 
 
+@lru_cache(maxsize=8)
+def _run(spec: PlanSpec, number: int, size: int) -> _Drawn:
+    """The `number`-th run of `size` slots: what is done once for an array takes longest."""
+    return _draw(spec, number * size, size)
+
+
 def _draw(spec: PlanSpec, first: int, count: int) -> _Drawn:
     """The samples of the slots `first` to `first + count` of the run, numbered from 0."""
-    chosen, places = spec.mixture.slots(first, count)
-    by_epoch: dict[tuple[int, int], list[int]] = {}
-    sizes = [dataset.num_eligible for dataset in spec.datasets]
-    for slot, (dataset, place) in enumerate(zip(chosen.tolist(), places, strict=True)):
-        epoch = place // sizes[dataset]
-        by_epoch.setdefault((dataset, epoch), []).append(slot)
-    refs: list[SampleRef | None] = [None] * count
-    lengths = np.zeros(count, dtype=np.int64)
-    for (number, epoch), slots in by_epoch.items():
+    chosen, periods, places = spec.mixture.slots(first, count)
+    indices, tokens = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+    # Whole numbers of any size.
+    epochs = np.empty(count, dtype=np.object_)
+    shapes: list[Shape | None] = [None] * count
+    for number in np.unique(chosen).tolist():
         dataset = spec.datasets[number]
-        size = dataset.num_eligible
-        within = np.array([places[slot] - epoch * size for slot in slots], dtype=np.uint64)
-        drawn = _shuffled(dataset, within, spec.seed, "order", dataset.name, epoch)
-        indices = dataset.samples(drawn)
-        lengths[slots] = dataset.tokens_at(drawn)
-        shapes: list[Shape | None] = [None] * len(slots)
-        if dataset.shape_of is not None:
-            shapes = [dataset.shapes[row] for row in dataset.shape_of[drawn].tolist()]
-        for slot, index, shape in zip(slots, indices.tolist(), shapes, strict=True):
-            refs[slot] = SampleRef(slot, dataset.name, index, epoch, shape)
-    return _Drawn(
-        [ref for ref in refs if ref is not None], lengths, cost_of(lengths, spec.parity_tokens)
-    )
+        slots = np.flatnonzero(chosen == number)
+        before, begun = divmod(periods * spec.mixture.shares[number], dataset.num_eligible)
+        turns, within = np.divmod(begun + places[slots], dataset.num_eligible)
+        for turn in np.unique(turns).tolist():
+            epoch, now = before + turn, turns == turn
+            own = slots[now]
+            key = spec.seed, "order", dataset.name, epoch
+            drawn = _shuffled(dataset, within[now].astype(np.uint64), *key)
+            indices[own], tokens[own] = dataset.samples(drawn), dataset.tokens_at(drawn)
+            epochs[own] = epoch
+            if dataset.shape_of is not None:
+                for slot, row in zip(own.tolist(), dataset.shape_of[drawn].tolist(), strict=True):
+                    shapes[slot] = dataset.shapes[row]
+    names = [spec.datasets[number].name for number in chosen.tolist()]
+    costs = cost_of(tokens, spec.parity_tokens)
+    return _Drawn(names, indices.tolist(), epochs.tolist(), shapes, tokens, costs)

@@ -8,7 +8,7 @@ second try, decides what a replayed step holds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -126,8 +126,8 @@ def instead(spec: PlanSpec, ref: SampleRef, index: int) -> SampleRef:
     """`ref` with another sample of its dataset, in that one's size."""
     part = next(item for item in spec.datasets if item.name == ref.dataset)
     if part.shape_of is None:
-        return replace(ref, index=index)
-    return replace(ref, index=index, shape=part.shapes[part.shape_of[_position(part, index)]])
+        return ref._replace(index=index)
+    return ref._replace(index=index, shape=part.shapes[part.shape_of[_position(part, index)]])
 
 
 def _cheaper(part: DatasetSpec, positions: NDArray[np.int64], cost: int) -> list[int]:

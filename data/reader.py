@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from os import pread
 from pathlib import Path
 from threading import Lock
 
 from kinodit.data.checksums import crc32
 from kinodit.data.index import read_sample
-from kinodit.data.manifest import Dataset, ShardEntry
+from kinodit.data.manifest import Dataset
 from kinodit.data.record import KEY_PATTERN, Record, RecordError
 from kinodit.data.remote import RemoteShards, Traffic
 from kinodit.data.storage import StorageError
@@ -56,29 +54,37 @@ class ShardReader:
                 were indexed, or they are not exactly one sample of the record contract.
             ShardError: the shard is missing or its storage does not answer.
         """
-        shard, row = self.dataset.found(index)
-        offset, size = row.offset, row.size
-
-        def where() -> str:
-            place = self.dataset.place_of(shard)
-            return f"{place}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
-
+        shard, offset, size, indexed = self.dataset.place(index)
         if offset + size > shard.num_bytes:
             # Nothing is set aside for what an index may claim.
             raise SampleError(
-                f"{where()} cannot lie there: its index says {size} bytes, and the shard ends at "
-                f"{shard.num_bytes}. Run `kinodit data index` to write it anew"
+                f"{self._where(index)} cannot lie there: its index says {size} bytes, and the "
+                f"shard ends at {shard.num_bytes}. Run `kinodit data index` to write it anew"
             )
-        span = self._read(shard, offset, size, where)
+        try:
+            if self._remote is not None:
+                span = self._remote.read(shard, offset, size)
+            else:
+                file = self._files.get(shard.file) or self._files.open(shard.file)
+                span = pread(file.descriptor, size, offset)
+                if len(span) < size:
+                    span = self._rest(file.descriptor, span, index)
+        except StorageError as error:
+            raise ShardError(f"{self._where(index)} cannot be read: {error}") from error
+        except OSError as error:
+            raise ShardError(
+                f"{self._where(index)} cannot be read: {error.strerror or error}. Put the shard "
+                "back, or correct the dataset's path"
+            ) from error
         checksum = crc32(span)
-        if checksum != row.crc32 and self._remote is not None:
+        if checksum != indexed and self._remote is not None:
             # Damaged on its way, or where it was kept: what the storage says now decides.
             span = self._remote.read_again(shard, offset, size)
             checksum = crc32(span)
-        if checksum != row.crc32:
+        if checksum != indexed:
             raise SampleError(
-                f"{where()} was changed after it was indexed: its {size} bytes have CRC-32 "
-                f"{checksum:08x}, the index says {row.crc32:08x}. Restore the shard, or run "
+                f"{self._where(index)} was changed after it was indexed: its {size} bytes have "
+                f"CRC-32 {checksum:08x}, the index says {indexed:08x}. Restore the shard, or run "
                 "`kinodit data validate` to see what is damaged",
                 readable_key(span),
             )
@@ -86,7 +92,7 @@ class ShardReader:
             return read_sample(span)
         except (TarError, RecordError) as error:
             raise SampleError(
-                f"{where()} breaks the record contract: {error}", readable_key(span)
+                f"{self._where(index)} breaks the record contract: {error}", readable_key(span)
             ) from error
 
     @property
@@ -100,22 +106,26 @@ class ShardReader:
         if self._remote is not None:
             self._remote.close()
 
-    def _read(self, shard: ShardEntry, offset: int, size: int, where: Callable[[], str]) -> bytes:
-        try:
-            if self._remote is not None:
-                return self._remote.read(shard, offset, size)
-            file = self._files.take(shard.file)
-            try:
-                return _read_exactly(file.descriptor, offset, size, where)
-            finally:
-                self._files.give_back(file)
-        except StorageError as error:
-            raise ShardError(f"{where()} cannot be read: {error}") from error
-        except OSError as error:
-            raise ShardError(
-                f"{where()} cannot be read: {error.strerror or error}. Put the shard back, or "
-                "correct the dataset's path"
-            ) from error
+    def _where(self, index: int) -> str:
+        shard, offset, _ = self.dataset.span(index)
+        place = self.dataset.place_of(shard)
+        return f"{place}: sample {index} of dataset {self.dataset.name!r} at byte {offset}"
+
+    def _rest(self, descriptor: int, first: bytes, index: int) -> bytes:
+        """The bytes of sample `index`, of which a read gave only the first."""
+        _, offset, size = self.dataset.span(index)
+        pieces, found = [first], len(first)
+        while found < size:
+            piece = os.pread(descriptor, size - found, offset + found)
+            if not piece:
+                raise SampleError(
+                    f"{self._where(index)} is cut off: expected {size} bytes, found {found}; the "
+                    f"file has {os.fstat(descriptor).st_size} bytes, and the sample ends at "
+                    f"{offset + size}. Copy the shard anew"
+                )
+            pieces.append(piece)
+            found += len(piece)
+        return b"".join(pieces)
 
 
 def readable_key(span: bytes) -> str:
@@ -124,64 +134,42 @@ def readable_key(span: bytes) -> str:
     return name if KEY_PATTERN.fullmatch(name) else ""
 
 
-def _read_exactly(descriptor: int, offset: int, size: int, where: Callable[[], str]) -> bytes:
-    pieces: list[bytes] = []
-    missing = size
-    while missing:
-        piece = os.pread(descriptor, missing, offset + size - missing)
-        if not piece:
-            raise SampleError(
-                f"{where()} is cut off: expected {size} bytes, found {size - missing}; the file "
-                f"has {os.fstat(descriptor).st_size} bytes, and the sample ends at "
-                f"{offset + size}. Copy the shard anew"
-            )
-        pieces.append(piece)
-        missing -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-@dataclass
 class _OpenFile:
-    descriptor: int
-    num_users: int = 0
+    """A file open for reading, closed once nobody refers to it.
+
+    Whoever reads holds on to it: a descriptor closed under a reader may be reopened by another
+    thread as another file, and the read would return that file's bytes.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 class _FileCache:
-    """Open files of a folder by name, the longest unused closed first, none while it is in use.
-
-    The count matters: a descriptor closed under a reader may be reopened by another thread as
-    another file, and the read would return that file's bytes.
-    """
+    """Open files of a folder by name, at most `max_open`; the one opened first is let go first."""
 
     def __init__(self, folder: Path, max_open: int) -> None:
         self._folder = folder
         self._max_open = max_open
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._files: dict[str, _OpenFile] = {}
         self._lock = Lock()
+        # Looking one up needs no lock: it is one step of the interpreter.
+        self.get = self._files.get
 
-    def take(self, name: str) -> _OpenFile:
-        """The file, which stays open until it is given back."""
+    def open(self, name: str) -> _OpenFile:
+        """The file, opened if no other thread has done so meanwhile."""
         with self._lock:
-            file = self._files.get(name)
-            if file is None:
-                descriptor = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
-                file = self._files[name] = _OpenFile(descriptor)
-            self._files.move_to_end(name)
-            file.num_users += 1
-        return file
-
-    def give_back(self, file: _OpenFile) -> None:
-        """Its user has read what it wanted."""
-        with self._lock:
-            file.num_users -= 1
-            if len(self._files) > self._max_open:
-                self._shrink(self._max_open)
+            if name not in self._files:
+                file = _OpenFile(os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC))
+                while len(self._files) >= self._max_open:
+                    del self._files[next(iter(self._files))]
+                self._files[name] = file
+            return self._files[name]
 
     def close(self) -> None:
+        """Lets go of all files: each is closed once no thread is reading it."""
         with self._lock:
-            self._shrink(0)
-
-    def _shrink(self, limit: int) -> None:
-        unused = [name for name, file in self._files.items() if not file.num_users]
-        for name in unused[: len(self._files) - limit]:
-            os.close(self._files.pop(name).descriptor)
+            self._files.clear()

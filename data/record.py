@@ -136,17 +136,20 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
     check_key(key)
     if len(members) > MAX_MEMBERS:
         raise RecordError(f"sample {key!r} has {len(members)} members; {MAX_MEMBERS} are allowed")
-    for name, payload in members.items():
-        if name not in _ALLOWED_MEMBERS:
+    if not _ALLOWED_MEMBERS.issuperset(members):
+        for name in members:
             check_member(key, name)
-        limit = MAX_TEXT_BYTES if name in _TEXTS else MAX_MEMBER_BYTES
-        if len(payload) > limit:
+    for name, payload in members.items():
+        size = len(payload)
+        if size > MAX_TEXT_BYTES and (name in _TEXTS or size > MAX_MEMBER_BYTES):
+            limit = MAX_TEXT_BYTES if name in _TEXTS else MAX_MEMBER_BYTES
             raise RecordError(
-                f"sample {key!r}: member {name!r} has {len(payload)} bytes; {limit} are allowed"
+                f"sample {key!r}: member {name!r} has {size} bytes; {limit} are allowed"
             )
-    meta = usual_meta(key, members["json"]) if "json" in members else None
+    said = members.get("json")
+    meta = usual_meta(key, said) if said is not None else None
     if meta is None:
-        document = _parse_json(key, members["json"]) if "json" in members else {}
+        document = _parse_json(key, said) if said is not None else {}
         if "schema" in document:
             meta = parse_meta(key, document)
         else:
@@ -270,9 +273,9 @@ def _reference_members(members: Mapping[str, bytes]) -> list[str]:
 
 def _check_media(key: str, meta: RecordMeta, members: Mapping[str, bytes]) -> None:
     allowed = MEDIA_MEMBERS[meta.modality]
-    media = [name for name in members if name in allowed]
-    if len(media) == len(members) == 1 and not meta.references:
+    if len(members) == 1 and not meta.references and next(iter(members)) in allowed:
         return
+    media = [name for name in members if name in allowed]
     has_tensors = any(TENSOR_MEMBER_PATTERN.fullmatch(name) for name in members)
     if len(media) > 1 or not (media or has_tensors):
         raise RecordError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from kinodit.data.at_work import AtWork
 from kinodit.data.cache import BoundedCache
@@ -40,8 +41,7 @@ class LoadError(UserError):
     """A sample that cannot be loaded; names the step, the sample, the shard and the reason."""
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A sample, and the replacement that made it this one; None if it is what the plan asks for."""
 
     sample: DecodedSample
@@ -75,6 +75,9 @@ class SampleSource:
             **{part.name: getattr(config, part.name) for part in fields(DecodeConfig)}
         )
         self._settled = settled
+        # Asked for each sample.
+        self._is_drawn = config.window == "random" or config.crop == "random"
+        self._is_kept = config.cache_mib > 0 or shared is not None
         self._readers: dict[str, ShardReader | StreamReader] = {
             name: StreamReader(dataset, spec.seed, dp_index)
             if isinstance(dataset, StreamedDataset)
@@ -100,7 +103,8 @@ class SampleSource:
             LoadError: the sample cannot be used and `data.on_error` is "fail", no substitute can be
                 used either, or the storage does not answer.
         """
-        settled = settled or self._settled.get((step, ref.slot))
+        if settled is None and self._settled:
+            settled = self._settled.get((step, ref.slot))
         faults: list[Fault] = []
         now = ref
         if settled is not None:
@@ -180,56 +184,78 @@ class SampleSource:
         )
 
     def _sample(self, step: int, ref: SampleRef) -> DecodedSample:
-        seed, key = self._spec.seed, ref.key(step)
+        key = ref.key(step)
         config = self._decoding if ref.shape is None else sized(self._decoding, ref.shape)
         window_u, crop_u = 0.0, CENTRE
-        if self._config.window == "random":
-            window_u = uniform(sample_generator(seed, key, "window"))
-        if self._config.crop == "random":
-            crop = sample_generator(seed, key, "crop")
-            crop_u = uniform(crop), uniform(crop)
-        kept = self._from_cache(ref, config, window_u, crop_u)
-        if kept is not None:
-            meta, encoded = kept
-            caption = self._caption(meta, key)
-            place = (encoded.fps, encoded.start_s, encoded.view)
-            return DecodedSample(key, ref, caption, None, None, *place, meta, encoded)
-        found = self._cache.get(key.sample)
-        if found is None or found.media.view != pick_view(found.meta, config, window_u, crop_u):
-            found = self._decoded(step, ref, config, window_u, crop_u)
-            if self._datasets[ref.dataset].is_exact:
-                self._cache.put(key.sample, found)
+        if self._is_drawn:
+            window_u, crop_u = self._draw(key)
+        if self._caches:
+            kept = self._from_cache(ref, config, window_u, crop_u)
+            if kept is not None:
+                meta, encoded = kept
+                caption = self._caption(meta, key)
+                place = (encoded.fps, encoded.start_s, encoded.view)
+                return DecodedSample(key, ref, caption, None, None, *place, meta, encoded)
+        if self._is_kept:
+            meta, media = self._kept(step, ref, key, config, window_u, crop_u)
+        else:
+            meta, media = self._made(ref, config, window_u, crop_u)
+        # By their order: names cost as much as all the rest of making it.
         return DecodedSample(
-            key=key,
-            ref=ref,
-            caption=self._caption(found.meta, key),
-            video=found.media.video,
-            audio=found.media.audio,
-            fps=found.media.fps,
-            start_s=found.media.start_s,
-            view=found.media.view,
-            meta=found.meta,
-            planes=found.media.planes,
-            references=found.media.references,
-        )
+            key, ref, self._caption(meta, key), media.video, media.audio, media.fps,
+            media.start_s, media.view, meta, None, media.planes, media.references,
+        )  # fmt: skip
 
-    def _decoded(
-        self, step: int, ref: SampleRef, config: DecodeConfig, window_u: float, crop_u: Crop
+    def _draw(self, key: SampleKey) -> tuple[float, Crop]:
+        """What picks the window and the crop; what the recipe does not draw is left as it is."""
+        window_u, crop_u = 0.0, CENTRE
+        if self._config.window == "random":
+            window_u = uniform(sample_generator(self._spec.seed, key, "window"))
+        if self._config.crop == "random":
+            crop = sample_generator(self._spec.seed, key, "crop")
+            crop_u = uniform(crop), uniform(crop)
+        return window_u, crop_u
+
+    def _made(
+        self, ref: SampleRef, config: DecodeConfig, window_u: float, crop_u: Crop
     ) -> DecodedRecord:
-        def make() -> DecodedRecord:
-            record = self._readers[ref.dataset].read(ref.index)
-            media = self.decoders.decode(record, config, window_u, crop_u, place)
-            return DecodedRecord(record.meta, media)
+        record = self._readers[ref.dataset].read(ref.index)
 
         def place() -> str:
             shard, _, _ = self._datasets[ref.dataset].span(ref.index)
             return f"({ref.sample_id} in {shard.file})"
 
+        media = self.decoders.decode(record, config, window_u, crop_u, place)
+        return DecodedRecord(record.meta, media)
+
+    def _kept(
+        self,
+        step: int,
+        ref: SampleRef,
+        key: SampleKey,
+        config: DecodeConfig,
+        window_u: float,
+        crop_u: Crop,
+    ) -> DecodedRecord:
+        """As `_made`, from what is held for later steps or comes from another rank, if it is."""
+        found = self._cache.get(key.sample)
+        if found is not None and found.media.view == pick_view(
+            found.meta, config, window_u, crop_u
+        ):
+            return found
+        dataset = self._datasets[ref.dataset]
+
+        def make() -> DecodedRecord:
+            return self._made(ref, config, window_u, crop_u)
+
         if self._shared is None:
-            return make()
-        content = self._datasets[ref.dataset].content_hash
-        key = content, ref.index, config, window_u, crop_u
-        return self._shared.sample(step, key, make)
+            found = make()
+        else:
+            place = dataset.content_hash, ref.index, config, window_u, crop_u
+            found = self._shared.sample(step, place, make)
+        if dataset.is_exact:
+            self._cache.put(key.sample, found)
+        return found
 
     def _caption(self, meta: RecordMeta, key: SampleKey) -> str:
         """The one that is drawn for a step; with reference pictures, theirs before it."""

@@ -20,9 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,7 @@ ALIGNMENT = 64
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
-class DecodedRecord:
+class DecodedRecord(NamedTuple):
     """A record's metadata and what its medium was decoded to."""
 
     meta: RecordMeta

@@ -7,6 +7,7 @@ Header layout: POSIX.1-2017, `pax`, "ustar Interchange Format".
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -20,12 +21,17 @@ _ZERO_BLOCK = bytes(BLOCK)
 _MAX_PAX_BYTES = 1 << 16
 _HEADER = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")
 """Name, size, checksum, type, magic and version, prefix."""
-_PLAIN = struct.Struct("100s24x11sc12x6s2sc100x8s80xc166x")
-"""The same: size and checksum apart from what ends them, and the prefix's first byte."""
-_BLANKS = 8 * ord(" ")
+_PLAIN = re.compile(
+    rb"(?=[^\0]{3,99}\0)(?=([a-z0-9_-]+)\.([a-z0-9_.]+)\0).{124}([0-7]{11})[\0 ].{12}"
+    rb"([0-7]{6})\0 0.{100}ustar\x0000.{80}\0.{166}",
+    re.DOTALL,
+)
+"""The header of a regular file `KEY.EXTENSION` without a prefix, as nearly all are written.
+
+Key, extension, size and checksum. The name ends within its 100 bytes."""
+_BLANK = ord(" ")
+_BLANKS = 8 * _BLANK
 """What the checksum itself counts as in its sum."""
-_ENDS = (b"\0", b" ")
-"""What may come behind the digits of a number. A byte is found in bytes by way of an exception."""
 
 
 class TarError(UserError):
@@ -73,38 +79,30 @@ def _plain_member(view: memoryview, start: int) -> TarMember | None:
     header = plain_header(bytes(view[start:data]))
     if header is None:
         return None
-    name, size = header
+    key, extension, size = header
     end = data + -(-size // BLOCK) * BLOCK
     if end > len(view):
         return None
-    return TarMember(name.decode("ascii"), start, data, size, end)
+    return TarMember(f"{key}.{extension}", start, data, size, end)
 
 
-def plain_header(block: bytes) -> tuple[bytes, int] | None:
-    """The name and size in a header that is what nearly all are: a file's, USTAR, as written.
+def plain_header(block: bytes) -> tuple[str, str, int] | None:
+    """Key, extension and size of what nearly all members are: the file `KEY.EXTENSION`, USTAR.
 
     None for all else and for whatever is wrong, of which `_read_member` judges: reading a clip
     without decoding it is little else than this.
     """
-    if len(block) != BLOCK or not block.isascii():
+    found = _PLAIN.fullmatch(block)
+    if found is None or not block.isascii():
         return None
-    name, digits, stop, checksum, blanks, kind, magic, prefix = _PLAIN.unpack(block)
-    if (
-        kind != b"0"
-        or prefix != b"\0"
-        or magic != b"ustar\x0000"
-        or stop not in _ENDS
-        or blanks != b"\0 "
-        or not (digits + checksum).isdigit()
-    ):
+    key, extension, digits, checksum = found.groups()
+    size = int(digits, 8)
+    # The lower half of Adler-32 is one more than the sum of the bytes: of so few below 128 it
+    # stays below the modulus.
+    others = (adler32(block) & 0xFFFF) - (adler32(checksum) & 0xFFFF) - _BLANK
+    if others + _BLANKS != int(checksum, 8) or size > MAX_MEMBER_BYTES:
         return None
-    try:
-        size, claimed = int(digits, 8), int(checksum, 8)
-    except ValueError:
-        return None
-    if claimed != _sum(block, checksum + blanks) or size > MAX_MEMBER_BYTES:
-        return None
-    return name.partition(b"\0")[0], size
+    return key.decode(), extension.decode(), size
 
 
 def _read_member(view: memoryview, start: int) -> TarMember:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from msgspec.structs import asdict
 
 from kinodit.data.meta import (
     MAX_DURATION_S,
@@ -49,13 +50,13 @@ class _UsualMeta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     duration_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_DURATION_S)] = 0.0
     has_audio: bool = False
     sample_rate: Annotated[int, msgspec.Meta(ge=0, le=MAX_SAMPLE_RATE)] = 0
-    captions: tuple[_UsualCaption, ...] = ()
+    captions: list[_UsualCaption] = []
     scores: dict[str, float] = {}
     extra: dict[str, str] = {}
     source: str = ""
     licence: str = ""
     sha256: dict[str, str] = {}
-    references: Annotated[list[str], msgspec.Meta(max_length=MAX_REFERENCES)] = []
+    references: Annotated[tuple[str, ...], msgspec.Meta(max_length=MAX_REFERENCES)] = ()
 
 
 _USUAL = msgspec.json.Decoder(_UsualMeta)
@@ -70,11 +71,10 @@ def usual_meta(key: str, payload: bytes) -> RecordMeta | None:
         said = _USUAL.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    values = msgspec.structs.asdict(said)
+    values = asdict(said)
     if said.id is msgspec.UNSET:
         values["id"] = key
-    captions = [_made(Caption, msgspec.structs.asdict(caption)) for caption in said.captions]
-    values["captions"], values["references"] = tuple(captions), tuple(said.references)
+    values["captions"] = tuple([_made(Caption, asdict(caption)) for caption in said.captions])
     return _made(RecordMeta, values)
 
 
@@ -84,5 +84,5 @@ def _made(kind: type[T], values: dict[str, Any]) -> T:
     That sets one field after the other by a call, and takes as long as parsing the JSON does.
     """
     made = object.__new__(kind)
-    made.__dict__.update(values)
+    object.__setattr__(made, "__dict__", values)
     return made

@@ -72,8 +72,10 @@ def test_what_is_no_sample_is_refused_in_the_same_words(data: bytes, reason: str
     assert isinstance(found, str) and reason in found
 
 
-def test_a_sample_with_a_longer_header_is_read_all_the_same() -> None:
-    key = "k" * 120
+@pytest.mark.parametrize("length", [95, 96, 97, 120])
+def test_a_name_that_fills_its_field_or_needs_another_is_read_all_the_same(length: int) -> None:
+    """Of 100 bytes, `KEY.png` has 99 with a byte of zero behind it, or 100 with the mode there."""
+    key = "k" * length
     data = sample_bytes({"__key__": key, "png": PICTURE})
     found = assert_judged_alike(data)
     assert isinstance(found, Record) and found.key == key

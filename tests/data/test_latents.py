@@ -223,7 +223,7 @@ def test_posteriors_are_drawn_anew_in_every_step_and_alike_from_a_cache() -> Non
     drawn = []
     for step in range(4):
         (raw,) = encoder.encode([sample(step)])
-        cached = replace(sample(step), video=None, encoded=restored)
+        cached = sample(step)._replace(video=None, encoded=restored)
         (ours,) = SampleEncoder(Encoders(codec, codec), 7, 0.0).encode([cached])
         assert torch.equal(ours.latents["video"], raw.latents["video"])
         assert torch.equal(ours.text["text"], raw.text["text"])

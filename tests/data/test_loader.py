@@ -76,7 +76,7 @@ def run(
 def assert_same(one: DecodedSample, other: DecodedSample) -> None:
     assert one.video is not None and other.video is not None
     assert torch.equal(one.video, other.video)
-    assert replace(one, video=None) == replace(other, video=None)
+    assert one._replace(video=None) == other._replace(video=None)
 
 
 def by_slot(steps: list[StepData]) -> dict[tuple[int, int], DecodedSample]:

@@ -95,16 +95,20 @@ def test_every_prefix_has_its_shares_to_within_one(weights: list[int]) -> None:
 
 def test_places_count_through_the_whole_run() -> None:
     mixed = mixture(shares_of([3.0, 1.0, 1.0]))
-    datasets, places = mixed.slots(0, 1000)
-    for dataset in range(3):
-        mine = [place for d, place in zip(datasets, places, strict=True) if d == dataset]
+
+    def slots(first: int, count: int) -> list[tuple[int, int]]:
+        datasets, periods, since = mixed.slots(first, count)
+        pairs = zip(datasets.tolist(), since.tolist(), strict=True)
+        return [(dataset, periods * mixed.shares[dataset] + place) for dataset, place in pairs]
+
+    found = slots(0, 1000)
+    for number in range(3):
+        mine = [place for dataset, place in found if dataset == number]
         assert mine == list(range(len(mine)))
-    late_datasets, late_places = mixed.slots(617, 50)
-    assert late_datasets.tolist() == datasets[617:667].tolist()
-    assert late_places == places[617:667]
+    assert slots(617, 50) == found[617:667]
     # Far beyond 64 bits, nothing is replayed.
-    _, far = mixed.slots(10**20, 5)
-    assert len(far) == 5
+    far = slots(5 * 10**20 + 617, 50)
+    assert far == [(d, mixed.shares[d] * 10**20 + place) for d, place in found[617:667]]
 
 
 @settings(deadline=None, max_examples=80)

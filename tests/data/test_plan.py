@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -38,6 +39,20 @@ def test_a_plan_is_the_same_whenever_and_in_whatever_order_it_is_made() -> None:
     backwards = [plan(spec(), step) for step in reversed(range(20))]
     assert forwards == backwards[::-1]
     assert len({batch.packs for batch in forwards}) == 20
+
+
+@pytest.mark.parametrize("samples", [7, 400, 1500])
+def test_a_plan_does_not_depend_on_what_is_drawn_with_it(samples: int) -> None:
+    shapes = ((1, 8, 8), (5, 16, 8))
+    sized = {"shapes": shapes, "shape_of": np.arange(31) % 2}
+    mixed = spec(
+        dataset("a", 31, weight=0.6, tokens=np.arange(1, 32), **sized), dataset("b", 500),
+        samples=samples, packs=2,
+    )  # fmt: skip
+    steps = [0, 1, 2, 145, 146, 147, 10**17]
+    together = [plan(mixed, step) for step in steps]
+    with patch("kinodit.data.plan.DRAWN_AT_ONCE", 1):
+        assert [plan(mixed, step) for step in steps] == together
 
 
 def test_every_sample_comes_once_in_every_epoch() -> None:

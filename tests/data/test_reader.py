@@ -65,6 +65,20 @@ def test_threads_share_a_reader_and_few_files_stay_open(dataset: Dataset) -> Non
     assert num_open_files() == before
 
 
+def test_a_file_is_closed_with_its_last_reader(dataset: Dataset) -> None:
+    first, second = (shard.file for shard in dataset.manifest.shards[:2])
+    files = ShardReader(dataset, max_open=1)._files
+    held = files.open(first)
+    descriptor = held.descriptor
+    assert files.get(first) is held is files.open(first)
+    files.open(second)
+    assert files.get(first) is None
+    assert os.pread(descriptor, 4, 0) == b"s000", "it is still being read"
+    del held
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 def test_a_missing_shard_is_named(dataset: Dataset) -> None:
     path, _, _ = dataset.locate(20)
     path.unlink()

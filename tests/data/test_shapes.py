@@ -151,7 +151,7 @@ def test_what_is_decoded_has_the_planned_size(dataset: Dataset, packing: str) ->
 def test_a_substitute_comes_in_its_own_size(dataset: Dataset) -> None:
     spec = plan_spec(config(dataset), {"mixed": dataset}, COST, seed=0)
     ref = SampleRef(0, "mixed", 1, 0, (13, 80, 16))
-    assert instead(spec, ref, 0) == replace(ref, index=0, shape=(17, 24, 80))
+    assert instead(spec, ref, 0) == ref._replace(index=0, shape=(17, 24, 80))
     found = substitute(spec, dataset, 0, ref, [1])
     assert (
         found.shape

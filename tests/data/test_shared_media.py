@@ -164,7 +164,7 @@ def hold(link: Connection, directory: Path, dp: tuple[int, int], folder: str) ->
         now = next(loader)
     # Steps ahead are loaded, too, before anything is measured.
     for step in loader._ahead:
-        step.packs()
+        step.loaded()
     link.send(0)
     link.recv()
     gc.collect()

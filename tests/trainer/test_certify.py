@@ -23,6 +23,7 @@ from kinodit.models.attention import fits_flash
 from kinodit.models.config import MMDiTConfig
 from kinodit.models.errors import ConfigError
 from kinodit.models.mmdit import MMDiT
+from kinodit.models.moe.tally import NUM_OTHERS
 from kinodit.models.presets import PRESETS
 from kinodit.models.rope import RopeConfig
 from kinodit.trainer.certify import StepOutcome, compare
@@ -496,3 +497,19 @@ def test_devices_that_are_not_there_are_counted(capsys: pytest.CaptureFixture[st
     code = cli.main(["certify", recipe, "--device", "cuda", "--layouts", "tp=999"])
     assert code == 2
     assert "the layouts need 999 devices" in capsys.readouterr().err
+
+
+def test_a_token_may_go_to_another_expert_than_in_any_rerun_and_no_crowd() -> None:
+    def routed(moved: int) -> Trace:
+        """[E] 10 choices each of 4 experts in the last step, `moved` of them to the next."""
+        counts = np.array([10.0 - moved, 10.0 + moved, 10.0, 10.0])
+        made = traces()[0]
+        made.loads = [{"layer": np.concatenate([counts, np.ones(4), np.zeros(NUM_OTHERS)])}]
+        for kept in (made.parameters, made.averages):
+            kept["layer.router.load"] = counts / counts.sum()
+        return made
+
+    same = [routed(0)] * 5
+    assert compare_in_band(routed(0), same, [routed(1)]).ok
+    assert compare_in_band(routed(0), same, [routed(4)]).noise_ratio == pytest.approx(4.0)
+    assert len(compare_in_band(routed(0), same, [routed(5)]).faults) == 2

@@ -7,11 +7,13 @@ be at most WIDTH times as far from the reference as the farthest of these is, te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
 
+from kinodit.models.moe.tally import NUM_OTHERS
 from kinodit.trainer.certify.trace import Array, Trace
 from kinodit.trainer.certify.verdict import Verdict, draw_faults, tensor_errors
 
@@ -30,12 +32,14 @@ def compare_in_band(
 
     reach: how far the optimizer can carry one number. Adam moves a number by its rate whatever the
     size of its gradient, so one whose gradient is 0 but for rounding may go either way: parameters
-    and averages may be off by that of one number, seen or not among the perturbed.
+    and averages may be off by that of one number, seen or not among the perturbed. So may the load
+    of a layer's experts by the choice of one token, whose best experts may score alike.
 
     Losses are compared as tensors of one number. `noise_ratio` of the verdict is the largest
     distance over the spread that it is compared with.
     """
     faults = [*draw_faults(reference, candidates)]
+    choices = _one_choice(reference)
     worst = {"losses": 0.0, **dict.fromkeys(KINDS, 0.0)}
     for rank, candidate in enumerate(candidates):
         for kind in worst:
@@ -44,6 +48,7 @@ def compare_in_band(
                 [_tensors(one, kind) for one in perturbed],
                 _tensors(candidate, kind),
                 reach if kind in ("parameters", "averages") else 0.0,
+                choices,
             )
             worst[kind] = max(worst[kind], *ratios.values())
             wrong = [name for name, ratio in ratios.items() if not ratio <= WIDTH]
@@ -73,10 +78,11 @@ def noise_ratios(
     perturbed: Sequence[Mapping[str, Array]],
     found: Mapping[str, Array],
     least: float = 0.0,
+    units: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """tensor -> its distance from the reference over the spread of the perturbed ones, in norms.
 
-    A spread counts as `least` at least.
+    A spread counts as `least` at least, and as the tensor's own of `units`, if it has one.
     """
     norms = {name: float(np.linalg.norm(value)) for name, value in reference.items()}
     floor = max(least, FLOOR * max(norms.values()))
@@ -88,8 +94,20 @@ def noise_ratios(
             ratios[name] = float("inf")
             continue
         distance = float(np.linalg.norm(other - value))
-        ratios[name] = distance / max(spread, floor) if np.isfinite(distance) else float("inf")
+        allowed = max(spread, floor, (units or {}).get(name, 0.0))
+        ratios[name] = distance / allowed if np.isfinite(distance) else float("inf")
     return ratios
+
+
+def _one_choice(reference: Trace) -> dict[str, float]:
+    """What one token that goes to another expert moves in the load of each layer, as a norm."""
+    units = {}
+    for layer, tally in reference.loads[-1].items() if reference.loads else ():
+        load = reference.parameters.get(f"{layer}.router.load")
+        if load is not None:
+            num_choices = float(tally[: len(tally) - len(load) - NUM_OTHERS].sum())
+            units[f"{layer}.router.load"] = math.sqrt(2.0) / max(num_choices, 1.0)
+    return units
 
 
 def _tensors(trace: Trace, kind: str) -> Mapping[str, Array]:

@@ -10,6 +10,7 @@ import pytest
 Import = Callable[[str], Any]
 
 
+@pytest.mark.slow
 def test_every_rank_has_its_share(benchmark_module: Import) -> None:
     state = benchmark_module("state")
     presets = state.large_presets()

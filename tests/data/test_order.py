@@ -111,7 +111,7 @@ def test_places_count_through_the_whole_run() -> None:
     assert far == [(d, mixed.shares[d] * 10**20 + place) for d, place in found[617:667]]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 @given(size=st.integers(1, 2000), chunk=st.integers(1, 90), group=st.integers(1, 6))
 def test_blocks_are_a_permutation_too(size: int, chunk: int, group: int) -> None:
     places = np.arange(size, dtype=np.uint64)

@@ -146,7 +146,7 @@ def test_packs_are_balanced_by_tokens() -> None:
         assert [ref.slot for ref in pack] == sorted(ref.slot for ref in pack)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     costs=st.lists(st.integers(1, 50), min_size=1, max_size=12),
     more=st.lists(st.integers(1, 90), min_size=1, max_size=5),

@@ -70,6 +70,7 @@ def evaluate(rank: int, world_size: int, run_dir: Path) -> None:
     evaluate_run(run_dir, load_run(run_dir), wanted, topology, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_figures_are_the_same_bits_on_any_number_of_ranks(
     run_dir: Path, two: Ranks, monkeypatch: pytest.MonkeyPatch

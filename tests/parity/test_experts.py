@@ -199,7 +199,7 @@ def check_layout(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", quick(LAYOUTS, "fsdp2", "tp2", "ep2 x tp2"))
+@pytest.mark.parametrize("name", quick(LAYOUTS, "fsdp2", "ep2 x tp2"))
 def test_layout(name: str, groups: dict[int, Ranks], reference: Routed) -> None:
     check_layout(LAYOUTS[name], groups, MODEL, reference)
 
@@ -239,7 +239,8 @@ def by_noise() -> Routed:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", quick(LAYOUTS, "fsdp2"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_draws_of_experts_and_matches_with_a_prior(
     name: str, groups: dict[int, Ranks], by_noise: Routed
 ) -> None:

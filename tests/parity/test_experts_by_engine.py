@@ -53,7 +53,6 @@ ZERO_DEALT = [
     )
 ]
 FEW = [
-    ("zero2", AROUND),
     ("megatron-no-sp", SPLIT),
     DEALT[0],
     ("zero3", ParallelConfig(dp_shard=4, ep=2)),
@@ -108,7 +107,10 @@ def among_samples(
 
 @pytest.mark.parametrize(
     ("name", "parallel"),
-    quick([("megatron-no-sp", SPLIT), ("megatron-no-sp", BOTH_SHARED), FEW[1]], FEW[1]),
+    quick(
+        [("megatron-no-sp", SPLIT), ("megatron-no-sp", BOTH_SHARED), ("zero2", AROUND)],
+        ("zero2", AROUND),
+    ),
 )
 def test_choices_among_the_tokens_of_a_sample(
     name: str, parallel: ParallelConfig, groups: dict[int, Ranks]

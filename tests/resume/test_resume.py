@@ -115,7 +115,7 @@ def test_training_moves_every_tensor(recipe: Path, uninterrupted: Arrays) -> Non
 def test_four_ranks_resume_bit_equal(dp_replicate: int, recipe: Path, four: Ranks) -> None:
     whole, cut = f"four{dp_replicate}", f"four{dp_replicate}-cut"
     four.run(run_case, Start(recipe, whole, dp_replicate=dp_replicate))
-    for stop_after in (2, 1, 0):
+    for stop_after in (2, 0):
         four.run(run_case, Start(recipe, cut, stop_after, dp_replicate))
     assert_equal_bits(final_tensors(recipe, cut), final_tensors(recipe, whole))
     assert metrics(recipe, cut) == metrics(recipe, whole)

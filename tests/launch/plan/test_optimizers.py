@@ -35,6 +35,7 @@ def held(rank: int, world_size: int, parallel: ParallelConfig) -> list[int]:
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_ranks_hold_what_was_planned() -> None:
     parallel = ParallelConfig(dp_shard=2, tp=2)

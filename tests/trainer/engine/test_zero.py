@@ -180,7 +180,7 @@ def life(
 @pytest.mark.parametrize(
     "config",
     [
-        DeepSpeedConfig(stage=1),
+        pytest.param(DeepSpeedConfig(stage=1), marks=pytest.mark.slow),
         DeepSpeedConfig(stage=3),
         pytest.param(DeepSpeedConfig(stage=2), marks=pytest.mark.slow),
         pytest.param(DeepSpeedConfig(stage=3, hpz=2), marks=pytest.mark.slow),

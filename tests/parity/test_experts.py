@@ -254,14 +254,8 @@ def test_draws_and_matches_do_not_depend_on_packs_or_recomputation(by_noise: Rou
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(
-    "remat",
-    [
-        "full",
-        pytest.param("selective", marks=pytest.mark.slow),
-        pytest.param("offload", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "selective", "offload"])
 def test_remat_with_experts_on_several_ranks(
     remat: str, groups: dict[int, Ranks], reference: Routed
 ) -> None:
@@ -272,6 +266,7 @@ def test_remat_with_experts_on_several_ranks(
             check(found, reference.trace)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_experts_by_place(groups: dict[int, Ranks]) -> None:
     by_place = twin_of(tiny_model_config(num_heads=4, width=32, experts=BY_PLACE))

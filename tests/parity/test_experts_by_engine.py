@@ -107,10 +107,7 @@ def among_samples(
 
 @pytest.mark.parametrize(
     ("name", "parallel"),
-    quick(
-        [("megatron-no-sp", SPLIT), ("megatron-no-sp", BOTH_SHARED), ("zero2", AROUND)],
-        ("zero2", AROUND),
-    ),
+    quick([("megatron-no-sp", SPLIT), ("megatron-no-sp", BOTH_SHARED), ("zero2", AROUND)]),
 )
 def test_choices_among_the_tokens_of_a_sample(
     name: str, parallel: ParallelConfig, groups: dict[int, Ranks]

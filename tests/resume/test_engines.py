@@ -14,6 +14,7 @@ import pytest
 
 from tests.resume.journeys import FLOAT64, Legs, assert_as_alone, travel, undisturbed
 from tests.resume.test_resume import Start, final_tensors, metrics, run_case
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 
 pytestmark = [
@@ -109,7 +110,7 @@ def test_engines_take_over_experts_and_their_corrections(
     assert corrections and all(float(np.abs(x).max()) > 0 for x in corrections)
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", quick([1, 3]))
 def test_float32_masters_stay_within_the_stated_bound(
     stage: int, recipe: Path, groups: dict[int, Ranks]
 ) -> None:

@@ -143,7 +143,8 @@ def test_ranks_that_share_packs_resume_bit_equal(axes: str, recipe: Path, four: 
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("dp_replicate", quick([1, 4], 4))
+@pytest.mark.slow
+@pytest.mark.parametrize("dp_replicate", [1, 4])
 def test_evaluating_and_sampling_leave_training_alone(
     dp_replicate: int, recipe: Path, four: Ranks
 ) -> None:

@@ -130,6 +130,7 @@ def test_scalars_have_a_path_per_number() -> None:
     assert scalars(validation) == {"validation/bins/video/0.1": 0.7}
 
 
+@pytest.mark.slow
 def test_wandb_offline_run_reads_back(tmp_path: Path) -> None:
     run_dir = tmp_path / "kites"
     config = {"model": {"depth": 2}, "hub": {"api_key": "canary-in-config"}}

@@ -88,6 +88,7 @@ def test_a_layout_of_another_number_of_gpus_says_so() -> None:
     assert found.asked is not None and "= 3, but 2 process(es)" in found.asked.problem
 
 
+@pytest.mark.slow
 def test_less_memory_never_fits_more() -> None:
     fitting = [
         len(search(settings(PRESETS["2b"], 8, gib, 8), ParallelConfig(), RematConfig()).fitting)

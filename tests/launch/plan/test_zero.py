@@ -174,6 +174,7 @@ def settings_for(config: EngineConfig) -> Settings:
     )
 
 
+@pytest.mark.slow
 def test_layouts_of_zero_are_planned_as_its_own() -> None:
     """Higher stages hold less, and replicas are refused with the engine's own words."""
     parallel, remat = ParallelConfig(dp_shard=8), RematConfig("full")

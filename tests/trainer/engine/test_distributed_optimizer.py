@@ -131,6 +131,7 @@ def steps(rank: int, world_size: int, config: MegatronConfig, compute: str) -> d
     }
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_messages_overlap_and_change_nothing(two: Ranks) -> None:
     """From the second step on every bucket is on its way before the backward has ended."""

@@ -93,7 +93,8 @@ def trained(
 
 @needs_deepspeed
 @pytest.mark.gloo
-@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3, 2])
 def test_it_trains_as_in_memory_to_the_last_bit(stage: int, tmp_path: Path, two: Ranks) -> None:
     small = twin(load_config(ROOT / "configs" / "t2v_tiny.yaml"))
     disk = replace(ON_DISK if stage == 3 else ON_DISK_2, nvme_path=str(tmp_path))

@@ -57,7 +57,6 @@ FEW = [
     ("zero2", "tp=2", "float64"),
     ("zero1", "cp=2,ring=2", "float64"),
     ("zero1", "dp_shard=2", "bfloat16"),
-    ("zero3", "tp=2", "bfloat16"),
     ("zero2", "dp_shard=2,cp=2", "float64"),
 ]
 

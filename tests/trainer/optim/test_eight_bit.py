@@ -124,7 +124,12 @@ def eight_bit_twin() -> Twin:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    "layout", [ParallelConfig(dp_shard=4), ParallelConfig(dp_replicate=2, dp_shard=2)], ids=str
+    "layout",
+    [
+        pytest.param(ParallelConfig(dp_shard=4), marks=pytest.mark.slow),
+        ParallelConfig(dp_replicate=2, dp_shard=2),
+    ],
+    ids=str,
 )
 def test_blocks_do_not_depend_on_the_layout(layout: ParallelConfig, four: Ranks) -> None:
     """In bfloat16, as there is no float64.

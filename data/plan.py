@@ -50,7 +50,7 @@ class SampleRef(NamedTuple):
 
     def key(self, step: int) -> SampleKey:
         """The key of every random draw for this sample in this step."""
-        return SampleKey(step, self.slot, f"{self.dataset}:{self.index}")
+        return SampleKey(step, self.slot, self.sample_id)
 
 
 @dataclass(frozen=True)

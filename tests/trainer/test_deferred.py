@@ -11,10 +11,9 @@ from kinodit.models.init import initialize
 from kinodit.models.mmdit import MMDiT
 from kinodit.models.moe.config import ExpertsConfig
 from kinodit.trainer.certify.trace import Array, whole
-from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.deferred import initial_values, materialize
-from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
-from kinodit.trainer.parallel.remat import RematConfig
+from kinodit.trainer.parallel.mesh import ParallelConfig
+from tests.support.laid_out import PARALLELS, SEED, laid_out
 from tests.support.ranks import Ranks
 from tests.support.synthetic import tiny_model_config
 
@@ -24,17 +23,13 @@ CONFIG = tiny_model_config(num_heads=4, modulation_rank=4, activation="swiglu", 
 
 
 def weights(rank: int, world_size: int, parallel: ParallelConfig) -> dict[str, Array]:
-    mesh = build_mesh(parallel, world_size, rank, CPU)
-    with torch.device("meta"):
-        model = MMDiT(CONFIG)
-    parallelize(model, mesh, parallel, PrecisionConfig(), RematConfig(), compile_blocks=False)
-    materialize(model, initial_values(3), CPU)
+    model = laid_out(rank, world_size, parallel, CONFIG)
     return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def expected() -> dict[str, Array]:
     model = MMDiT(CONFIG)
-    initialize(model, 3)
+    initialize(model, SEED)
     return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
@@ -44,17 +39,7 @@ def test_one_process_starts_from_them() -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(
-    "parallel",
-    [
-        ParallelConfig(),
-        ParallelConfig(dp_replicate=2),
-        ParallelConfig(tp=2),
-        ParallelConfig(tp=4),
-        ParallelConfig(tp=2, dp_replicate=2),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("parallel", PARALLELS, ids=str)
 def test_every_layout_starts_from_them(parallel: ParallelConfig, four: Ranks) -> None:
     known = expected()
     for found in four.run(weights, parallel):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import kinodit
+
+SETTLING_S = 0.003
+"""Gloo's threads let go of what they sent soon after it arrived, but wait for the interpreter."""
 
 
 class Watch(TorchDispatchMode):
@@ -34,6 +38,7 @@ class Watch(TorchDispatchMode):
         self._apart: set[int] = set()
         self._host: set[int] = set()
         self._counter = itertools.count()
+        self._sent = False
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Do not count the storages of these, before, now or later."""
@@ -76,6 +81,10 @@ class Watch(TorchDispatchMode):
         return number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._sent:
+            # Or what a message carried would count for as long as nobody yields to those threads.
+            time.sleep(SETTLING_S)
+        self._sent = func.namespace == "c10d"
         made = func(*args, **(kwargs or {}))
         if _is_of_fsdp():
             # Its buffers, and the parameters and gradients that it copies into and out of them.

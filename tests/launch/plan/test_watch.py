@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -15,6 +18,7 @@ from kinodit.trainer.parallel.apply import model_blocks
 from kinodit.trainer.parallel.deferred import initial_values, materialize
 from kinodit.trainer.parallel.remat import RematConfig, apply_remat
 from tests.support.quick import quick
+from tests.support.ranks import Ranks
 
 MAX_DIFFERENCE = 0.02
 """Of the most bytes at once: torch's tracker lets go of one tensor of a block later."""
@@ -78,3 +82,18 @@ def test_what_is_kept_is_what_hooks_on_kept_tensors_see() -> None:
     total = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in known)
     assert loss.requires_grad
     assert level == pytest.approx(total, rel=MAX_KEPT_DIFFERENCE)
+
+
+def most_while_sending(rank: int, world_size: int, count: int, num_messages: int) -> int:
+    """The most bytes at once, of messages that nobody keeps; `count` numbers in each."""
+    with Watch() as watch:
+        for _ in range(num_messages):
+            dist.all_to_all_single(torch.empty(count), torch.ones(count))
+    return watch.peak()
+
+
+@pytest.mark.gloo
+def test_what_was_sent_counts_no_longer_than_it_is_held() -> None:
+    """Threads that send let go of a message when they can, which must not decide a peak."""
+    with closing(Ranks(2)) as ranks:
+        assert ranks.run(most_while_sending, 1000, 100) == [2 * 4000] * 2

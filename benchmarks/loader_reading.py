@@ -46,6 +46,7 @@ import numpy as np
 import torch
 from goals import Goal, Row, goal_of
 from loader_rivals import BATCH, TAKEN, by_energon, by_webdataset, prepare_for_energon
+from msgspec import structs
 
 from kinodit.data import fork_server
 from kinodit.data.config import DataConfig, DatasetConfig, DecodeConfig
@@ -168,7 +169,7 @@ def write_more(folder: Path, records: list[Record]) -> Dataset:
         for turn in range(10):
             for record in records:
                 key = f"{record.key}-{turn}"
-                writer.write(Record(key, replace(record.meta, id=key), record.members))
+                writer.write(Record(key, structs.replace(record.meta, id=key), record.members))
     return Dataset(folder)
 
 

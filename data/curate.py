@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
+from msgspec import structs
 
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, too_slow
@@ -187,7 +188,9 @@ def _scored(record: Record, said: dict[str, Any]) -> Record:
         extra["cuts_s"] = " ".join(f"{time_s:.3f}" for time_s in said["cuts_s"])
     facts = {part.name: getattr(checked, part.name) for part in fields(MediumFacts)}
     scores = {**record.meta.scores, **checked.scores}
-    return replace(record, meta=replace(record.meta, **facts, scores=scores, extra=extra))
+    return structs.replace(
+        record, meta=structs.replace(record.meta, **facts, scores=scores, extra=extra)
+    )
 
 
 @lru_cache(1)

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from kinodit.data.colour import Planes
@@ -78,7 +79,7 @@ class DecodedMedia:
         return planes + sum(x.numel() * x.element_size() for x in whole)
 
 
-class DecodedSample(NamedTuple):
+class DecodedSample(Struct, frozen=True, gc=False):
     """One sample of a step, ready to be encoded.
 
     key:     of every random draw for it in this step

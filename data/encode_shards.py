@@ -12,10 +12,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from kinodit.data.latents import CacheHeader, Encoded, Origin, StaleCacheError
@@ -100,7 +101,7 @@ class _CacheShard:
     def add(self, index: int, key: str, meta: RecordMeta, encoded: Encoded) -> None:
         """Appends what sample `index` was encoded to."""
         # The digests are of members that are not here.
-        record = Record(key, replace(meta, sha256={}), encoded.to_members(meta))
+        record = Record(key, structs.replace(meta, sha256={}), encoded.to_members(meta))
         self._file.append(record, sample_bytes(encode_record(record)))
         self.present.append(index)
 

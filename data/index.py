@@ -142,19 +142,20 @@ def _usual_members(buffer: bytes) -> tuple[str, dict[str, bytes]] | None:
     None for all else, of which `spans` judges.
     """
     found: dict[str, bytes] = {}
-    key, offset, end = "", 0, len(buffer)
+    key, offset, end = b"", 0, len(buffer)
     while offset < end:
         data = offset + BLOCK
         header = plain_header(buffer[offset:data])
         if header is None:
             return None
-        stem, extension, size = header
+        stem, name, size = header
+        extension = name.decode()
         offset = data + -(-size // BLOCK) * BLOCK
         if (found and stem != key) or extension in found or offset > end:
             return None
         key = stem
         found[extension] = buffer[data : data + size]
-    return (key, found) if found else None
+    return (key.decode(), found) if found else None
 
 
 def read_span(buffer: bytes | memoryview, span: Span) -> Record:

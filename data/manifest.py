@@ -262,12 +262,15 @@ class Dataset:
         row = _ROW.unpack_from(self._index(shard), within * _ROW.size)
         return self.manifest.shards[shard], Row._make(row)
 
+    def shard_of(self, index: int) -> ShardEntry:
+        """The shard that holds sample `index`. Raises IndexError outside 0 to len - 1."""
+        return self.manifest.shards[self._place(index)[0]]
+
     def place(self, index: int) -> tuple[ShardEntry, int, int, int]:
         """(shard, first byte, number of bytes, CRC-32 of them) of sample `index`: to read it."""
-        shard, within = self._place(index)
-        return self.manifest.shards[shard], *_PLACE.unpack_from(
-            self._index(shard), within * _PLACE.size
-        )
+        number, within = self._place(index)
+        offset, size, crc = _PLACE.unpack_from(self._index(number), within * _PLACE.size)
+        return self.manifest.shards[number], offset, size, crc
 
     def place_of(self, shard: ShardEntry) -> str:
         """Path or URL of a shard."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NoReturn, cast
+from typing import Annotated, Any, Literal, NoReturn, cast
+
+from msgspec import Meta, Struct, field, structs
 
 from kinodit.models.errors import UserError
 
@@ -26,43 +27,47 @@ class RecordError(UserError):
     """A sample that breaks the record contract; the message names its key and the field."""
 
 
-@dataclass(frozen=True)
-class Caption:
+class Caption(Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One description of a sample. `weight` is its share when one of several is drawn."""
 
     text: str
     lang: str = "en"
     source: str = ""
-    weight: float = 1.0
+    weight: Annotated[float, Meta(ge=0)] = 1.0
 
 
-@dataclass(frozen=True)
-class RecordMeta:
+_Side = Annotated[int, Meta(ge=0, le=MAX_SIDE)]
+
+
+class RecordMeta(
+    Struct, frozen=True, forbid_unknown_fields=True, gc=False, tag_field="schema", tag=SCHEMA
+):
     """`KEY.json`, version 1. A zero in `width` ... `sample_rate` means "none or not known".
 
     fps is frames per second, duration_s seconds, sample_rate Hz (of the sound). `scores` are
     numbers to filter on (motion, aesthetic, onset_s, ...), `extra` are strings that describe the
     sample's origin, `sha256` maps a member name to the hex digest of its bytes. `references` are
     the captions of the reference pictures in their order, "" for one without.
+
+    Bounds hold for what is read, not for what is made here.
     """
 
     id: str
     modality: Modality
-    width: int = 0
-    height: int = 0
-    fps: float = 0.0
-    num_frames: int = 0
-    duration_s: float = 0.0
+    width: _Side = 0
+    height: _Side = 0
+    fps: Annotated[float, Meta(ge=0, le=MAX_FPS)] = 0.0
+    num_frames: Annotated[int, Meta(ge=0, le=MAX_FRAMES)] = 0
+    duration_s: Annotated[float, Meta(ge=0, le=MAX_DURATION_S)] = 0.0
     has_audio: bool = False
-    sample_rate: int = 0
+    sample_rate: Annotated[int, Meta(ge=0, le=MAX_SAMPLE_RATE)] = 0
     captions: tuple[Caption, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
     source: str = ""
     licence: str = ""
     sha256: dict[str, str] = field(default_factory=dict)
-    references: tuple[str, ...] = ()
-    schema: int = SCHEMA
+    references: Annotated[tuple[str, ...], Meta(max_length=MAX_REFERENCES)] = ()
 
     @property
     def is_probed(self) -> bool:
@@ -73,8 +78,14 @@ class RecordMeta:
         return known_size and (self.modality == "image" or self.num_frames > 0)
 
 
-KNOWN_FIELDS = frozenset(item.name for item in fields(RecordMeta))
-CAPTION_FIELDS = frozenset(item.name for item in fields(Caption))
+KNOWN_FIELDS = frozenset({"schema", *RecordMeta.__struct_fields__})
+CAPTION_FIELDS = frozenset(Caption.__struct_fields__)
+
+
+def document_of(meta: RecordMeta) -> dict[str, Any]:
+    """The JSON object that `parse_meta` makes `meta` of."""
+    captions = [structs.asdict(caption) for caption in meta.captions]
+    return {"schema": SCHEMA, **structs.asdict(meta), "captions": captions}
 
 
 def parse_meta(key: str, document: Mapping[str, Any]) -> RecordMeta:

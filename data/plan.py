@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from kinodit.data.fill import Packs, balanced, by_class, cost_of, split_rounds, within_budget
@@ -23,11 +23,11 @@ from kinodit.data.spec import DatasetSpec, PlanError, PlanSpec
 from kinodit.models.random import KeyPart
 from kinodit.models.tokens import SampleKey
 
-DRAWN_AT_ONCE = 1024
+DRAWN_AT_ONCE = 4096
 """Slots that are drawn together, about."""
 
 
-class SampleRef(NamedTuple):
+class SampleRef(Struct, frozen=True, gc=False):
     """One sample of a step.
 
     slot:    its place in the global batch, 0 to samples_per_step - 1
@@ -39,7 +39,7 @@ class SampleRef(NamedTuple):
 
     slot: int
     dataset: str
-    index: int  # type: ignore[assignment]  # nobody looks for a value in it
+    index: int
     epoch: int
     shape: Shape | None = None
 
@@ -149,7 +149,9 @@ def _window(spec: PlanSpec, window: int) -> tuple[GlobalBatch, ...]:
 def _renumbered(batch: GlobalBatch) -> GlobalBatch:
     """The batch with slots from 0, in the order in which the samples were drawn."""
     place = {s: n for n, s in enumerate(sorted(r.slot for pack in batch.packs for r in pack))}
-    packs = tuple(tuple(ref._replace(slot=place[ref.slot]) for ref in pack) for pack in batch.packs)
+    packs = tuple(
+        tuple(structs.replace(ref, slot=place[ref.slot]) for ref in pack) for pack in batch.packs
+    )
     return replace(batch, packs=packs)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec import structs
 
 from kinodit.data.container import DEMUXERS, DecodeError, codec_of, opened
 from kinodit.data.record import MAX_SIDE, MEDIA_MEMBERS, Modality, RecordMeta
@@ -58,7 +60,7 @@ def probe(extension: str, data: bytes) -> MediumFacts:
 
 def with_facts(meta: RecordMeta, facts: MediumFacts) -> RecordMeta:
     """`meta` with size, length and sound as probed."""
-    return replace(meta, **vars(facts))
+    return structs.replace(meta, **vars(facts))
 
 
 def _probe_image(data: bytes) -> MediumFacts:

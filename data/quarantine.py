@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from kinodit.data.config import QuarantineConfig
@@ -126,8 +127,9 @@ def instead(spec: PlanSpec, ref: SampleRef, index: int) -> SampleRef:
     """`ref` with another sample of its dataset, in that one's size."""
     part = next(item for item in spec.datasets if item.name == ref.dataset)
     if part.shape_of is None:
-        return ref._replace(index=index)
-    return ref._replace(index=index, shape=part.shapes[part.shape_of[_position(part, index)]])
+        return structs.replace(ref, index=index)
+    shape = part.shapes[part.shape_of[_position(part, index)]]
+    return structs.replace(ref, index=index, shape=shape)
 
 
 def _cheaper(part: DatasetSpec, positions: NDArray[np.int64], cost: int) -> list[int]:

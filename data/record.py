@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn, cast
+
+from msgspec import Struct, structs
 
 from kinodit.data.foreign import foreign_meta, require_success
 from kinodit.data.meta import (
@@ -25,8 +26,10 @@ from kinodit.data.meta import (
     Modality,
     RecordError,
     RecordMeta,
+    document_of,
     parse_meta,
 )
+from kinodit.data.usual_meta import usual_meta
 
 __all__ = [
     "MAX_SIDE",
@@ -41,15 +44,6 @@ __all__ = [
     "parse_meta",
     "parse_record",
 ]
-
-try:
-    from kinodit.data.usual_meta import usual_meta
-except ImportError:
-    # msgspec has no build here: every record is parsed the slow way, to the same.
-    def usual_meta(key: str, payload: bytes) -> RecordMeta | None:
-        """None: `parse_meta` takes them all."""
-        return None
-
 
 MEDIA_MEMBERS: Mapping[Modality, tuple[str, ...]] = {
     "video": ("mp4", "webm"),
@@ -77,8 +71,7 @@ _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.?)*"?|[\[\]{}]', re.DOTALL)
 """Strings, in which brackets mean nothing, and brackets."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Struct, frozen=True, gc=False):
     """One sample: `members` maps an extension ("mp4", "latent.safetensors") to its bytes.
 
     `json` and `txt` are not among the members: they are `meta`.
@@ -147,7 +140,7 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
                 f"sample {key!r}: member {name!r} has {size} bytes; {limit} are allowed"
             )
     said = members.get("json")
-    meta = usual_meta(key, said) if said is not None else None
+    meta = usual_meta(said) if said is not None else None
     if meta is None:
         document = _parse_json(key, said) if said is not None else {}
         if "schema" in document:
@@ -164,11 +157,10 @@ def encode_record(record: Record) -> dict[str, str | bytes]:
 
     The same record gives the same bytes. Raises RecordError if it would not parse again.
     """
-    document = {item.name: getattr(record.meta, item.name) for item in fields(record.meta)}
+    document = document_of(record.meta)
     if not record.meta.references:
         # Records without any keep the bytes that they had before there were references.
         del document["references"]
-    document["captions"] = [vars(caption) for caption in record.meta.captions]
     try:
         text = json.dumps(
             document, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
@@ -263,7 +255,7 @@ def _foreign_meta(
         except UnicodeDecodeError as error:
             raise RecordError(f"sample {key!r}: its txt is not UTF-8: {error}") from error
     meta = foreign_meta(key, modality, text, document)
-    return replace(meta, references=("",) * len(_reference_members(members)))
+    return structs.replace(meta, references=("",) * len(_reference_members(members)))
 
 
 def _reference_members(members: Mapping[str, bytes]) -> list[str]:

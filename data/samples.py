@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from kinodit.data.at_work import AtWork
 from kinodit.data.cache import BoundedCache
@@ -41,7 +42,7 @@ class LoadError(UserError):
     """A sample that cannot be loaded; names the step, the sample, the shard and the reason."""
 
 
-class Loaded(NamedTuple):
+class Loaded(Struct, frozen=True, gc=False):
     """A sample, and the replacement that made it this one; None if it is what the plan asks for."""
 
     sample: DecodedSample
@@ -197,9 +198,10 @@ class SampleSource:
                 place = (encoded.fps, encoded.start_s, encoded.view)
                 return DecodedSample(key, ref, caption, None, None, *place, meta, encoded)
         if self._is_kept:
-            meta, media = self._kept(step, ref, key, config, window_u, crop_u)
+            made = self._kept(step, ref, key, config, window_u, crop_u)
         else:
-            meta, media = self._made(ref, config, window_u, crop_u)
+            made = self._made(ref, config, window_u, crop_u)
+        meta, media = made.meta, made.media
         # By their order: names cost as much as all the rest of making it.
         return DecodedSample(
             key, ref, self._caption(meta, key), media.video, media.audio, media.fps,
@@ -222,8 +224,8 @@ class SampleSource:
         record = self._readers[ref.dataset].read(ref.index)
 
         def place() -> str:
-            shard, _, _ = self._datasets[ref.dataset].span(ref.index)
-            return f"({ref.sample_id} in {shard.file})"
+            shard = self._datasets[ref.dataset].shard_of(ref.index)
+            return f"({ref.dataset}:{ref.index} in {shard.file})"
 
         media = self.decoders.decode(record, config, window_u, crop_u, place)
         return DecodedRecord(record.meta, media)

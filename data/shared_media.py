@@ -20,16 +20,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from kinodit.data.colour import Planes
 from kinodit.data.decode import DecodedMedia, View
-from kinodit.data.meta import RecordMeta, parse_meta
+from kinodit.data.meta import RecordMeta, document_of, parse_meta
 
 NUM_LOCKS = 64
 STALE_S = 86_400.0
@@ -37,7 +37,7 @@ ALIGNMENT = 64
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 
 
-class DecodedRecord(NamedTuple):
+class DecodedRecord(Struct, frozen=True, gc=False):
     """A record's metadata and what its medium was decoded to."""
 
     meta: RecordMeta
@@ -150,7 +150,7 @@ def _write(path: Path, made: DecodedRecord) -> None:
         arrays |= {"y": planes.y, "uv": planes.uv}
     there = {name: array for name, array in arrays.items() if array is not None}
     said: dict[str, Any] = {
-        "meta": asdict(made.meta),
+        "meta": document_of(made.meta),
         "fps": media.fps,
         "start_s": media.start_s,
         "view": [media.view.first, *media.view.crop],

@@ -20,10 +20,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kinodit.data.meta import CAPTION_FIELDS
 from kinodit.data.record import MEDIA_MEMBERS, Caption
 from kinodit.models.errors import UserError
 
@@ -291,11 +292,12 @@ def _captions(name: str, columns: Mapping[str, Any]) -> tuple[Caption, ...]:
     if not isinstance(found, list):
         raise SourceError(f"{name}: 'captions' must be a list")
     captions = []
-    allowed = {part.name for part in fields(Caption)}
     for item in found:
         parts = {"text": item} if isinstance(item, str) else item
-        if not isinstance(parts, dict) or set(parts) - allowed or "text" not in parts:
-            raise SourceError(f"{name}: a caption must be a string or an object of {allowed}")
+        if not isinstance(parts, dict) or set(parts) - CAPTION_FIELDS or "text" not in parts:
+            raise SourceError(
+                f"{name}: a caption must be a string or an object of {set(CAPTION_FIELDS)}"
+            )
         values = {"lang": str(columns.get("lang") or "en"), **parts}
         text = " ".join(str(values.pop("text")).split())
         if text:

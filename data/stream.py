@@ -93,6 +93,10 @@ class StreamedDataset(Dataset):
         """The stream as a whole, and what is planned for any sample, at the place it has there."""
         return self.manifest.shards[0], self._row._replace(offset=index)
 
+    def shard_of(self, index: int) -> ShardEntry:
+        """The stream as a whole."""
+        return self.manifest.shards[0]
+
     def pieces(self) -> Iterator[Piece]:
         """Rows that are all the same."""
         for first in range(0, len(self), PIECE_SAMPLES):

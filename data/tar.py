@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 from zlib import adler32
 
@@ -83,10 +84,10 @@ def _plain_member(view: memoryview, start: int) -> TarMember | None:
     end = data + -(-size // BLOCK) * BLOCK
     if end > len(view):
         return None
-    return TarMember(f"{key}.{extension}", start, data, size, end)
+    return TarMember(f"{key.decode()}.{extension.decode()}", start, data, size, end)
 
 
-def plain_header(block: bytes) -> tuple[str, str, int] | None:
+def plain_header(block: bytes) -> tuple[bytes, bytes, int] | None:
     """Key, extension and size of what nearly all members are: the file `KEY.EXTENSION`, USTAR.
 
     None for all else and for whatever is wrong, of which `_read_member` judges: reading a clip
@@ -96,13 +97,20 @@ def plain_header(block: bytes) -> tuple[str, str, int] | None:
     if found is None or not block.isascii():
         return None
     key, extension, digits, checksum = found.groups()
-    size = int(digits, 8)
-    # The lower half of Adler-32 is one more than the sum of the bytes: of so few below 128 it
-    # stays below the modulus.
-    others = (adler32(block) & 0xFFFF) - (adler32(checksum) & 0xFFFF) - _BLANK
-    if others + _BLANKS != int(checksum, 8) or size > MAX_MEMBER_BYTES:
+    if adler32(block) & 0xFFFF != _half_of_adler32(checksum):
         return None
-    return key.decode(), extension.decode(), size
+    size = int(digits, 8)
+    return None if size > MAX_MEMBER_BYTES else (key, extension, size)
+
+
+@lru_cache(1 << 14)
+def _half_of_adler32(checksum: bytes) -> int:
+    """The lower half of Adler-32 of a header with this checksum, six octal digits.
+
+    It is one more than the sum of the bytes: of so few below 128 it stays below the modulus. The
+    checksum takes its own field for blanks, and two of its eight bytes are a zero and a blank.
+    """
+    return 1 + int(checksum, 8) - _BLANKS + sum(checksum) + _BLANK
 
 
 def _read_member(view: memoryview, start: int) -> TarMember:

@@ -11,11 +11,13 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from msgspec import structs
 
 from kinodit.data.demo import bounce
 from kinodit.data.demo.clips import LICENCES, PARTS, Reel, Window, windows
@@ -235,7 +237,7 @@ class Studio:
         data = encode_image(made.picture, "png")
         record = _record(f"edit-{number:06d}", "png", data, made.caption, {}, extra)
         digests = {name: hashlib.sha256(part).hexdigest() for name, part in pictures.items()}
-        meta = replace(
+        meta = structs.replace(
             record.meta,
             references=made.captions,
             sha256={**record.meta.sha256, **digests},

@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from kinodit.data.manifest import Dataset
 from kinodit.data.record import Caption, Record, RecordMeta
@@ -132,6 +133,11 @@ def sound_record(key: str, data: bytes, seconds: float, extension: str = "flac")
         id=key, modality="audio", duration_s=seconds, has_audio=True, sample_rate=RATE
     )
     return Record(key, meta, {extension: data})
+
+
+def described(record: Record, **facts: Any) -> Record:
+    """The same record, of which other things are said."""
+    return structs.replace(record, meta=structs.replace(record.meta, **facts))
 
 
 def write_dataset(

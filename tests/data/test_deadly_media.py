@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from kinodit.data.config import DataConfig, DatasetConfig, DecodeConfig, QuarantineConfig
 from kinodit.data.curate import LIMITS, curate
@@ -72,7 +73,7 @@ def replaced(steps: list[StepData]) -> dict[tuple[int, int], Replacement]:
 def same(one: DecodedSample, other: DecodedSample) -> bool:
     assert one.video is not None and other.video is not None
     is_same = torch.equal(one.video, other.video)
-    return is_same and one._replace(video=None) == other._replace(video=None)
+    return is_same and structs.replace(one, video=None) == structs.replace(other, video=None)
 
 
 def is_bad(record: Any, *_: Any) -> bool:

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from PIL import Image, ImageOps
 
 from kinodit.data.colour import MATRICES, Planes
@@ -27,6 +28,7 @@ from tests.data.clips import (
     RATE,
     barcode,
     clip_bytes,
+    described,
     image_bytes,
     image_record,
     read_barcode,
@@ -68,7 +70,7 @@ def test_frames_are_exactly_those_of_the_window(fps: Fraction | int, extension: 
 
 
 def test_a_clip_whose_facts_are_unknown_is_decoded_by_what_the_file_says(clip: Record) -> None:
-    unknown = replace(clip, meta=replace(clip.meta, num_frames=0, fps=0.0, width=0, height=0))
+    unknown = described(clip, num_frames=0, fps=0.0, width=0, height=0)
     for u in US:
         assert numbers(decode(unknown, CONFIG, u)) == numbers(decode(clip, CONFIG, u))
     assert pick_view(unknown.meta, CONFIG, 0.5, (0.5, 0.5)) is None
@@ -219,7 +221,7 @@ def test_sound_after_a_seek_is_the_same_as_without(clip: Record) -> None:
 
 def test_sound_is_not_opened_unless_it_is_used(clip: Record) -> None:
     assert decode(clip, CONFIG).audio is None
-    silent = replace(clip, meta=replace(clip.meta, has_audio=False))
+    silent = described(clip, has_audio=False)
     assert decode(silent, replace(CONFIG, use_audio=True)).audio is None
 
 
@@ -256,7 +258,7 @@ def test_bits_do_not_depend_on_threads_or_on_what_was_decoded_before(clip: Recor
 
 
 def broken(record: Record, data: bytes) -> Record:
-    return replace(record, members=dict.fromkeys(record.members, data))
+    return structs.replace(record, members=dict.fromkeys(record.members, data))
 
 
 def test_what_cannot_be_decoded_is_named(clip: Record) -> None:
@@ -264,13 +266,11 @@ def test_what_cannot_be_decoded_is_named(clip: Record) -> None:
     cases: dict[str, Record] = {
         "damaged or not mp4": broken(clip, b"not a clip at all" * 50),
         "data are damaged|are damaged or not mp4": broken(clip, whole[: len(whole) // 2]),
-        "holds tensors only": replace(clip, members={"latent.safetensors": b""}),
+        "holds tensors only": structs.replace(clip, members={"latent.safetensors": b""}),
         "no stream can be found in it": broken(clip, whole.replace(b"trak", b"skip")),
-        "frames of it can be decoded, but frame": replace(
-            clip, meta=replace(clip.meta, num_frames=5000)
-        ),
-        "too few for 5 at 8 fps": replace(clip, meta=replace(clip.meta, num_frames=12)),
-        "no picture in it": broken(replace(clip, members={"mp4": b""}), _sound_in_mp4()),
+        "frames of it can be decoded, but frame": described(clip, num_frames=5000),
+        "too few for 5 at 8 fps": described(clip, num_frames=12),
+        "no picture in it": broken(structs.replace(clip, members={"mp4": b""}), _sound_in_mp4()),
     }
     for message, record in cases.items():
         with pytest.raises(DecodeError, match=message) as error:

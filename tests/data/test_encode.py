@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from kinodit.data.cache import BoundedCache
@@ -159,7 +160,7 @@ def test_latents_are_cached_by_what_was_decoded() -> None:
     encode, _, halves = encoder(latent_cache_mib=1)
     first, again = encode.encode([sample(1), sample(5)])
     assert halves.asked == 1 and torch.equal(first.latents["video"], again.latents["video"])
-    elsewhere = sample(1)._replace(view=View(3, (0.5, 0.5)), video=sample(2).video)
+    elsewhere = structs.replace(sample(1), view=View(3, (0.5, 0.5)), video=sample(2).video)
     (other,) = encode.encode([elsewhere])
     assert halves.asked == 2 and other.latents["video"].unique().tolist() == [2]
     plain, _, counted = encoder()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from kinodit.data.chosen import Chosen
@@ -106,7 +107,7 @@ def test_what_was_encoded_is_read_back(source: Dataset, tmp_path: Path) -> None:
     for index in range(COUNT):
         found = cache.read(index)
         assert found is not None and same(found[1], encoded(index, index % 2 == 1))
-        assert found[0] == replace(small_records(COUNT)[index].meta, sha256={})
+        assert found[0] == structs.replace(small_records(COUNT)[index].meta, sha256={})
     cache.close()
     assert validate(tmp_path / "c").problems == (), "a cache is a dataset like others"
 
@@ -223,7 +224,7 @@ def test_posteriors_are_drawn_anew_in_every_step_and_alike_from_a_cache() -> Non
     drawn = []
     for step in range(4):
         (raw,) = encoder.encode([sample(step)])
-        cached = sample(step)._replace(video=None, encoded=restored)
+        cached = structs.replace(sample(step), video=None, encoded=restored)
         (ours,) = SampleEncoder(Encoders(codec, codec), 7, 0.0).encode([cached])
         assert torch.equal(ours.latents["video"], raw.latents["video"])
         assert torch.equal(ours.text["text"], raw.text["text"])

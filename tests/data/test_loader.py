@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from kinodit.data import loader as loading
 from kinodit.data.at_work import AtWork
@@ -76,7 +76,7 @@ def run(
 def assert_same(one: DecodedSample, other: DecodedSample) -> None:
     assert one.video is not None and other.video is not None
     assert torch.equal(one.video, other.video)
-    assert one._replace(video=None) == other._replace(video=None)
+    assert structs.replace(one, video=None) == structs.replace(other, video=None)
 
 
 def by_slot(steps: list[StepData]) -> dict[tuple[int, int], DecodedSample]:
@@ -275,7 +275,7 @@ def test_a_broken_clip_ends_the_run_with_its_name(
     datasets: dict[str, Dataset], tmp_path: Path
 ) -> None:
     records = small_records(5)
-    records[2] = replace(records[2], members={"mp4": b"garbage" * 100})
+    records[2] = structs.replace(records[2], members={"mp4": b"garbage" * 100})
     broken = {"many": datasets["many"], "few": write_dataset(tmp_path / "few", records)}
     settings = config(broken, on_error="fail")
     with Loader(spec_of(broken, settings), broken, settings) as loader:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from msgspec import structs
 
 from kinodit.data.config import DataConfig, DatasetConfig
 from kinodit.data.loader import Loader
@@ -33,7 +33,7 @@ def test_memory_does_not_grow(tmp_path: Path, workers: Literal["threads", "proce
     """Every twentieth sample is damaged: faults and substitutes must not pile up either."""
     records = small_records(40)
     for number in (7, 27):
-        records[number] = replace(records[number], members={"mp4": b"garbage" * 100})
+        records[number] = structs.replace(records[number], members={"mp4": b"garbage" * 100})
     dataset = write_dataset(tmp_path / "clips", records)
     settings = DataConfig(
         datasets={"clips": DatasetConfig(str(dataset.directory))},

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from kinodit.data.chosen import Chosen
 from kinodit.data.config import DataConfig, DatasetConfig, DecodeConfig, QuarantineConfig
@@ -35,7 +36,7 @@ SETTINGS = DataConfig(
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """23 samples: one with garbage for a medium, one whose bytes changed after it was indexed."""
     records = small_records(23)
-    records[BAD[0]] = replace(records[BAD[0]], members={"mp4": b"garbage" * 100})
+    records[BAD[0]] = structs.replace(records[BAD[0]], members={"mp4": b"garbage" * 100})
     made = write_dataset(tmp_path_factory.mktemp("bad") / "clips", records)
     flip(made, BAD[1])
     return made
@@ -111,7 +112,7 @@ def test_ranks_threads_and_processes_take_the_same_substitutes(
         other = samples[key]
         assert sample.video is not None and other.video is not None
         assert torch.equal(sample.video, other.video)
-        assert sample._replace(video=None) == other._replace(video=None)
+        assert structs.replace(sample, video=None) == structs.replace(other, video=None)
 
 
 def test_a_shard_that_was_cut_off_costs_what_was_behind_the_cut(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_ranks_that_share_packs_settle_on_one_sample(dataset: Dataset) -> None:
 
 
 def test_a_place_is_given_up_after_so_many_attempts(tmp_path: Path) -> None:
-    records = [replace(r, members={"mp4": b"x" * 99}) for r in small_records(4)]
+    records = [structs.replace(r, members={"mp4": b"x" * 99}) for r in small_records(4)]
     bad = write_dataset(tmp_path / "clips", records)
     with pytest.raises(LoadError, match=r"3 samples in a row.*max_attempts is 3"):
         load(bad, quarantine=QuarantineConfig(max_attempts=3))

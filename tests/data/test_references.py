@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from PIL import Image
 
 from kinodit.data.captions import with_references
@@ -27,6 +28,7 @@ from kinodit.data.source import SourceError
 from kinodit.data.validate import validate
 from kinodit.data.worker import DecodeWorker
 from kinodit.models.encoders.base import Posterior
+from tests.data.clips import described
 from tests.data.shards import image_record, picture
 
 CONFIG = DecodeConfig(height=16, width=16, max_references=2)
@@ -36,7 +38,7 @@ def with_pictures(*pictures: bytes, **changes: object) -> Record:
     """An image with these reference pictures, numbered."""
     record = image_record(3, references=("",) * len(pictures), **changes)
     references = {f"ref{number}.png": data for number, data in enumerate(pictures)}
-    return replace(record, members={**record.members, **references})
+    return structs.replace(record, members={**record.members, **references})
 
 
 def again(record: Record) -> Record:
@@ -49,7 +51,7 @@ def again(record: Record) -> Record:
 
 def test_a_record_keeps_its_pictures_and_their_captions() -> None:
     record = with_pictures(picture(1), picture(2))
-    record = replace(record, meta=replace(record.meta, references=("a bell", "")))
+    record = described(record, references=("a bell", ""))
     found = again(record)
     assert found == record
     assert found.references == [("ref0.png", picture(1)), ("ref1.png", picture(2))]
@@ -263,11 +265,11 @@ def test_captions_of_pictures_come_first_by_their_numbers() -> None:
 
 def test_a_cache_keeps_what_pictures_were_encoded_to() -> None:
     record = with_pictures(picture(1), picture(2))
-    record = replace(record, meta=replace(record.meta, captions=()))
+    record = described(record, captions=())
     means = [torch.full((2, 1, 3, 3), float(number)) for number in range(3)]
     pictures = Posterior(means[1]), Posterior(means[2], means[0].clone())
     encoded = Encoded({"video": Posterior(means[0])}, {}, View(0, (0.5, 0.5)), 8.0, 0.0, pictures)
-    meta = replace(record.meta, sha256={})
+    meta = structs.replace(record.meta, sha256={})
     kept = again(Record(record.key, meta, encoded.to_members(meta)))
     found = Encoded.of(kept)
     assert list(found.latents) == ["video"] and len(found.references) == 2

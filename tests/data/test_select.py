@@ -17,7 +17,7 @@ from kinodit.data.select import check_epochs, open_datasets, plan_spec
 from kinodit.data.shapes import Grid
 from kinodit.data.spec import CostModel, PlanError, PlanSpec
 from kinodit.models.errors import ConfigError
-from tests.data.clips import small_records, sound_record, video_record, write_dataset
+from tests.data.clips import described, small_records, sound_record, video_record, write_dataset
 
 COST = CostModel(video_tokens=100, image_tokens=10, audio_tokens=7, text_tokens=3)
 
@@ -29,7 +29,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     clip = records[0].members["mp4"]
     records.append(video_record("longer", clip, 48, 24.0, has_audio=True, width=128))
     sound = sound_record("sound", b"", 5.0)
-    records.append(replace(sound, meta=replace(sound.meta, has_audio=False)))
+    records.append(described(sound, has_audio=False))
     return write_dataset(tmp_path_factory.mktemp("select") / "clips", records)
 
 

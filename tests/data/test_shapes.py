@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from kinodit.data.config import DataConfig, DatasetConfig, DecodeConfig
 from kinodit.data.loader import Loader
@@ -22,7 +23,14 @@ from kinodit.data.shapes import IMAGE, VIDEO, Grid, frames_at, grid_of, native_s
 from kinodit.data.spec import CostModel, PlanError
 from kinodit.data.window import num_window_starts
 from kinodit.models.errors import ConfigError
-from tests.data.clips import clip_bytes, image_bytes, image_record, video_record, write_dataset
+from tests.data.clips import (
+    clip_bytes,
+    described,
+    image_bytes,
+    image_record,
+    video_record,
+    write_dataset,
+)
 
 COUNT = st.integers(1, 4000)
 
@@ -151,7 +159,7 @@ def test_what_is_decoded_has_the_planned_size(dataset: Dataset, packing: str) ->
 def test_a_substitute_comes_in_its_own_size(dataset: Dataset) -> None:
     spec = plan_spec(config(dataset), {"mixed": dataset}, COST, seed=0)
     ref = SampleRef(0, "mixed", 1, 0, (13, 80, 16))
-    assert instead(spec, ref, 0) == ref._replace(index=0, shape=(17, 24, 80))
+    assert instead(spec, ref, 0) == structs.replace(ref, index=0, shape=(17, 24, 80))
     found = substitute(spec, dataset, 0, ref, [1])
     assert (
         found.shape
@@ -177,11 +185,11 @@ def test_a_clip_that_is_too_long_is_an_error_or_windowed(dataset: Dataset) -> No
 
 def test_unknown_sizes_are_refused(tmp_path: Path) -> None:
     record: Record = video_record("a", clip_bytes(9, 12), 9, 12.0)
-    unknown = replace(record, meta=replace(record.meta, width=0))
+    unknown = described(record, width=0)
     dataset = write_dataset(tmp_path / "unknown", [record, unknown_of(unknown)])
     with pytest.raises(PlanError, match=r"how large 1 of its 2 samples are .the first is sample 1"):
         plan_spec(config(dataset), {"mixed": dataset}, COST, seed=0)
 
 
 def unknown_of(record: Record) -> Record:
-    return replace(record, key="b")
+    return structs.replace(record, key="b")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError
@@ -74,7 +75,7 @@ def test_a_worker_gives_the_same_bits(worker: DecodeWorker, clip: Record) -> Non
             assert same(ours, decode(record, CONFIG, u, (u, 0.3))), record.key
     assert worker.num_started == 1
     with pytest.raises(DecodeError, match="sample 'clip', member 'mp4' cannot be decoded") as error:
-        worker.decode(replace(clip, members={"mp4": b"junk" * 99}), CONFIG, 0.0, (0.5, 0.5))
+        worker.decode(structs.replace(clip, members={"mp4": b"junk" * 99}), CONFIG, 0.0, (0.5, 0.5))
     assert error.value.key == "clip" and worker.num_started == 1
 
 
@@ -120,7 +121,7 @@ def test_a_request_too_large_for_the_socket_does_not_hang_either(
     hasty.decode(image_record("still", image_bytes("png")), config, 0.0, (0.5, 0.5))
     assert hasty.pid is not None
     os.kill(hasty.pid, signal.SIGSTOP)
-    large = replace(clip, members={"mp4": clip.members["mp4"] + bytes(8 << 20)})
+    large = structs.replace(clip, members={"mp4": clip.members["mp4"] + bytes(8 << 20)})
     # The send is cut short, the worker replaced, and the sample decoded there.
     assert hasty.decode(large, config, 0.3, (0.5, 0.5)).video is not None
     assert hasty.num_started == 2
@@ -131,7 +132,7 @@ def test_a_sample_that_crashes_its_decoder_twice_is_refused(
     worker: DecodeWorker, clip: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The record kills whoever unpickles it, as a defect in a decoder would.
-    deadly = replace(clip, key="deadly", members={"mp4": Deadly()})  # type: ignore[dict-item]
+    deadly = structs.replace(clip, key="deadly", members={"mp4": Deadly()})
     with pytest.raises(DecodeError, match="'deadly': its decoder crashed, and did so again"):
         worker.decode(deadly, CONFIG, 0.0, (0.5, 0.5))
     assert worker.num_started == 2
@@ -147,7 +148,7 @@ class Deadly:
 
 def test_a_fault_of_ours_keeps_its_stack(worker: DecodeWorker, clip: Record) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)a worker failed:.*Traceback.*decode"):
-        worker.decode(replace(clip, meta=None), CONFIG, 0.0, (0.5, 0.5))  # type: ignore[arg-type]
+        worker.decode(structs.replace(clip, meta=None), CONFIG, 0.0, (0.5, 0.5))
 
 
 def test_no_process_and_no_file_is_left(clip: Record) -> None:

@@ -86,7 +86,8 @@ def test_what_is_kept_is_what_hooks_on_kept_tensors_see() -> None:
 
 def most_while_sending(rank: int, world_size: int, count: int, num_messages: int) -> int:
     """The most bytes at once, of messages that nobody keeps; `count` numbers in each."""
-    with Watch() as watch:
+    watch = Watch()
+    with watch:
         for _ in range(num_messages):
             dist.all_to_all_single(torch.empty(count), torch.ones(count))
     return watch.peak()

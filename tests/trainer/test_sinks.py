@@ -297,7 +297,12 @@ def test_an_unreachable_server_is_one_warning(
     for step in range(100):
         sinks.metrics(train_row(step, 1.0))
     assert time.perf_counter() - start < 1.0
+    # A busy machine may take longer to find that nobody answers than the end of a run waits.
+    while not warnings_of(tmp_path) and time.perf_counter() - start < 60:
+        time.sleep(0.1)
+        step += 1
+        sinks.metrics(train_row(step, 1.0))
     sinks.close()
-    assert steps(tmp_path) == list(range(100))
+    assert steps(tmp_path) == list(range(step + 1))
     (event,) = read_rows(tmp_path / "events.jsonl")
     assert event is not None and "`wandb sync` uploads RUN/wandb later" in event["message"]

@@ -23,7 +23,7 @@ from kinodit.data.spec import DatasetSpec, PlanError, PlanSpec
 from kinodit.models.random import KeyPart
 from kinodit.models.tokens import SampleKey
 
-DRAWN_AT_ONCE = 4096
+DRAWN_AT_ONCE = 1024
 """Slots that are drawn together, about."""
 
 

@@ -50,6 +50,7 @@ def test_what_is_written_here_is_taken_and_is_the_same() -> None:
         {},
         {"scores": {"schema": 1.0}},
         {"scores": {"a": 0.5, "schema": 1, "z": 0.5}},
+        {"scores": {'my "schema': 1}},
         {"extra": {"schema": "1"}},
         {"source": ',"schema":1,', "licence": "schema"},
         {"captions": [{"text": '{"schema":1}'}]},

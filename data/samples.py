@@ -225,7 +225,7 @@ class SampleSource:
 
         def place() -> str:
             shard = self._datasets[ref.dataset].shard_of(ref.index)
-            return f"({ref.dataset}:{ref.index} in {shard.file})"
+            return f"({ref.sample_id} in {shard.file})"
 
         media = self.decoders.decode(record, config, window_u, crop_u, place)
         return DecodedRecord(record.meta, media)

@@ -296,7 +296,7 @@ def _captions(name: str, columns: Mapping[str, Any]) -> tuple[Caption, ...]:
         parts = {"text": item} if isinstance(item, str) else item
         if not isinstance(parts, dict) or set(parts) - CAPTION_FIELDS or "text" not in parts:
             raise SourceError(
-                f"{name}: a caption must be a string or an object of {set(CAPTION_FIELDS)}"
+                f"{name}: a caption must be a string or an object of {sorted(CAPTION_FIELDS)}"
             )
         values = {"lang": str(columns.get("lang") or "en"), **parts}
         text = " ".join(str(values.pop("text")).split())

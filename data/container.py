@@ -10,6 +10,7 @@ from fractions import Fraction
 from math import floor
 from typing import Any
 
+from kinodit.data.checksums import Bytes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.record import Record
 from kinodit.models.errors import MissingExtraError, UserError
@@ -54,7 +55,7 @@ class DecodeError(UserError):
 
 @contextmanager
 def open_medium(
-    record: Record, config: DecodeConfig, medium: tuple[str, bytes] | None = None
+    record: Record, config: DecodeConfig, medium: tuple[str, Bytes] | None = None
 ) -> Iterator[Any]:
     """The record's medium, or another one of its members, as an open `av` container.
 
@@ -92,7 +93,7 @@ def open_medium(
         ) from error
 
 
-def opened(payload: bytes, demuxer: str, **options: Any) -> Any:
+def opened(payload: Bytes, demuxer: str, **options: Any) -> Any:
     """A medium as an open `av.container.InputContainer`, read from memory and nowhere else.
 
     `demuxer` is FFmpeg's name of it, `options` those of `av.open`.
@@ -118,7 +119,7 @@ def opened(payload: bytes, demuxer: str, **options: Any) -> Any:
         raise DecodeError("no stream can be found in it: its header is damaged") from error
 
 
-def demuxer(name: str, payload: bytes) -> str:
+def demuxer(name: str, payload: Bytes) -> str:
     """FFmpeg's demuxer for a member: by its first bytes if they are known, else by its name."""
     for offset, signature, found in SIGNATURES:
         if payload[offset : offset + len(signature)] == signature:

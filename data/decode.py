@@ -15,6 +15,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from kinodit.data.checksums import Bytes
 from kinodit.data.colour import Planes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import (
@@ -165,7 +166,7 @@ def pick_view(meta: RecordMeta, config: DecodeConfig, window_u: float, crop_u: C
 
 
 def _decode_picture(
-    record: Record, config: DecodeConfig, crop: Crop, medium: tuple[str, bytes] | None = None
+    record: Record, config: DecodeConfig, crop: Crop, medium: tuple[str, Bytes] | None = None
 ) -> Tensor:
     """The record's picture, or another one of its members, [1, H, W, 3]."""
     with open_medium(record, config, medium) as container:

@@ -18,7 +18,8 @@ from kinodit.data.checksums import Digest, crc32
 from kinodit.data.foreign import FailedSampleError
 from kinodit.data.probe import MediumError, Probe, probe, with_facts
 from kinodit.data.record import MODALITIES, Modality, Record, RecordError, RecordMeta, parse_record
-from kinodit.data.tar import BLOCK, TarError, TarMember, members, plain_header
+from kinodit.data.tar import TarError, TarMember, members
+from kinodit.data.usual_record import usual_record
 from kinodit.models.errors import UserError
 
 MAX_SAMPLE_BYTES = (1 << 32) - 1
@@ -126,36 +127,18 @@ def spans(buffer: bytes | memoryview, *, whole: bool) -> Iterator[Span]:
 
 
 def read_sample(buffer: bytes) -> Record:
-    """The record of the one sample that `buffer` is. Raises TarError or RecordError."""
-    usual = _usual_members(buffer)
+    """The record of the one sample that `buffer` is. Raises TarError or RecordError.
+
+    Whoever has read these bytes has compared a checksum of them: that of the index, or those of the
+    headers, which of usual samples are not looked at again. Members may be views of `buffer`.
+    """
+    usual = usual_record(buffer)
     if usual is not None:
-        return parse_record(*usual)
+        return usual
     found = list(spans(buffer, whole=False))
     if len(found) != 1:
         raise RecordError(f"these bytes hold {len(found)} samples, not one")
     return read_span(buffer, found[0])
-
-
-def _usual_members(buffer: bytes) -> tuple[str, dict[str, bytes]] | None:
-    """Key and members of what nearly all are: one sample, with one plain header for each member.
-
-    None for all else, of which `spans` judges.
-    """
-    found: dict[str, bytes] = {}
-    key, offset, end = b"", 0, len(buffer)
-    while offset < end:
-        data = offset + BLOCK
-        header = plain_header(buffer[offset:data])
-        if header is None:
-            return None
-        stem, name, size = header
-        extension = name.decode()
-        offset = data + -(-size // BLOCK) * BLOCK
-        if (found and stem != key) or extension in found or offset > end:
-            return None
-        key = stem
-        found[extension] = buffer[data : data + size]
-    return (key.decode(), found) if found else None
 
 
 def read_span(buffer: bytes | memoryview, span: Span) -> Record:

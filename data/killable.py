@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import resource
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from kinodit.data.checksums import Bytes
 from kinodit.data.fork_server import ForkedProcess, Serve
 
 GRACE_S = 5.0
@@ -29,6 +30,19 @@ class HungError(Exception):
 
 class CrashedError(Exception):
     """The process died over a request, and so did the one that took its place."""
+
+
+def send_parts(link: Connection, request: object, parts: Sequence[Bytes]) -> None:
+    """`request` and media beside it, which are written from where they lie: nothing is copied."""
+    link.send((request, len(parts)))
+    for part in parts:
+        link.send_bytes(part)
+
+
+def receive_parts(link: Connection) -> tuple[Any, list[bytes]]:
+    """What `send_parts` wrote. Raises EOFError, OSError once the other end is closed."""
+    request, count = link.recv()
+    return request, [link.recv_bytes() for _ in range(count)]
 
 
 class KillableProcess:

@@ -82,8 +82,8 @@ class Encoded:
     def of(cls, record: Record) -> Encoded:
         """The inverse of `to_members`. Raises SampleError."""
         try:
-            latents = load_safetensors(record.members[LATENT])
-            texts = load_safetensors(record.members[TEXT])
+            latents = load_safetensors(bytes(record.members[LATENT]))
+            texts = load_safetensors(bytes(record.members[TEXT]))
             first, row, column, fps, start_s = latents.pop("view").tolist()
             known = {
                 name: Posterior(latents[f"{name}.mean"], latents.get(f"{name}.logvar"))

@@ -33,20 +33,40 @@ def permute(positions: NDArray[np.uint64], size: int, *key: KeyPart) -> NDArray[
     finite domains", CT-RSA 2002, section 3). Fewer than two walks on average.
 
     Args:
-        positions: uint64, any shape, each below `size`.
+        positions: uint64 [n], each below `size`.
         size: how many things are permuted, at least 1 and at most 2**62.
         key: names the permutation, as in `kinodit.models.random.generator`.
 
     Returns:
-        uint64 of the same shape.
+        uint64 [n].
     """
+    return _permute(positions, size, _round_keys(key)[:, None])
+
+
+def permute_each(
+    positions: NDArray[np.uint64],
+    size: int,
+    keys: Sequence[tuple[KeyPart, ...]],
+    which: NDArray[np.int64],
+) -> NDArray[np.uint64]:
+    """As `permute`, of each position by the one of `keys` whose number `which` [n] has there."""
+    if len(keys) == 1:
+        return permute(positions, size, *keys[0])
+    return _permute(positions, size, np.stack([_round_keys(key) for key in keys], 1)[:, which])
+
+
+def _permute(
+    positions: NDArray[np.uint64], size: int, round_keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """[n]; `round_keys` are [rounds, n], or [rounds, 1] where they are those of all positions."""
     num_bits = max(2, (size - 1).bit_length())
-    round_keys = _round_keys(key)
     values = _feistel(positions, num_bits, round_keys)
-    outside = values >= size
-    while outside.any():
-        values[outside] = _feistel(values[outside], num_bits, round_keys)
-        outside = values >= size
+    outside = np.flatnonzero(values >= size)
+    while outside.size:
+        own = round_keys if round_keys.shape[1] == 1 else round_keys[:, outside]
+        walked = _feistel(values[outside], num_bits, own)
+        values[outside] = walked
+        outside = outside[walked >= size]
     return values
 
 
@@ -96,13 +116,15 @@ def permute_by_blocks(
 
 
 @lru_cache(maxsize=256)
-def _round_keys(key: tuple[KeyPart, ...]) -> tuple[np.uint64, ...]:
+def _round_keys(key: tuple[KeyPart, ...]) -> NDArray[np.uint64]:
     draws = generator(*key).integers(0, 2**64, size=NUM_ROUNDS, dtype=np.uint64)
-    return tuple(np.uint64(draw) for draw in draws)
+    # It is kept, and given to all who ask.
+    draws.flags.writeable = False
+    return draws
 
 
 def _feistel(
-    values: NDArray[np.uint64], num_bits: int, round_keys: Sequence[np.uint64]
+    values: NDArray[np.uint64], num_bits: int, round_keys: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
     """An alternating Feistel network: the halves may differ by a bit and swap widths each round."""
     narrow, wide = num_bits // 2, num_bits - num_bits // 2

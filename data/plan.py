@@ -17,7 +17,7 @@ from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from kinodit.data.fill import Packs, balanced, by_class, cost_of, split_rounds, within_budget
-from kinodit.data.order import permute, permute_by_blocks
+from kinodit.data.order import permute_by_blocks, permute_each
 from kinodit.data.shapes import Shape
 from kinodit.data.spec import DatasetSpec, PlanError, PlanSpec
 from kinodit.models.random import KeyPart
@@ -168,12 +168,24 @@ def assign(batch: GlobalBatch, dp_index: int, dp_size: int) -> tuple[tuple[Sampl
 
 
 def _shuffled(
-    dataset: DatasetSpec, positions: NDArray[np.uint64], *key: KeyPart
+    dataset: DatasetSpec,
+    positions: NDArray[np.uint64],
+    keys: Sequence[tuple[KeyPart, ...]],
+    which: NDArray[np.int64],
 ) -> NDArray[np.int64]:
+    """Where the permutations of an epoch each, of `keys` that of number `which`, send `positions`.
+
+    All [n]; small datasets have many epochs in what is drawn together.
+    """
     size = dataset.num_eligible
     if not dataset.chunk:
-        return permute(positions, size, *key).astype(np.int64)
-    found = permute_by_blocks(positions, size, dataset.chunk, dataset.block_chunks, *key)
+        return permute_each(positions, size, keys, which).astype(np.int64)
+    found = np.empty_like(positions)
+    for number, key in enumerate(keys):
+        now = which == number
+        found[now] = permute_by_blocks(
+            positions[now], size, dataset.chunk, dataset.block_chunks, *key
+        )
     return found.astype(np.int64)
 
 
@@ -195,16 +207,15 @@ def _draw(spec: PlanSpec, first: int, count: int) -> _Drawn:
         slots = np.flatnonzero(chosen == number)
         before, begun = divmod(periods * spec.mixture.shares[number], dataset.num_eligible)
         turns, within = np.divmod(begun + places[slots], dataset.num_eligible)
-        for turn in np.unique(turns).tolist():
-            epoch, now = before + turn, turns == turn
-            own = slots[now]
-            key = spec.seed, "order", dataset.name, epoch
-            drawn = _shuffled(dataset, within[now].astype(np.uint64), *key)
-            indices[own], tokens[own] = dataset.samples(drawn), dataset.tokens_at(drawn)
-            epochs[own] = epoch
-            if dataset.shape_of is not None:
-                for slot, row in zip(own.tolist(), dataset.shape_of[drawn].tolist(), strict=True):
-                    shapes[slot] = dataset.shapes[row]
+        found, which = np.unique(turns, return_inverse=True)
+        own_epochs = [before + turn for turn in found.tolist()]
+        keys = [(spec.seed, "order", dataset.name, epoch) for epoch in own_epochs]
+        drawn = _shuffled(dataset, within.astype(np.uint64), keys, which)
+        indices[slots], tokens[slots] = dataset.samples(drawn), dataset.tokens_at(drawn)
+        epochs[slots] = np.array(own_epochs, dtype=np.object_)[which]
+        if dataset.shape_of is not None:
+            for slot, row in zip(slots.tolist(), dataset.shape_of[drawn].tolist(), strict=True):
+                shapes[slot] = dataset.shapes[row]
     names = [spec.datasets[number].name for number in chosen.tolist()]
     costs = cost_of(tokens, spec.parity_tokens)
     return _Drawn(names, indices.tolist(), epochs.tolist(), shapes, tokens, costs)

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.checksums import Bytes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.decode import DecodeError
 from kinodit.data.manifest import Dataset
@@ -249,5 +250,5 @@ def _details(record: Record, meta: RecordMeta) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-def _data_uri(mime: str, data: bytes) -> str:
+def _data_uri(mime: str, data: Bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import structs
 
+from kinodit.data.checksums import Bytes
 from kinodit.data.container import DEMUXERS, DecodeError, codec_of, opened
 from kinodit.data.record import MAX_SIDE, MEDIA_MEMBERS, Modality, RecordMeta
 from kinodit.models.errors import MissingExtraError, UserError
@@ -34,7 +35,7 @@ class MediumFacts:
     sample_rate: int = 0
 
 
-Probe = Callable[[str, bytes], MediumFacts]
+Probe = Callable[[str, Bytes], MediumFacts]
 """Facts about a medium of an extension, as `probe` finds them: here, or in another process."""
 
 
@@ -46,7 +47,7 @@ def modality_of(extension: str) -> Modality:
     raise MediumError(f"{extension!r} is not the extension of a medium")
 
 
-def probe(extension: str, data: bytes) -> MediumFacts:
+def probe(extension: str, data: Bytes) -> MediumFacts:
     """Facts about a medium. All its packets are read, its first frame is decoded.
 
     Raises MediumError if it cannot be opened or decoded, if packets are missing from its end, or
@@ -63,7 +64,7 @@ def with_facts(meta: RecordMeta, facts: MediumFacts) -> RecordMeta:
     return structs.replace(meta, **vars(facts))
 
 
-def _probe_image(data: bytes) -> MediumFacts:
+def _probe_image(data: Bytes) -> MediumFacts:
     try:
         from PIL import Image
     except ImportError as error:
@@ -84,7 +85,7 @@ def _probe_image(data: bytes) -> MediumFacts:
         ) from error
 
 
-def _probe_container(extension: str, data: bytes, modality: Modality) -> MediumFacts:
+def _probe_container(extension: str, data: Bytes, modality: Modality) -> MediumFacts:
     try:
         import av
     except ImportError as error:

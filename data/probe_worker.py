@@ -7,7 +7,16 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 
-from kinodit.data.killable import Answer, CrashedError, HungError, KillableProcess, answers
+from kinodit.data.checksums import Bytes
+from kinodit.data.killable import (
+    Answer,
+    CrashedError,
+    HungError,
+    KillableProcess,
+    answers,
+    receive_parts,
+    send_parts,
+)
 from kinodit.data.probe import MediumError, MediumFacts, probe
 from kinodit.data.record import MAX_MEMBER_BYTES
 from kinodit.data.remux import remux
@@ -28,7 +37,7 @@ class ProbeWorker:
         self._limit_s = limit_s
         self._process = KillableProcess(_serve)
 
-    def probe(self, extension: str, data: bytes) -> MediumFacts:
+    def probe(self, extension: str, data: Bytes) -> MediumFacts:
         """As `kinodit.data.probe.probe`.
 
         Raises:
@@ -37,10 +46,10 @@ class ProbeWorker:
             UserError: PyAV or Pillow is not installed.
         """
         return MediumFacts(
-            **self._ask(lambda link, pid, is_new: link.send((extension, bytes(data), False)))
+            **self._ask(lambda link, pid, is_new: send_parts(link, (extension, False), [data]))
         )
 
-    def remux(self, data: bytes, demuxer: str) -> bytes:
+    def remux(self, data: Bytes, demuxer: str) -> bytes:
         """As `kinodit.data.remux.remux`.
 
         Raises:
@@ -54,7 +63,7 @@ class ProbeWorker:
                 # Its place is shared with the process, and one that died has moved it.
                 os.lseek(room, 0, os.SEEK_SET)
                 os.ftruncate(room, 0)
-                link.send((demuxer, bytes(data), True))
+                send_parts(link, (demuxer, True), [data])
                 send_handle(link, room, pid)
 
             self._ask(send)
@@ -94,7 +103,7 @@ def _serve(link: Connection) -> None:
 
 def _received(link: Connection) -> tuple[str, bytes, int]:
     """(extension or demuxer, medium, descriptor of where an mp4 is asked for, or -1)."""
-    name, data, is_remuxed = link.recv()
+    (name, is_remuxed), (data,) = receive_parts(link)
     return name, data, recv_handle(link) if is_remuxed else -1
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 
 from msgspec import Struct, structs
 
+from kinodit.data.checksums import Bytes
 from kinodit.data.foreign import foreign_meta, require_success
 from kinodit.data.meta import (
     MAX_REFERENCES,
@@ -74,15 +75,16 @@ _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.?)*"?|[\[\]{}]', re.DOTALL)
 class Record(Struct, frozen=True, gc=False):
     """One sample: `members` maps an extension ("mp4", "latent.safetensors") to its bytes.
 
+    A medium that was read from a shard is a view of the sample's bytes: nothing is copied.
     `json` and `txt` are not among the members: they are `meta`.
     """
 
     key: str
     meta: RecordMeta
-    members: dict[str, bytes]
+    members: Mapping[str, Bytes]
 
     @property
-    def medium(self) -> tuple[str, bytes] | None:
+    def medium(self) -> tuple[str, Bytes] | None:
         """(extension, bytes) of the medium; None if the record has tensors only."""
         for name in MEDIA_MEMBERS[self.meta.modality]:
             if name in self.members:
@@ -90,7 +92,7 @@ class Record(Struct, frozen=True, gc=False):
         return None
 
     @property
-    def references(self) -> list[tuple[str, bytes]]:
+    def references(self) -> list[tuple[str, Bytes]]:
         """(member name, bytes) of the reference pictures, in their order."""
         return [(name, self.members[name]) for name in _reference_members(self.members)]
 
@@ -118,7 +120,7 @@ def check_member(key: str, name: str) -> str:
     return name
 
 
-def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
+def parse_record(key: str, members: Mapping[str, Bytes]) -> Record:
     """The record of the members of one sample. Nothing is unpickled, decoded or hashed.
 
     A sample without `json`, or whose JSON has no `schema`, comes from another tool
@@ -140,9 +142,9 @@ def parse_record(key: str, members: Mapping[str, bytes]) -> Record:
                 f"sample {key!r}: member {name!r} has {size} bytes; {limit} are allowed"
             )
     said = members.get("json")
-    meta = usual_meta(said) if said is not None else None
+    meta = usual_meta(bytes(said)) if said is not None else None
     if meta is None:
-        document = _parse_json(key, said) if said is not None else {}
+        document = _parse_json(key, bytes(said)) if said is not None else {}
         if "schema" in document:
             meta = parse_meta(key, document)
         else:
@@ -167,7 +169,8 @@ def encode_record(record: Record) -> dict[str, str | bytes]:
         )
     except ValueError as error:
         raise RecordError(f"sample {record.key!r}: a number of its JSON is not finite") from error
-    members = {**record.members, "json": text.encode()}
+    members = {name: bytes(data) for name, data in record.members.items()}
+    members["json"] = text.encode()
     if record.meta.captions:
         members["txt"] = record.meta.captions[0].text.encode()
     parse_record(record.key, members)
@@ -237,7 +240,7 @@ def _is_deep(payload: bytes) -> bool:
 
 
 def _foreign_meta(
-    key: str, members: Mapping[str, bytes], document: Mapping[str, Any]
+    key: str, members: Mapping[str, Bytes], document: Mapping[str, Any]
 ) -> RecordMeta:
     require_success(key, document)
     for modality in MODALITIES:
@@ -251,19 +254,19 @@ def _foreign_meta(
     text = None
     if "txt" in members:
         try:
-            text = members["txt"].decode()
+            text = bytes(members["txt"]).decode()
         except UnicodeDecodeError as error:
             raise RecordError(f"sample {key!r}: its txt is not UTF-8: {error}") from error
     meta = foreign_meta(key, modality, text, document)
     return structs.replace(meta, references=("",) * len(_reference_members(members)))
 
 
-def _reference_members(members: Mapping[str, bytes]) -> list[str]:
+def _reference_members(members: Mapping[str, Bytes]) -> list[str]:
     """Names of the reference pictures, by number."""
     return sorted(name for name in members if REFERENCE_PATTERN.fullmatch(name))
 
 
-def _check_media(key: str, meta: RecordMeta, members: Mapping[str, bytes]) -> None:
+def _check_media(key: str, meta: RecordMeta, members: Mapping[str, Bytes]) -> None:
     allowed = MEDIA_MEMBERS[meta.modality]
     if len(members) == 1 and not meta.references and next(iter(members)) in allowed:
         return

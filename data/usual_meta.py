@@ -13,6 +13,8 @@ import msgspec
 from kinodit.data.meta import SCHEMA, RecordMeta
 
 _USUAL = msgspec.json.Decoder(RecordMeta)
+_OWN_SCHEMA = b',"schema":%d,' % SCHEMA
+"""As it is written here: fields by name, no blanks. Within a text its quotes are escaped."""
 _SCHEMA = re.compile(rb'"schema"\s*:\s*%d\s*[,}]' % SCHEMA)
 """A field of that name, or of one that ends so: then there is a backslash before it."""
 _BACKSLASH = ord("\\")
@@ -28,7 +30,8 @@ def usual_meta(payload: bytes) -> RecordMeta | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     # msgspec takes documents without a schema, which are not ours.
-    found = _SCHEMA.search(payload)
-    if found is None or payload[found.start() - 1] == _BACKSLASH or "schema" in said.scores:
-        return None
-    return said
+    if _OWN_SCHEMA not in payload:
+        found = _SCHEMA.search(payload)
+        if found is None or payload[found.start() - 1] == _BACKSLASH:
+            return None
+    return None if "schema" in said.scores else said

@@ -11,13 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from kinodit.data.colour import MATRICES, Planes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, too_slow
 from kinodit.data.decode import DecodedMedia, View, decode
-from kinodit.data.killable import Answer, CrashedError, HungError, KillableProcess, answers
+from kinodit.data.killable import (
+    Answer,
+    CrashedError,
+    HungError,
+    KillableProcess,
+    answers,
+    receive_parts,
+    send_parts,
+)
 from kinodit.data.picture import Crop
 from kinodit.data.record import Record
 from kinodit.data.sound import num_audio_samples
@@ -61,7 +70,9 @@ class DecodeWorker:
         def send(link: Connection, pid: int, is_new: bool) -> None:
             descriptor = self._room(config, is_new)
             try:
-                link.send((descriptor >= 0, record, config, window_u, crop_u))
+                said = structs.replace(record, members=dict.fromkeys(record.members, b""))
+                request = descriptor >= 0, said, config, window_u, crop_u
+                send_parts(link, request, list(record.members.values()))
                 if descriptor >= 0:
                     send_handle(link, descriptor, pid)
             finally:
@@ -168,12 +179,13 @@ def _serve(link: Connection) -> None:
 
     def receive(link: Connection) -> Any:
         nonlocal memory
-        is_new, *request = link.recv()
+        (is_new, said, *how), media = receive_parts(link)
         if is_new:
             descriptor = recv_handle(link)
             memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
             os.close(descriptor)
-        return request
+        members = dict(zip(said.members, media, strict=True))
+        return structs.replace(said, members=members), *how
 
     def work(request: Any) -> Answer:
         record, config, window_u, crop_u = request

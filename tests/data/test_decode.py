@@ -262,7 +262,7 @@ def broken(record: Record, data: bytes) -> Record:
 
 
 def test_what_cannot_be_decoded_is_named(clip: Record) -> None:
-    whole = clip.members["mp4"]
+    whole = bytes(clip.members["mp4"])
     cases: dict[str, Record] = {
         "damaged or not mp4": broken(clip, b"not a clip at all" * 50),
         "data are damaged|are damaged or not mp4": broken(clip, whole[: len(whole) // 2]),
@@ -282,7 +282,7 @@ def test_what_cannot_be_decoded_is_named(clip: Record) -> None:
 
 
 def test_a_codec_that_is_not_known_is_named(clip: Record) -> None:
-    strange = broken(clip, clip.members["mp4"].replace(b"avc1", b"zzz1"))
+    strange = broken(clip, bytes(clip.members["mp4"]).replace(b"avc1", b"zzz1"))
     with pytest.raises(DecodeError, match="codec of its video is not known"):
         decode(strange, CONFIG)
     sound = sound_bytes(0.5, 0, "wav")

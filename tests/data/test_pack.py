@@ -161,7 +161,7 @@ def test_other_containers_are_remuxed_without_encoding(
     path.with_suffix(".txt").write_text("bars")
     (record,) = packed(path.parent).values()
     assert (record.meta.num_frames, record.meta.has_audio) == (24, suffix != ".avi")
-    assert payloads(record.members["mp4"]) == payloads(path.read_bytes())
+    assert payloads(bytes(record.members["mp4"])) == payloads(path.read_bytes())
 
 
 def bad_folder(tmp_path: Path, clip: bytes) -> Path:

@@ -26,7 +26,7 @@ COST = CostModel(video_tokens=100, image_tokens=10, audio_tokens=7, text_tokens=
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """15 clips (one second at 12 fps) and images, one longer clip with sound, and one sound."""
     records = small_records(15)
-    clip = records[0].members["mp4"]
+    clip = bytes(records[0].members["mp4"])
     records.append(video_record("longer", clip, 48, 24.0, has_audio=True, width=128))
     sound = sound_record("sound", b"", 5.0)
     records.append(described(sound, has_audio=False))
@@ -132,7 +132,7 @@ def test_datasets_are_opened_by_name(dataset: Dataset) -> None:
 
 
 def test_foreign_shards_without_geometry_are_not_left_out(tmp_path: Path) -> None:
-    clip = small_records(1)[0].members["mp4"]
+    clip = bytes(small_records(1)[0].members["mp4"])
     unknown: list[Record] = [video_record("foreign", clip, 0, 0.0, width=0, height=0)]
     assert eligible(write_dataset(tmp_path / "clips", unknown), WhereConfig()) == [0]
 

@@ -121,7 +121,7 @@ def test_a_request_too_large_for_the_socket_does_not_hang_either(
     hasty.decode(image_record("still", image_bytes("png")), config, 0.0, (0.5, 0.5))
     assert hasty.pid is not None
     os.kill(hasty.pid, signal.SIGSTOP)
-    large = structs.replace(clip, members={"mp4": clip.members["mp4"] + bytes(8 << 20)})
+    large = structs.replace(clip, members={"mp4": bytes(clip.members["mp4"]) + bytes(8 << 20)})
     # The send is cut short, the worker replaced, and the sample decoded there.
     assert hasty.decode(large, config, 0.3, (0.5, 0.5)).video is not None
     assert hasty.num_started == 2
@@ -132,7 +132,7 @@ def test_a_sample_that_crashes_its_decoder_twice_is_refused(
     worker: DecodeWorker, clip: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The record kills whoever unpickles it, as a defect in a decoder would.
-    deadly = structs.replace(clip, key="deadly", members={"mp4": Deadly()})
+    deadly = structs.replace(clip, key="deadly", meta=Deadly())
     with pytest.raises(DecodeError, match="'deadly': its decoder crashed, and did so again"):
         worker.decode(deadly, CONFIG, 0.0, (0.5, 0.5))
     assert worker.num_started == 2

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,15 +213,14 @@ class Dataset:
         self._index = lru_cache(MAX_MAPPED)(
             partial(_map_index, self.directory, self.manifest.shards)
         )
-        self._ends: list[int] = []
-        total = 0
+        # The first sample of each shard, and how many there are in all.
+        self._firsts = [0]
         for shard in self.manifest.shards:
             self._check_sizes(shard)
-            total += shard.num_samples
-            self._ends.append(total)
-        for number in range(min(MAX_MAPPED, len(self._ends))):
+            self._firsts.append(self._firsts[-1] + shard.num_samples)
+        for number in range(min(MAX_MAPPED, len(self.manifest.shards))):
             self._index(number)
-        if total == 0:
+        if len(self) == 0:
             raise ManifestError(f"dataset {self.directory} is empty: it has no samples")
 
     @property
@@ -239,7 +239,7 @@ class Dataset:
         return True
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._firsts[-1]
 
     def row(self, index: int) -> Row:
         """The index row of sample `index`. Raises IndexError outside 0 to len - 1."""
@@ -279,8 +279,9 @@ class Dataset:
     def pieces(self) -> Iterator[Piece]:
         """The index of all samples, in pieces of whole shards."""
         first, start = 0, 0
-        for number, end in enumerate(self._ends):
-            if end - first < PIECE_SAMPLES and number + 1 < len(self._ends):
+        num_shards = len(self.manifest.shards)
+        for number, end in enumerate(self._firsts[1:]):
+            if end - first < PIECE_SAMPLES and number + 1 < num_shards:
                 continue
             shards = range(start, number + 1)
             yield Piece(first, np.concatenate([self._rows(shard) for shard in shards]))
@@ -289,8 +290,7 @@ class Dataset:
     def column(self, name: str) -> NDArray[Any]:
         """One field of `INDEX_DTYPE` for all samples, in order. A copy, [len]."""
         values = np.empty(len(self), INDEX_DTYPE[name])
-        for number, end in enumerate(self._ends):
-            first = end - self.manifest.shards[number].num_samples
+        for number, (first, end) in enumerate(pairwise(self._firsts)):
             values[first:end] = self._rows(number)[name]
         return values
 
@@ -300,10 +300,12 @@ class Dataset:
         return np.ndarray(count, INDEX_DTYPE, self._index(number))
 
     def _place(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < self._ends[-1]:
+        firsts = self._firsts
+        if not 0 <= index < firsts[-1]:
             raise IndexError(f"sample {index} of dataset {self.name!r} with {len(self)} samples")
-        shard = bisect_right(self._ends, index)
-        return shard, index - (self._ends[shard] - self.manifest.shards[shard].num_samples)
+        # Of shards without samples, which begin where the next does, it is the last.
+        shard = bisect_right(firsts, index) - 1
+        return shard, index - firsts[shard]
 
     def _check_sizes(self, shard: ShardEntry) -> None:
         tar, path = self.directory / shard.file, self.directory / shard.index_file

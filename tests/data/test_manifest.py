@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kinodit.data.index import INDEX_DTYPE, index_row, read_span, spans
+from kinodit.data.indexing import IndexOptions, index_shards
 from kinodit.data.manifest import (
     _ROW,
     Dataset,
@@ -19,6 +20,7 @@ from kinodit.data.manifest import (
     ShardEntry,
     build_index,
 )
+from kinodit.data.reader import ShardReader
 from kinodit.data.record import MODALITIES, RecordMeta
 from tests.data.shards import image_record, write_images
 
@@ -49,6 +51,18 @@ def test_every_sample_is_found_at_its_offset(tmp_path: Path) -> None:
     for outside in (-1, 12):
         with pytest.raises(IndexError, match=f"sample {outside} of dataset 'd' with 12"):
             dataset.row(outside)
+
+
+def test_a_shard_of_which_all_samples_are_left_out_hides_none(tmp_path: Path) -> None:
+    dataset = write_images(tmp_path / "d")
+    first, second, *_ = dataset.manifest.shards
+    behind = first.num_samples + second.num_samples
+    keys = frozenset(image_record(index).key for index in range(first.num_samples, behind))
+    index_shards(tmp_path / "d", "d", IndexOptions(without={second.file: keys}))
+    found = Dataset(tmp_path / "d")
+    assert found.manifest.shards[1].num_samples == 0
+    for index, wanted in enumerate([*range(first.num_samples), *range(behind, 12)]):
+        assert ShardReader(found).read(index) == image_record(wanted)
 
 
 def test_the_index_of_the_writer_is_that_of_reading_the_shard(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import mmap
 import struct
-import threading
 import time
 from dataclasses import dataclass
+from threading import get_ident
 
 NUM_PLACES = 64
 """So many threads at once have notes; what others are at is not known."""
@@ -49,7 +49,7 @@ class AtWork:
             place = self._free.pop()
         except IndexError:
             return -1
-        note = threading.get_ident(), what.encode()[:_TEXT_BYTES], time.monotonic()
+        note = get_ident(), what.encode()[:_TEXT_BYTES], time.monotonic()
         _NOTE.pack_into(self._memory, place, *note)
         return place
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from threading import Lock, local
 from typing import Literal
 
@@ -31,7 +30,8 @@ class Decoders:
     ) -> None:
         """`workers` is `data.workers` of a recipe; notes go to `at_work`, if it is given."""
         self.workers: list[DecodeWorker] = []
-        self._at_work = (at_work or AtWork()) if workers == "threads" else None
+        self.are_threads = workers == "threads"
+        self._at_work = (at_work or AtWork()) if self.are_threads else None
         self._told: set[tuple[int, float]] = set()
         self._own = local()
         self._lock = Lock()
@@ -42,16 +42,16 @@ class Decoders:
         config: DecodeConfig,
         window_u: float = 0.0,
         crop_u: Crop = CENTRE,
-        place: Callable[[], str] = lambda: "",
+        place: str = "",
     ) -> DecodedMedia:
-        """As `kinodit.data.decode.decode`; `place` says where the record is from.
+        """As `kinodit.data.decode.decode`; `place` says where the record is from, for notes.
 
         Raises:
             DecodeError: as there; in a process also if that crashed or hung.
             UserError: PyAV is not installed.
         """
         if self._at_work is not None:
-            noted = self._at_work.begin(f"sample {record.key!r} {place()}".rstrip())
+            noted = self._at_work.begin(f"sample {record.key!r}{place and ' '}{place}")
             try:
                 return decode(record, config, window_u, crop_u)
             finally:

@@ -221,12 +221,11 @@ class SampleSource:
     def _made(
         self, ref: SampleRef, config: DecodeConfig, window_u: float, crop_u: Crop
     ) -> DecodedRecord:
-        record = self._readers[ref.dataset].read(ref.index)
-
-        def place() -> str:
-            shard = self._datasets[ref.dataset].shard_of(ref.index)
-            return f"({ref.sample_id} in {shard.file})"
-
+        name, index = ref.dataset, ref.index
+        record = self._readers[name].read(index)
+        place = ""
+        if self.decoders.are_threads:
+            place = f"({name}:{index} in {self._datasets[name].shard_of(index).file})"
         media = self.decoders.decode(record, config, window_u, crop_u, place)
         return DecodedRecord(record.meta, media)
 

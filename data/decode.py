@@ -11,8 +11,10 @@ from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from msgspec import Struct
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kinodit.data.checksums import Bytes
@@ -107,7 +109,11 @@ class DecodedSample(Struct, frozen=True, gc=False):
 
 
 def decode(
-    record: Record, config: DecodeConfig, window_u: float = 0.0, crop_u: Crop = CENTRE
+    record: Record,
+    config: DecodeConfig,
+    window_u: float = 0.0,
+    crop_u: Crop = CENTRE,
+    into: NDArray[np.uint8] | None = None,
 ) -> DecodedMedia:
     """Decode a video, an image or a sound.
 
@@ -120,6 +126,7 @@ def decode(
         config: what to decode to.
         window_u: uniform in [0, 1), picks the window among those that fit the source.
         crop_u: (row, column) uniform in [0, 1), picks the crop; unused with `crop: centre`.
+        into: flat memory at whose beginning the pixels (or the planes: Y, then U and V) are to lie.
 
     Raises:
         DecodeError: the medium is damaged, too short or too large, or has nothing the recipe
@@ -128,14 +135,14 @@ def decode(
     crop = CENTRE if config.crop == "centre" else crop_u
     if config.max_references:
         references = _decode_references(record, config)
-        media = decode(record, replace(config, max_references=0), window_u, crop_u)
+        media = decode(record, replace(config, max_references=0), window_u, crop_u, into)
         return replace(media, references=references)
     if record.meta.modality == "image" and config.use_video:
-        video = _decode_picture(record, config, crop)
+        video = _decode_picture(record, config, crop, into=into)
         return DecodedMedia(video, None, config.fps, 0.0, View(0, crop))
     if record.meta.modality == "audio" or not config.use_video:
         return _decode_sound(record, config, window_u)
-    return _decode_video(record, config, window_u, crop)
+    return _decode_video(record, config, window_u, crop, into)
 
 
 def _decode_references(record: Record, config: DecodeConfig) -> Tensor | None:
@@ -166,7 +173,11 @@ def pick_view(meta: RecordMeta, config: DecodeConfig, window_u: float, crop_u: C
 
 
 def _decode_picture(
-    record: Record, config: DecodeConfig, crop: Crop, medium: tuple[str, Bytes] | None = None
+    record: Record,
+    config: DecodeConfig,
+    crop: Crop,
+    medium: tuple[str, Bytes] | None = None,
+    into: NDArray[np.uint8] | None = None,
 ) -> Tensor:
     """The record's picture, or another one of its members, [1, H, W, 3]."""
     with open_medium(record, config, medium) as container:
@@ -174,7 +185,7 @@ def _decode_picture(
         frame = next(iter(container.decode(stream)), None)
         if frame is None:
             raise DecodeError("there is no picture in it")
-        canvas = Canvas(1, config, crop)
+        canvas = Canvas(1, config, crop, into=into)
         canvas.put(0, frame, stream.sample_aspect_ratio)
     assert canvas.pixels is not None
     return canvas.pixels
@@ -201,7 +212,11 @@ def _sound_start(duration_s: float, config: DecodeConfig, window_u: float) -> in
 
 
 def _decode_video(
-    record: Record, config: DecodeConfig, window_u: float, crop: Crop
+    record: Record,
+    config: DecodeConfig,
+    window_u: float,
+    crop: Crop,
+    into: NDArray[np.uint8] | None,
 ) -> DecodedMedia:
     with open_medium(record, config) as container:
         stream = _video_stream(container)
@@ -215,7 +230,8 @@ def _decode_video(
                 f"it has {num_frames} frames at {rate / FPS_SCALE:g} fps, too few for "
                 f"{config.num_frames} at {config.fps:g} fps"
             )
-        canvas = Canvas(len(wanted), config, crop, as_planes=config.pixels == "yuv420")
+        as_planes = config.pixels == "yuv420"
+        canvas = Canvas(len(wanted), config, crop, as_planes=as_planes, into=into)
         per_frame = FPS_SCALE / (stream.time_base * rate)
         start = wanted[0] * per_frame
         if start:

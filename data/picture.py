@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,9 +31,23 @@ class Canvas:
     """Collects the frames of one clip, in RGB or as planes."""
 
     def __init__(
-        self, num_frames: int, config: DecodeConfig, crop: Crop, *, as_planes: bool = False
+        self,
+        num_frames: int,
+        config: DecodeConfig,
+        crop: Crop,
+        *,
+        as_planes: bool = False,
+        into: NDArray[np.uint8] | None = None,
     ) -> None:
-        """A canvas of `num_frames`. as_planes: keep 4:2:0, to be converted later."""
+        """A canvas of `num_frames`.
+
+        Args:
+            num_frames: frames.
+            config: their size.
+            crop: (row, column) place of the crop, 0 to 1.
+            as_planes: keep 4:2:0, to be converted later.
+            into: flat memory at whose beginning the pixels are to lie, of planes Y before U and V.
+        """
         size = config.height, config.width
         self.config = config
         self._crop = crop
@@ -42,10 +58,10 @@ class Canvas:
         self._arrays: tuple[NDArray[np.uint8], ...]
         if as_planes:
             half = (num_frames, 2, size[0] // 2, size[1] // 2)
-            self._arrays = np.empty((num_frames, *size), np.uint8), np.empty(half, np.uint8)
+            self._arrays = _arrays([(num_frames, *size), half], into)
             self._flat = [array.reshape(-1).data for array in self._arrays]
         else:
-            self._arrays = (np.empty((num_frames, *size, 3), np.uint8),)
+            self._arrays = _arrays([(num_frames, *size, 3)], into)
 
     @property
     def pixels(self) -> Tensor | None:
@@ -138,6 +154,20 @@ class Canvas:
         start, middle, end = (row * size // 2 + part * size // 4 for part in range(3))
         uv[start:middle], uv[middle:end] = views[1:]
         return True
+
+
+def _arrays(
+    shapes: Sequence[tuple[int, ...]], into: NDArray[np.uint8] | None
+) -> tuple[NDArray[np.uint8], ...]:
+    """New arrays of `shapes`, or such that lie in `into` one after the other."""
+    if into is None:
+        return tuple(np.empty(shape, np.uint8) for shape in shapes)
+    ends = list(accumulate(map(math.prod, shapes)))
+    starts = [0, *ends]
+    return tuple(
+        into[start:end].reshape(shape)
+        for start, end, shape in zip(starts, ends, shapes, strict=False)
+    )
 
 
 def _turned(pixels: NDArray[np.uint8], turns: int) -> NDArray[np.uint8]:

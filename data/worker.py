@@ -1,4 +1,4 @@
-"""Decoding in a process of its own, which puts pixels and sound into memory that both sides see."""
+"""Decoding in a process of its own, into memory that both sides see: nothing is copied."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from msgspec import structs
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kinodit.data.colour import MATRICES, Planes
@@ -29,6 +30,7 @@ from kinodit.data.killable import (
 )
 from kinodit.data.picture import Crop
 from kinodit.data.record import Record
+from kinodit.data.rooms import Room, Rooms
 from kinodit.data.sound import num_audio_samples
 from kinodit.models.errors import MissingExtraError, UserError
 
@@ -43,7 +45,7 @@ class DecodeWorker:
 
     def __init__(self) -> None:
         self._process = KillableProcess(_serve)
-        self._memory: mmap.mmap | None = None
+        self._rooms = Rooms()
 
     @property
     def pid(self) -> int | None:
@@ -66,12 +68,19 @@ class DecodeWorker:
             UserError: PyAV is not installed.
         """
         where = f"sample {record.key!r}"
+        taken: list[Room] = []
 
         def send(link: Connection, pid: int, is_new: bool) -> None:
-            descriptor = self._room(config, is_new)
+            if is_new:
+                # What the process before has filled stays with whoever has it.
+                self._rooms = Rooms()
+                taken.clear()
+            room, descriptor = self._rooms.take(sum(_sizes(config)))
+            taken.append(room)
+            said = structs.replace(record, members=dict.fromkeys(record.members, b""))
+            place = room.number, descriptor >= 0, self._rooms.gone()
             try:
-                said = structs.replace(record, members=dict.fromkeys(record.members, b""))
-                request = descriptor >= 0, said, config, window_u, crop_u
+                request = place, said, config, window_u, crop_u
                 send_parts(link, request, list(record.members.values()))
                 if descriptor >= 0:
                     send_handle(link, descriptor, pid)
@@ -87,81 +96,74 @@ class DecodeWorker:
         except HungError as error:
             reason = f"{where}: {too_slow(config)}: its decoder hung and was killed"
             raise DecodeError(reason, record.key) from error
+        (room,) = taken
         if "refused" in answer:
+            self._rooms.leave(room)
             raise DecodeError(answer["refused"], record.key)
         if "missing" in answer:
             raise UserError(answer["missing"])
-        return self._received(answer, config)
+        return _received(answer, config, self._rooms.hand_over(room))
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process. What it has decoded stays with whoever has it."""
         self._process.close()
-        if self._memory is not None:
-            self._memory.close()
-        self._memory = None
+        self._rooms = Rooms()
 
-    def _room(self, config: DecodeConfig, is_new: bool) -> int:
-        """Makes memory for what `config` asks for; a descriptor of it if it is new, else -1.
 
-        `is_new`: the process is, and has no memory yet.
-        """
-        num_bytes = sum(_sizes(config))
-        if self._memory is not None and len(self._memory) >= num_bytes and not is_new:
-            return -1
-        if self._memory is not None:
-            self._memory.close()
-        descriptor = os.memfd_create("kinodit-decode")
-        os.ftruncate(descriptor, num_bytes)
-        self._memory = mmap.mmap(descriptor, num_bytes)
-        return descriptor
+def _received(
+    answer: dict[str, Any], config: DecodeConfig, room: NDArray[np.uint8]
+) -> DecodedMedia:
+    """What lies in `room` as `answer` says, which is checked: the other side is not trusted."""
+    video, audio = answer["video"], answer["audio"]
+    frames = video[0] if video else 0
+    if video not in (None, [frames, config.height, config.width, 3]) or frames not in (
+        0, 1, config.num_frames,
+    ):  # fmt: skip
+        raise DecodeError(f"its decoder answered with a video of {video}")
+    if audio not in (None, [config.audio_channels, num_audio_samples(config)]):
+        raise DecodeError(f"its decoder answered with a sound of {audio}")
+    references = answer["references"]
+    numbers = range(1, config.max_references + 1)
+    if references is not None and references not in [
+        [number, config.height, config.width, 3] for number in numbers
+    ]:
+        raise DecodeError(f"its decoder answered with reference pictures of {references}")
+    first, row, column = answer["view"]
+    sizes = _sizes(config)
+    return DecodedMedia(
+        video=_part(room, video, 0, np.uint8),
+        audio=_part(room, audio, sizes[0], np.float32),
+        fps=float(answer["fps"]),
+        start_s=float(answer["start_s"]),
+        view=View(int(first), (float(row), float(column))),
+        planes=_planes(answer["planes"], config, room),
+        references=_part(room, references, sum(sizes[:2]), np.uint8),
+    )
 
-    def _received(self, answer: dict[str, Any], config: DecodeConfig) -> DecodedMedia:
-        """A copy of what lies in the shared memory, checked: the other side is not trusted."""
-        video, audio = answer["video"], answer["audio"]
-        frames = video[0] if video else 0
-        if video not in (None, [frames, config.height, config.width, 3]) or frames not in (
-            0, 1, config.num_frames,
-        ):  # fmt: skip
-            raise DecodeError(f"its decoder answered with a video of {video}")
-        if audio not in (None, [config.audio_channels, num_audio_samples(config)]):
-            raise DecodeError(f"its decoder answered with a sound of {audio}")
-        references = answer["references"]
-        numbers = range(1, config.max_references + 1)
-        if references is not None and references not in [
-            [number, config.height, config.width, 3] for number in numbers
-        ]:
-            raise DecodeError(f"its decoder answered with reference pictures of {references}")
-        first, row, column = answer["view"]
-        return DecodedMedia(
-            video=self._copy(video, 0, torch.uint8),
-            audio=self._copy(audio, _sizes(config)[0], torch.float32),
-            fps=float(answer["fps"]),
-            start_s=float(answer["start_s"]),
-            view=View(int(first), (float(row), float(column))),
-            planes=self._planes(answer["planes"], config),
-            references=self._copy(references, sum(_sizes(config)[:2]), torch.uint8),
-        )
 
-    def _planes(self, said: list[Any] | None, config: DecodeConfig) -> Planes | None:
-        if said is None:
-            return None
-        shape = [config.num_frames, config.height, config.width]
-        half = [config.num_frames, 2, config.height // 2, config.width // 2]
-        y, uv = self._copy(shape, 0, torch.uint8), self._copy(half, math.prod(shape), torch.uint8)
-        assert y is not None and uv is not None
-        if said[0] not in MATRICES:
-            raise DecodeError(f"its decoder answered with colours of {said[0]!r}")
-        return Planes(y, uv, said[0], bool(said[1]))
+def _planes(said: list[Any] | None, config: DecodeConfig, room: NDArray[np.uint8]) -> Planes | None:
+    if said is None:
+        return None
+    shape = [config.num_frames, config.height, config.width]
+    half = [config.num_frames, 2, config.height // 2, config.width // 2]
+    y, uv = _part(room, shape, 0, np.uint8), _part(room, half, math.prod(shape), np.uint8)
+    assert y is not None and uv is not None
+    if said[0] not in MATRICES:
+        raise DecodeError(f"its decoder answered with colours of {said[0]!r}")
+    return Planes(y, uv, said[0], bool(said[1]))
 
-    def _copy(self, shape: list[int] | None, offset: int, dtype: torch.dtype) -> Tensor | None:
-        if shape is None:
-            return None
-        assert self._memory is not None
-        out = torch.empty(shape, dtype=dtype)
-        view = np.frombuffer(self._memory, out.numpy().dtype, out.numel(), offset)
-        out.numpy()[...] = view.reshape(shape)
-        del view
-        return out
+
+def _part(
+    room: NDArray[np.uint8],
+    shape: list[int] | None,
+    offset: int,
+    dtype: type[np.uint8] | type[np.float32],
+) -> Tensor | None:
+    """The tensor of `shape` that begins at byte `offset`; it shares the room's memory."""
+    if shape is None:
+        return None
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return torch.from_numpy(room[offset : offset + num_bytes].view(dtype).reshape(shape))
 
 
 def _sizes(config: DecodeConfig) -> tuple[int, int, int]:
@@ -175,40 +177,42 @@ def _sizes(config: DecodeConfig) -> tuple[int, int, int]:
 def _serve(link: Connection) -> None:
     """The worker's process."""
     torch.set_num_threads(1)
-    memory: mmap.mmap | None = None
+    rooms: dict[int, mmap.mmap] = {}
 
     def receive(link: Connection) -> Any:
-        nonlocal memory
-        (is_new, said, *how), media = receive_parts(link)
+        ((number, is_new, gone), said, *how), media = receive_parts(link)
+        for old in gone:
+            rooms.pop(old, None)
         if is_new:
             descriptor = recv_handle(link)
-            memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+            rooms[number] = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
             os.close(descriptor)
         members = dict(zip(said.members, media, strict=True))
-        return structs.replace(said, members=members), *how
+        return rooms[number], structs.replace(said, members=members), *how
 
     def work(request: Any) -> Answer:
-        record, config, window_u, crop_u = request
-        assert memory is not None
+        memory, record, config, window_u, crop_u = request
+        room = np.frombuffer(memory, np.uint8)
         try:
-            return _answer(decode(record, config, window_u, crop_u), memory, _sizes(config))
+            media = decode(record, config, window_u, crop_u, room)
         except DecodeError as error:
             return {"refused": str(error)[:4000]}
         except MissingExtraError as error:
             return {"missing": str(error)}
+        return _answer(media, room, _sizes(config))
 
     answers(link, receive, work)
 
 
-def _answer(media: DecodedMedia, memory: mmap.mmap, sizes: tuple[int, int, int]) -> dict[str, Any]:
+def _answer(
+    media: DecodedMedia, room: NDArray[np.uint8], sizes: tuple[int, int, int]
+) -> dict[str, Any]:
+    """What is said of `media`, whose pixels lie in `room`; the rest of them is put there."""
     planes, references = media.planes, media.references
-    parts = [(media.video, 0), (media.audio, sizes[0]), (references, sizes[0] + sizes[1])]
-    if planes is not None:
-        parts += [(planes.y, 0), (planes.uv, planes.y.numel())]
-    for tensor, offset in parts:
+    for tensor, offset in ((media.audio, sizes[0]), (references, sizes[0] + sizes[1])):
         if tensor is not None:
-            flat = tensor.contiguous().numpy().reshape(-1)
-            np.frombuffer(memory, flat.dtype, flat.size, offset)[...] = flat
+            flat = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
+            room[offset : offset + flat.size] = flat
     return {
         "video": list(media.video.shape) if media.video is not None else None,
         "audio": list(media.audio.shape) if media.audio is not None else None,

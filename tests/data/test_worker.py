@@ -79,6 +79,40 @@ def test_a_worker_gives_the_same_bits(worker: DecodeWorker, clip: Record) -> Non
     assert error.value.key == "clip" and worker.num_started == 1
 
 
+def test_what_was_decoded_stays_as_it_is(worker: DecodeWorker, clip: Record) -> None:
+    """It lies in memory that the process can write: not in what it writes to next."""
+    places = [number / 8 for number in range(6)]
+    expected = [decode(clip, CONFIG, u, (u, u)) for u in places]
+    held = [worker.decode(clip, CONFIG, u, (u, u)) for u in places]
+    assert all(map(same, held, expected))
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    held += [worker.decode(clip, CONFIG, u, (u, u)) for u in places]
+    assert all(map(same, held, 2 * expected)) and worker.num_started == 2
+    worker.close()
+    assert all(map(same, held, 2 * expected))
+
+
+def test_memory_is_used_again_once_nobody_has_it(worker: DecodeWorker, clip: Record) -> None:
+    for u in (0.1, 0.5, 0.9, 0.3):
+        media = worker.decode(clip, CONFIG, u, (0.5, 0.5))
+        video, audio = media.video, media.audio
+        assert video is not None and audio is not None
+        first = video[:1]
+        with pytest.raises(DecodeError):
+            worker.decode(structs.replace(clip, members={"mp4": b"junk"}), CONFIG, u, (0.5, 0.5))
+        del media, video, audio
+        # A part of one tensor keeps the whole.
+        assert torch.equal(first, video_of(clip, u)[:1])
+    assert worker._rooms.num_made == 2
+
+
+def video_of(clip: Record, u: float) -> torch.Tensor:
+    video = decode(clip, CONFIG, u, (0.5, 0.5)).video
+    assert video is not None
+    return video
+
+
 def test_samples_may_have_sizes_of_their_own(worker: DecodeWorker, clip: Record) -> None:
     for height in (8, 64, 24, 96):
         kept: Any = "yuv420" if height % 3 else "rgb"

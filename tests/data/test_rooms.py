@@ -57,12 +57,35 @@ def test_rooms_that_are_not_used_any_more_are_let_go_and_named() -> None:
     rooms = Rooms()
     old, used = taken(rooms, 5000), taken(rooms)
     rooms.leave(old)
-    for _ in range(STALE_TURNS + 1):
+    for _ in range(STALE_TURNS + 3):
         assert rooms.gone() == []
         rooms.leave(used)
         assert taken(rooms) is used
     assert rooms.gone() == [old.number] and rooms.gone() == []
     assert taken(rooms, 5000) is not old
+
+
+def test_a_step_of_many_samples_uses_the_rooms_of_another() -> None:
+    rooms = Rooms()
+    for _ in range(4):
+        step = [rooms.hand_over(taken(rooms)) for _ in range(4 * STALE_TURNS)]
+        step.clear()
+    assert rooms.num_made == 4 * STALE_TURNS and rooms.gone() == []
+
+
+def test_what_is_held_beyond_what_may_be_mapped_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kinodit.data.rooms.MAX_HELD", 3)
+    rooms, held = Rooms(), []
+    for number in range(8):
+        room = taken(rooms)
+        room.memory[:] = bytes([number]) * 1000
+        held.append(rooms.hand_over(room))
+    assert rooms.num_made == 4
+    assert [whole.tolist() for whole in held] == [[number] * 1000 for number in range(8)]
+    held.clear()
+    del room
+    held = [rooms.hand_over(taken(rooms)) for _ in range(3)]
+    assert rooms.num_made == 4
 
 
 def test_who_fills_a_room_cannot_make_it_smaller() -> None:

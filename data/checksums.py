@@ -18,10 +18,14 @@ Bytes = bytes | bytearray | memoryview
 try:
     from zlib_ng import zlib_ng
 except ImportError:
-    crc32: Callable[[Bytes], int] = zlib.crc32
+    crc32: Callable[..., int] = zlib.crc32
 else:
     crc32 = zlib_ng.crc32
-"""The CRC-32 (ISO 3309) of bytes. Other threads run meanwhile."""
+"""The CRC-32 (ISO 3309) of bytes, behind others with the one that is given. Other threads run
+meanwhile."""
+
+PIECE_BYTES = 1 << 18
+"""Pieces in which a shard is hashed: many enough for vector units, few enough to stay near."""
 
 Algorithm = Literal["sha256", "blake3"]
 ALGORITHMS: dict[Algorithm, str] = {"sha256": "SHA-256", "blake3": "BLAKE3"}
@@ -53,3 +57,34 @@ class Digest:
         """Of all bytes so far, 64 hex digits."""
         text: str = self._state.hexdigest()
         return text
+
+
+class SpanSums:
+    """The CRC-32 of one span of a buffer after the other, and on the way the digest of them all.
+
+    Memory is gone through once. The CRC-32 goes first: it waits less for what is in none of the
+    processor's caches, and BLAKE3 takes three quarters of the time for what is. Pieces begin at
+    multiples of their size, so that all but the last are whole trees of BLAKE3.
+    """
+
+    def __init__(self, view: memoryview, digest: Digest | None) -> None:
+        self._view = view
+        self._digest = digest
+        self._summed = self._hashed = 0
+
+    def crc32_to(self, end: int) -> int:
+        """Of the bytes before `end` that no call before has summed."""
+        crc, start, view = 0, self._summed, self._view
+        while self._digest is not None and end - self._hashed >= PIECE_BYTES:
+            piece_end = self._hashed + PIECE_BYTES
+            crc = crc32(view[start:piece_end], crc)
+            self._digest.update(view[self._hashed : piece_end])
+            start = self._hashed = piece_end
+        self._summed = end
+        return crc32(view[start:end], crc)
+
+    def finish(self) -> None:
+        """Gives the digest what is left of the buffer."""
+        if self._digest is not None:
+            self._digest.update(self._view[self._hashed :])
+            self._hashed = len(self._view)

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinodit.data.config import DataConfig, DecodeConfig, RangeConfig, WhereConfig
-from kinodit.data.index import FLAG_AUDIO
 from kinodit.data.manifest import Dataset, Piece
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import MODALITIES, RecordMeta
+from kinodit.data.row_facts import FLAG_AUDIO
 from kinodit.data.spec import CostModel
 from kinodit.data.window import FPS_SCALE, num_window_starts
 

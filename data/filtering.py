@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinodit.data.expression import Filter
-from kinodit.data.index import FLAG_AUDIO
 from kinodit.data.manifest import Dataset, Piece
 from kinodit.data.reader import ShardReader
 from kinodit.data.record import MODALITIES, RecordMeta
+from kinodit.data.row_facts import FLAG_AUDIO
 from kinodit.data.window import FPS_SCALE
 
 

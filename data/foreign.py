@@ -64,16 +64,33 @@ def require_success(key: str, document: Mapping[str, Any]) -> None:
         )
 
 
+def picture_facts(text: str | None, document: object) -> tuple[int, int, int] | None:
+    """(width, height, characters of the first caption) as `foreign_meta` has them of a picture.
+
+    Args:
+        text: that of its `txt`.
+        document: what its JSON says; without `schema`.
+
+    None if that is no object, has a schema, does not say the size, or that it could not be got.
+    """
+    if not isinstance(document, dict) or "schema" in document:
+        return None
+    width, height = _picture_size(document)
+    if not width or document.get("status", SUCCESS) != SUCCESS:
+        return None
+    if text is not None:
+        return width, height, len(text.strip())
+    captions = _captions(None, document)
+    return width, height, len(captions[0].text) if captions else 0
+
+
 def _picture_size(document: Mapping[str, Any]) -> tuple[int, int]:
     """(width, height) as img2dataset says it: of the picture in the shard, after any resizing."""
-    if "original_width" not in document:
-        return 0, 0
     width, height = document.get("width"), document.get("height")
-    for side in (width, height):
-        if not isinstance(side, int) or isinstance(side, bool) or not 0 < side <= MAX_SIDE:
-            return 0, 0
-    assert isinstance(width, int) and isinstance(height, int)
-    return width, height
+    # What JSON calls true is an instance of int, and not of that class.
+    if not ("original_width" in document and type(width) is type(height) is int):
+        return 0, 0
+    return (width, height) if 0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE else (0, 0)
 
 
 def _captions(text: str | None, document: Mapping[str, Any]) -> tuple[Caption, ...]:

@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kinodit.data.checksums import Digest, crc32
+from kinodit.data.checksums import PIECE_BYTES, Digest, SpanSums, crc32
 from kinodit.data.foreign import FailedSampleError
 from kinodit.data.probe import MediumError, Probe, probe, with_facts
 from kinodit.data.record import MODALITIES, Modality, Record, RecordError, RecordMeta, parse_record
-from kinodit.data.tar import TarError, TarMember, members
+from kinodit.data.row_facts import FLAG_AUDIO, facts_of, usual_facts
+from kinodit.data.tar import TarError, named_members
 from kinodit.data.usual_record import usual_record
 from kinodit.models.errors import UserError
 
 MAX_SAMPLE_BYTES = (1 << 32) - 1
-HASHED_BYTES = 1 << 18
-"""Pieces in which a shard is hashed: many enough for its vector units, few enough to stay near."""
 
 INDEX_DTYPE = np.dtype(
     [
@@ -41,7 +40,6 @@ INDEX_DTYPE = np.dtype(
         ("crc32", "<u4"),
     ]
 )
-FLAG_AUDIO = 1
 
 
 class ManifestError(UserError):
@@ -88,12 +86,12 @@ class Row(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The members of one sample, adjacent in a shard, and the bytes it occupies there."""
+    """A sample's bytes in a shard, and those of each of its members there, which are adjacent."""
 
     key: str
     start: int
     end: int
-    members: Mapping[str, TarMember]
+    members: Mapping[str, slice]
 
 
 def spans(buffer: bytes | memoryview, *, whole: bool) -> Iterator[Span]:
@@ -104,26 +102,25 @@ def spans(buffer: bytes | memoryview, *, whole: bool) -> Iterator[Span]:
     """
     seen: set[str] = set()
     key = ""
-    found: dict[str, TarMember] = {}
-    start = end = 0
-    for member in members(buffer, whole=whole):
-        name, _, extension = member.name.partition(".")
+    found: dict[str, slice] = {}
+    first = last = 0
+    for name, extension, start, data, size, end in named_members(buffer, whole=whole):
         if name != key or not found:
             if found:
-                yield Span(key, start, end, found)
+                yield Span(key, first, last, found)
             if name in seen:
                 raise RecordError(
-                    f"sample {name[:160]!r} at byte {member.start} was there before: the members "
+                    f"sample {name[:160]!r} at byte {start} was there before: the members "
                     "of a sample must be adjacent and keys unique"
                 )
             seen.add(name)
-            key, found, start = name, {}, member.start
+            key, found, first = name, {}, start
         if extension in found:
             raise RecordError(f"sample {key[:160]!r} has two members {extension[:160]!r}")
-        found[extension] = member
-        end = member.end
+        found[extension] = slice(data, data + size)
+        last = end
     if found:
-        yield Span(key, start, end, found)
+        yield Span(key, first, last, found)
 
 
 def read_sample(buffer: bytes) -> Record:
@@ -144,11 +141,7 @@ def read_sample(buffer: bytes) -> Record:
 def read_span(buffer: bytes | memoryview, span: Span) -> Record:
     """The record of one span of `buffer`. Raises RecordError."""
     # What is cut out of bytes is bytes already, and not copied again.
-    payloads = {
-        name: bytes(buffer[member.data : member.data + member.size])
-        for name, member in span.members.items()
-    }
-    return parse_record(span.key, payloads)
+    return parse_record(span.key, {name: bytes(buffer[at]) for name, at in span.members.items()})
 
 
 def read_meta(buffer: bytes | memoryview, span: Span, opener: Probe = probe) -> RecordMeta:
@@ -157,34 +150,35 @@ def read_meta(buffer: bytes | memoryview, span: Span, opener: Probe = probe) -> 
     Raises RecordError or MediumError.
     """
     view = memoryview(buffer)
-    parts: dict[str, Any] = {}
-    for name, member in span.members.items():
-        payload = view[member.data : member.data + member.size]
-        parts[name] = bytes(payload) if name in ("json", "txt") else payload
+    parts: dict[str, Any] = {
+        name: bytes(view[at]) if name in ("json", "txt") else view[at]
+        for name, at in span.members.items()
+    }
     record = parse_record(span.key, parts)
     return record.meta if record.meta.is_probed else known_meta(read_span(buffer, span), opener)
 
 
 def index_row(meta: RecordMeta, start: int, data: memoryview) -> Row:
     """The index row of a sample of which `data` is every byte, at byte `start` of its shard."""
-    if len(data) > MAX_SAMPLE_BYTES:
-        raise RecordError(
-            f"sample {meta.id!r} has {len(data)} bytes; {MAX_SAMPLE_BYTES} are allowed"
-        )
-    caption_chars = len(meta.captions[0].text) if meta.captions else 0
-    return Row(
-        offset=start,
-        size=len(data),
-        num_frames=meta.num_frames,
-        height=meta.height,
-        width=meta.width,
-        fps_milli=round(meta.fps * 1000),
-        duration_ms=round(meta.duration_s * 1000),
-        caption_chars=min(caption_chars, (1 << 16) - 1),
-        modality=MODALITIES.index(meta.modality),
-        flags=FLAG_AUDIO if meta.has_audio else 0,
-        crc32=crc32(data),
-    )
+    return _row(meta, start, len(data), crc32(data))
+
+
+def span_row(view: memoryview, span: Span, crc: int, opener: Probe) -> tuple[int, ...]:
+    """What `index_row` makes of the metadata of a span with the CRC-32 `crc`, in fewer steps.
+
+    Raises RecordError or MediumError.
+    """
+    size = span.end - span.start
+    facts = usual_facts(span.key, span.members, view)
+    if facts is None or size > MAX_SAMPLE_BYTES:
+        return _row(read_meta(view, span, opener), span.start, size, crc)
+    return span.start, size, *facts, crc
+
+
+def _row(meta: RecordMeta, start: int, size: int, crc: int) -> Row:
+    if size > MAX_SAMPLE_BYTES:
+        raise RecordError(f"sample {meta.id!r} has {size} bytes; {MAX_SAMPLE_BYTES} are allowed")
+    return Row(start, size, *facts_of(meta), crc)
 
 
 def build_index(
@@ -202,7 +196,8 @@ def build_index(
 
     Args:
         tar_path: the shard.
-        seen: called with the byte after each sample.
+        seen: called with the byte after a sample, each time that so much more was read that it
+            tells something.
         left_out: called with samples that their own tool could not get.
         without: keys of samples that are wanted in no index.
         digest: takes all bytes of the shard, while they are in the processor's cache.
@@ -216,24 +211,22 @@ def build_index(
     view = shard_bytes(path)
     if not view:
         raise ManifestError(f"{path} is empty (0 bytes): it is not a tar archive")
-    rows: list[Row] = []
-    hashed = 0
+    rows: list[tuple[int, ...]] = []
+    sums, told = SpanSums(view, digest), 0
     try:
         for span in spans(view, whole=True):
-            if digest is not None and span.end - hashed >= HASHED_BYTES:
-                digest.update(view[hashed : span.end])
-                hashed = span.end
+            crc = sums.crc32_to(span.end)
             if span.key not in without:
                 try:
-                    meta = read_meta(view, span, opener)
-                    rows.append(index_row(meta, span.start, view[span.start : span.end]))
+                    rows.append(span_row(view, span, crc, opener))
                 except FailedSampleError as error:
                     left_out(Damage(span.start, span.key, str(error)))
-            seen(span.end)
+            if span.end - told >= PIECE_BYTES:
+                told = span.end
+                seen(told)
     except (TarError, RecordError, MediumError) as error:
         raise ManifestError(f"{path}: {error}") from error
-    if digest is not None:
-        digest.update(view[hashed:])
+    sums.finish()
     return np.array(rows, dtype=INDEX_DTYPE)
 
 

@@ -175,7 +175,7 @@ Rows = list[tuple[str, int, int, list[tuple[str, int, int]]]]
 def _samples(path: Path) -> Iterator[tuple[str, int, int, list[tuple[str, int, int]]]]:
     try:
         for span in spans(np.memmap(path, np.uint8, "r").data, whole=True):
-            parts = [(name, part.data, part.size) for name, part in span.members.items()]
+            parts = [(name, at.start, at.stop - at.start) for name, at in span.members.items()]
             yield span.key, span.start, span.end, parts
     except (TarError, RecordError) as error:
         raise ManifestError(

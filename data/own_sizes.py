@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kinodit.data.config import DataConfig
-from kinodit.data.index import FLAG_AUDIO
 from kinodit.data.manifest import Dataset, Piece
+from kinodit.data.row_facts import FLAG_AUDIO
 from kinodit.data.shapes import AUDIO, IMAGE, VIDEO, native_shapes
 from kinodit.data.spec import CostModel, PlanError
 

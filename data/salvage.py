@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kinodit.data.checksums import crc32
 from kinodit.data.index import (
     INDEX_DTYPE,
     Damage,
-    Row,
     Span,
-    index_row,
-    read_meta,
     shard_bytes,
+    span_row,
 )
 from kinodit.data.probe import MediumError, Probe, probe
 from kinodit.data.record import KEY_PATTERN, RecordError
@@ -57,7 +56,7 @@ def salvage(
     counts: dict[str, int] = {}
     for run in runs:
         counts[run.span.key] = counts.get(run.span.key, 0) + 1
-    rows: list[Row] = []
+    rows: list[tuple[int, ...]] = []
     for run in runs:
         span = run.span
         seen(span.end)
@@ -69,8 +68,7 @@ def salvage(
             reason = f"beside a damaged header only {sorted(span.members)} are left of it"
         else:
             try:
-                data = view[span.start : span.end]
-                rows.append(index_row(read_meta(view, span, opener), span.start, data))
+                rows.append(span_row(view, span, crc32(view[span.start : span.end]), opener))
                 continue
             except (RecordError, MediumError) as error:
                 reason = str(error)
@@ -86,8 +84,8 @@ def _is_whole(view: memoryview, span: Span, usual: set[frozenset[str]]) -> bool:
     """
     if frozenset(span.members) in usual or not usual:
         return True
-    member = span.members.get("json")
-    text = bytes(view[member.data : member.data + member.size]) if member is not None else b""
+    said = span.members.get("json")
+    text = bytes(view[said]) if said is not None else b""
     return b'"schema"' in text
 
 
@@ -155,7 +153,10 @@ def _grouped(piece: Sequence[TarMember]) -> Iterator[Span]:
         key = piece[start].name.partition(".")[0]
         if place == len(piece) or piece[place].name.partition(".")[0] != key:
             mine = piece[start:place]
-            named = {member.name.partition(".")[2]: member for member in mine}
+            named = {
+                member.name.partition(".")[2]: slice(member.data, member.data + member.size)
+                for member in mine
+            }
             if len(named) == len(mine):
                 yield Span(key, mine[0].start, mine[-1].end, named)
             else:

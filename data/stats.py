@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kinodit.data.index import FLAG_AUDIO
 from kinodit.data.manifest import Dataset
 from kinodit.data.record import MODALITIES
+from kinodit.data.row_facts import FLAG_AUDIO
 
 _DURATION_EDGES_S = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 60)
 _CAPTION_EDGES = (0, 1, 20, 40, 80, 160, 320, 640, 1280)

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from kinodit.data.archive_stream import COMPRESSED, PLAIN, archive_samples
 from kinodit.data.braces import BraceError, expanded
 from kinodit.data.config import DatasetConfig, StorageConfig
-from kinodit.data.index import FLAG_AUDIO, INDEX_DTYPE, Row
+from kinodit.data.index import INDEX_DTYPE, Row
 from kinodit.data.manifest import PIECE_SAMPLES, Dataset, Manifest, Piece, ShardEntry
 from kinodit.data.reader import SampleError, ShardError
 from kinodit.data.record import MODALITIES, Record, RecordError, parse_record
 from kinodit.data.remote import Traffic
+from kinodit.data.row_facts import FLAG_AUDIO
 from kinodit.data.spec import PlanError
 from kinodit.data.storage import is_remote, open_storage
 

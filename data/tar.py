@@ -30,6 +30,14 @@ _PLAIN = re.compile(
 """The header of a regular file `KEY.EXTENSION` without a prefix, as nearly all are written.
 
 Key, extension, size and checksum. The name ends within its 100 bytes."""
+_USUAL_HEADER = (
+    rb"(?=[^\0]{3,99}\0)(?=([a-z0-9_-]+)\.([a-z0-9_.]+)\0).{124}([0-7]{11})[\0 ].{12}"
+    rb"([0-7]{6})\0 0.{100}ustar(?:\x0000.{80}\0.{166}|  \0.{247})"
+)
+"""As `_PLAIN`, or as GNU tar writes it: an index is made of what any tool has written."""
+_USUAL = re.compile(_USUAL_HEADER, re.DOTALL)
+_PAX_KIND = ord("x")
+_KIND_AT = 156
 _BLANK = ord(" ")
 _BLANKS = 8 * _BLANK
 """What the checksum itself counts as in its sum."""
@@ -60,18 +68,76 @@ def members(buffer: bytes | memoryview, *, whole: bool) -> Iterator[TarMember]:
     """
     view = memoryview(buffer)
     offset = 0
-    while offset < len(view):
-        if not view[offset] and view[offset : offset + BLOCK] == _ZERO_BLOCK:
-            if not whole:
-                raise TarError(f"expected a tar header at byte {offset}, found zeros")
-            return check_end(view, offset)
+    while not _is_end(view, offset, whole=whole):
         member = _plain_member(view, offset) or _read_member(view, offset)
         yield member
         offset = member.end
-    if whole:
-        raise TarError(
-            f"it ends at byte {offset} without an end-of-archive marker: it was cut off there"
-        )
+
+
+def named_members(
+    buffer: bytes | memoryview, *, whole: bool
+) -> Iterator[tuple[str, str, int, int, int, int]]:
+    """Key, extension, start, data, size and end of what `members` gives, in fewer steps.
+
+    The key and the extension are what is before and after the *first* dot of a name. Headers that
+    most tools write are read here, with a PAX header before them that has a time (Python's tarfile,
+    and so webdataset, writes it); all else by the general reader. Raises TarError as `members`.
+    """
+    view = memoryview(buffer)
+    offset, size_of_all = 0, len(view)
+    pax, behind = b"none yet", None
+    while offset + BLOCK <= size_of_all:
+        found, data = None, offset + BLOCK
+        if view[offset + _KIND_AT] != _PAX_KIND:
+            header = view[offset:data].tobytes()
+            found = _USUAL.fullmatch(header)
+        else:
+            data += 2 * BLOCK
+            blocks = view[offset:data].tobytes()
+            # They differ in a length alone, and so hardly ever from one to the next.
+            if not blocks.startswith(pax):
+                pax = blocks[:BLOCK]
+                behind = _behind_time(pax)
+            if behind is not None:
+                header = blocks[2 * BLOCK :]
+                found = behind.fullmatch(blocks, BLOCK)
+        if found is not None and header.isascii():
+            key, extension, digits, checksum = found.groups()
+            size = int(digits, 8)
+            end = data + -(-size // BLOCK) * BLOCK
+            if (
+                adler32(header) & 0xFFFF == _half_of_adler32(checksum)
+                and size <= MAX_MEMBER_BYTES
+                and end <= size_of_all
+            ):
+                yield key.decode(), extension.decode(), offset, data, size, end
+                offset = end
+                continue
+        if _is_end(view, offset, whole=whole):
+            return
+        member = _read_member(view, offset)
+        name, _, rest = member.name.partition(".")
+        yield name, rest, *member[1:]
+        offset = member.end
+    # Less than a block is left, if anything.
+    if not _is_end(view, offset, whole=whole):
+        _read_member(view, offset)
+
+
+def _is_end(view: memoryview, offset: int, *, whole: bool) -> bool:
+    """Whether no member follows. Raises TarError if the archive does not end as it should."""
+    if offset >= len(view):
+        if whole:
+            raise TarError(
+                f"it ends at byte {offset} without an end-of-archive marker: it was cut off there"
+            )
+        return True
+    if view[offset] or view[offset : offset + BLOCK] != _ZERO_BLOCK:
+        return False
+    if not whole:
+        raise TarError(f"expected a tar header at byte {offset}, found zeros")
+    check_end(view, offset)
+    return True
 
 
 def _plain_member(view: memoryview, start: int) -> TarMember | None:
@@ -111,6 +177,24 @@ def _half_of_adler32(checksum: bytes) -> int:
     checksum takes its own field for blanks, and two of its eight bytes are a zero and a blank.
     """
     return 1 + int(checksum, 8) - _BLANKS + sum(checksum) + _BLANK
+
+
+@lru_cache(64)
+def _behind_time(header: bytes) -> re.Pattern[bytes] | None:
+    """What follows this PAX header if it is for a time alone: that, and the header of a plain file.
+
+    None if it is anything else.
+    """
+    try:
+        _, claimed, kind, _, _ = _header(memoryview(header), 0)
+        size = _octal(claimed, "size", 0)
+    except TarError:
+        return None
+    fixed = len("99 mtime=\n")
+    if kind != b"x" or not fixed <= size <= 99:
+        return None
+    record = b"%d mtime=[0-9.]{%d}\n.{%d}" % (size, size - fixed, BLOCK - size)
+    return re.compile(record + _USUAL_HEADER, re.DOTALL)
 
 
 def _read_member(view: memoryview, start: int) -> TarMember:

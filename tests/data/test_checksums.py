@@ -11,7 +11,7 @@ import pytest
 from blake3 import blake3
 
 from kinodit.data import checksums
-from kinodit.data.checksums import ALGORITHMS, Algorithm, Digest, crc32
+from kinodit.data.checksums import ALGORITHMS, Algorithm, Digest, SpanSums, crc32
 from tests.support.ranks import ROOT
 
 DATA = bytes(range(251)) * 5000
@@ -57,3 +57,26 @@ def test_blake3_is_the_published_function() -> None:
     """The digest of nothing, from the test vectors of its specification."""
     empty = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
     assert Digest("blake3").hexdigest() == empty
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, None])
+@pytest.mark.parametrize("sizes", [[], [1], [7, 0, 3000], [100] * 50, [2500, 100_000, 1, 4096, 5]])
+def test_spans_are_summed_while_all_is_hashed(
+    monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm | None, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(checksums, "PIECE_BYTES", 1024)
+    hashed: list[int] = []
+    digest = Digest(algorithm) if algorithm else None
+    if digest:
+        update = digest.update
+        monkeypatch.setattr(digest, "update", lambda part: (hashed.append(len(part)), update(part)))
+    sums = SpanSums(memoryview(DATA), digest)
+    end = 0
+    for size in sizes:
+        start, end = end, end + size
+        assert sums.crc32_to(end) == zlib.crc32(DATA[start:end])
+    assert hashed == [1024] * (end // 1024 if digest else 0), "on the way, in whole pieces"
+    sums.finish()
+    if digest:
+        whole = hashlib.sha256(DATA) if algorithm == "sha256" else blake3(DATA)
+        assert digest.hexdigest() == whole.hexdigest() and digest.num_bytes == len(DATA)

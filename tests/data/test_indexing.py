@@ -41,7 +41,8 @@ def unindexed(folder: Path, count: int = 12) -> tuple[Path, bytes]:
     return folder, manifest
 
 
-def test_indexing_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_indexing_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kinodit.data.index.PIECE_BYTES", 2000)
     folder, manifest = unindexed(tmp_path / "d")
     script = """
 import os, signal, sys
@@ -127,7 +128,7 @@ def test_processes_index_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_new_digests_are_blake3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip_bad: bool
 ) -> None:
-    monkeypatch.setattr("kinodit.data.index.HASHED_BYTES", 1200)
+    monkeypatch.setattr("kinodit.data.checksums.PIECE_BYTES", 1200)
     folder, _ = unindexed(tmp_path / "d")
     manifest = index_shards(folder, "d", IndexOptions(skip_bad=skip_bad)).manifest
     for shard in manifest.shards:

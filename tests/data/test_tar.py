@@ -14,8 +14,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kinodit.data.manifest import ManifestError, build_index
-from kinodit.data.tar import BLOCK, TarError, members
+from kinodit.data.tar import BLOCK, TarError, members, named_members
 from tests.data.shards import picture, tar_bytes, write_tar
+
+
+def named(data: bytes, *, whole: bool = True) -> list[tuple[object, ...]] | str:
+    """What the reader for indexes finds."""
+    try:
+        return list(named_members(data, whole=whole))
+    except TarError as error:
+        return str(error)
+
+
+def named_by_all(data: bytes, *, whole: bool = True) -> list[tuple[object, ...]] | str:
+    """The same of the general reader alone."""
+    with patch("kinodit.data.tar._plain_member", return_value=None):
+        try:
+            found = list(members(data, whole=whole))
+        except TarError as error:
+            return str(error)
+    return [(*member.name.partition(".")[::2], *member[1:]) for member in found]
 
 
 def listed(data: bytes) -> list[tuple[str, bytes]]:
@@ -28,17 +46,67 @@ def listed(data: bytes) -> list[tuple[str, bytes]]:
 FILES = [("a.png", b"x" * 700), ("a.txt", b"hello"), ("b.png", b""), ("b.txt", b"y" * 512)]
 
 
-@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_plain_archives_of_any_dialect_are_read_like_tarfile_does(format_: int) -> None:
+FORMATS = {
+    tarfile.USTAR_FORMAT: {"mtime": 1},
+    tarfile.PAX_FORMAT: {"mtime": 1.5},
+    tarfile.GNU_FORMAT: {"mtime": 1},
+}
+
+
+def archive(format_: int, **changes: object) -> bytes:
+    """FILES as Python's tarfile writes them; `changes` replace fields of all headers."""
     target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w", format=format_) as archive:
+    with tarfile.open(fileobj=target, mode="w", format=format_) as opened:
         for name, data in FILES:
             header = tarfile.TarInfo(name)
-            header.size, header.mtime, header.uname = len(data), 1.5, "someone"
-            if format_ != tarfile.PAX_FORMAT:
-                header.mtime = 1
-            archive.addfile(header, io.BytesIO(data))
-    assert listed(target.getvalue()) == FILES
+            header.size, header.uname = len(data), "someone"
+            for key, value in {**FORMATS[format_], **changes}.items():
+                setattr(header, key, value)
+            opened.addfile(header, io.BytesIO(data))
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_plain_archives_of_any_dialect_are_read_like_tarfile_does(format_: int) -> None:
+    data = archive(format_)
+    assert listed(data) == FILES
+    found = named(data)
+    assert found == named_by_all(data)
+    # Two blocks of a PAX header are before each.
+    extra = 2 * BLOCK if format_ == tarfile.PAX_FORMAT else 0
+    assert found[0] == ("a", "png", 0, BLOCK + extra, 700, BLOCK + extra + 1024)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_what_most_tools_write_needs_no_general_reader(format_: int) -> None:
+    with patch("kinodit.data.tar._read_member", side_effect=AssertionError):
+        assert len(list(named_members(archive(format_), whole=True))) == len(FILES)
+
+
+@pytest.mark.parametrize(
+    ("format_", "changes"),
+    [
+        (tarfile.PAX_FORMAT, {"pax_headers": {"comment": "x"}}),
+        (tarfile.PAX_FORMAT, {"pax_headers": {"path": "c.png"}}),
+        (tarfile.PAX_FORMAT, {"mtime": 1, "pax_headers": {"mtime": "1e5"}}),
+        (tarfile.PAX_FORMAT, {"mtime": 1e-300}),
+        (tarfile.PAX_FORMAT, {"mtime": 1, "pax_headers": {"comment": "x" * 700}}),
+        (tarfile.PAX_FORMAT, {"mtime": 1}),
+        (tarfile.PAX_FORMAT, {"mtime": -1.25}),
+        (tarfile.PAX_FORMAT, {"uname": "J\u00fcrgen"}),
+        (tarfile.USTAR_FORMAT, {"uname": "J\u00fcrgen"}),
+        (tarfile.USTAR_FORMAT, {"type": tarfile.AREGTYPE}),
+        (tarfile.USTAR_FORMAT, {"type": tarfile.SYMTYPE}),
+        (tarfile.USTAR_FORMAT, {"name": "noextension"}),
+        (tarfile.USTAR_FORMAT, {"name": "A.B"}),
+        (tarfile.USTAR_FORMAT, {"name": "d" * 90 + "/" + "k" * 90 + ".png"}),
+        (tarfile.GNU_FORMAT, {"uname": "J\u00fcrgen"}),
+        (tarfile.GNU_FORMAT, {"name": "k" * 120 + ".png"}),
+    ],
+)
+def test_headers_of_other_kinds_are_read_alike(format_: int, changes: dict[str, object]) -> None:
+    data = archive(format_, **changes)
+    assert named(data) == named_by_all(data)
 
 
 def outcome(data: bytes) -> list[tuple[str, bytes]] | str:
@@ -70,6 +138,36 @@ def test_headers_of_plain_files_are_judged_like_all_others(
     with patch("kinodit.data.tar._plain_member", return_value=None):
         expected = outcome(bytes(data))
     assert outcome(bytes(data)) == expected
+
+
+@given(
+    format_=st.sampled_from(list(FORMATS)),
+    block=st.integers(0, 4),
+    place=st.sampled_from([*EDGES, *range(32)]) | st.integers(0, BLOCK - 1),
+    value=st.sampled_from(b"\0 0178x=\n.") | st.integers(0, 255),
+    is_signed=st.booleans(),
+    length=st.none() | st.integers(0, 6 * BLOCK),
+    whole=st.booleans(),
+)
+@settings(max_examples=600)
+def test_damage_to_any_block_is_judged_as_by_the_general_reader(
+    format_: int,
+    block: int,
+    place: int,
+    value: int,
+    is_signed: bool,
+    length: int | None,
+    whole: bool,
+) -> None:
+    """The headers of PAX and their contents, too."""
+    data = bytearray(archive(format_))
+    start = block * BLOCK
+    data[start + place] = value
+    if is_signed:
+        data[start + 148 : start + 156] = b" " * 8
+        data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + BLOCK])
+    cut = bytes(data[:length])
+    assert named(cut, whole=whole) == named_by_all(cut, whole=whole)
 
 
 def test_members_are_adjacent_and_cover_the_archive() -> None:

@@ -78,7 +78,7 @@ def _probe_image(data: Bytes) -> MediumFacts:
                 return MediumFacts(width=image.width, height=image.height, num_frames=1)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise MediumError(f"it is too large: {error}") from error
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise MediumError(
             "it is damaged or not a JPEG, PNG or WebP image"
             + (f": {error}" if "BytesIO" not in str(error) else "")

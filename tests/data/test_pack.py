@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from kinodit.data.source import SourceError
 from kinodit.data.writer import WriterError
 from tests.data.clips import barcode, clip_bytes
 from tests.data.shards import picture
+
+SIZE = struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0)
+"""Of a small PNG, as its first part says it."""
 
 
 @pytest.fixture(scope="module")
@@ -291,16 +296,25 @@ def test_a_clip_cut_off_behind_its_table_of_contents_is_noticed(tmp_path: Path) 
         probe("mp4", data[: (frames + len(data)) // 2])
 
 
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of these (kind, data)."""
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("chunks", [[(b"IHDR", b"\0" * 5)], [(b"IHDR", SIZE), (b"pHYs", b"\0")]])
+def test_a_picture_with_a_part_that_is_too_short_is_damaged(
+    chunks: list[tuple[bytes, bytes]],
+) -> None:
+    with pytest.raises(MediumError, match="damaged or not a JPEG, PNG"):
+        probe("png", png(*chunks, (b"IDAT", zlib.compress(b""))))
+
+
 def test_a_picture_that_would_fill_the_memory_is_not_decoded() -> None:
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+    bomb = png((b"IHDR", header), (b"IDAT", zlib.compress(b"")))
     with pytest.raises(MediumError, match=r"60000x60000|exceeds limit"):
         probe("png", bomb)

@@ -17,8 +17,7 @@ import numpy as np
 import webdataset
 from goals import Row
 
-from kinodit.data.checksums import Digest, crc32
-from kinodit.data.index import HASHED_BYTES
+from kinodit.data.checksums import PIECE_BYTES, Digest, crc32
 from kinodit.data.indexing import IndexOptions, index_shards
 from kinodit.data.record import Caption, Record, RecordMeta
 from kinodit.data.writer import DatasetWriter
@@ -67,8 +66,8 @@ def _index(folder: Path) -> None:
 def _sums(folder: Path) -> None:
     for path in folder.glob("*.tar"):
         digest, view = Digest("blake3"), np.memmap(path, np.uint8, "r").data
-        for start in range(0, len(view), HASHED_BYTES):
-            piece = view[start : start + HASHED_BYTES]
+        for start in range(0, len(view), PIECE_BYTES):
+            piece = view[start : start + PIECE_BYTES]
             digest.update(piece)
             crc32(piece)
 

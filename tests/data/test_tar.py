@@ -46,7 +46,7 @@ def listed(data: bytes) -> list[tuple[str, bytes]]:
 FILES = [("a.png", b"x" * 700), ("a.txt", b"hello"), ("b.png", b""), ("b.txt", b"y" * 512)]
 
 
-FORMATS = {
+FORMATS: dict[int, dict[str, object]] = {
     tarfile.USTAR_FORMAT: {"mtime": 1},
     tarfile.PAX_FORMAT: {"mtime": 1.5},
     tarfile.GNU_FORMAT: {"mtime": 1},

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 # each is both faster there and the same order of summation everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Modules are compiled once, whatever the environment says: every process of pytest would compile
+# all tests anew to collect them, which takes it as long again, and every other process what it
+# imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Nothing may be fetched at run time.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -15,11 +16,20 @@ from kinodit.models.presets import PRESETS
 from kinodit.models.tokens import TokenBatch
 from tests.models.packs import pack, random_sample
 from tests.models.test_mmdit import VARIANTS, causal, samples
+from tests.support.quick import quick
+
+DTYPES = (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("variant", ["refiner", "next_dit", "gqa_swiglu"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("per_frame", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("variant", "dtype", "per_frame"),
+    quick(
+        itertools.product(["refiner", "next_dit", "gqa_swiglu"], DTYPES, [False, True]),
+        *(("refiner", torch.bfloat16, is_causal) for is_causal in (False, True)),
+        *(("gqa_swiglu", dtype, True) for dtype in DTYPES),
+        ("next_dit", torch.bfloat16, False),
+    ),
+)
 def test_the_forward_never_waits_for_the_device(
     variant: str, dtype: torch.dtype, per_frame: bool
 ) -> None:
@@ -56,6 +66,13 @@ def two_clips(config: MMDiTConfig, dtype: torch.dtype) -> TokenBatch:
     return pack(clips)
 
 
+WIDE = quick(
+    itertools.product(["2b", "8b", "14b", "30b"], DTYPES),
+    *(("2b", dtype) for dtype in DTYPES),
+    ("30b", torch.bfloat16),
+)
+
+
 def one_of_each_block(preset: str) -> MMDiTConfig:
     whole = PRESETS[preset]
     return dataclasses.replace(
@@ -63,8 +80,7 @@ def one_of_each_block(preset: str) -> MMDiTConfig:
     )
 
 
-@pytest.mark.parametrize("preset", ["2b", "8b", "14b", "30b"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("preset", "dtype"), WIDE)
 def test_blocks_of_full_width_run_on_the_device_alone(preset: str, dtype: torch.dtype) -> None:
     config = one_of_each_block(preset)
     batch = two_clips(config, dtype)
@@ -79,8 +95,7 @@ def test_blocks_of_full_width_run_on_the_device_alone(preset: str, dtype: torch.
     assert any("varlen" in name for name in ops.counts) == (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("preset", ["2b", "8b", "14b", "30b"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("preset", "dtype"), WIDE)
 def test_blocks_of_full_width_give_every_weight_a_gradient(preset: str, dtype: torch.dtype) -> None:
     """On pretended CPU tensors: autograd itself has no CUDA on a machine without it."""
     config = one_of_each_block(preset)

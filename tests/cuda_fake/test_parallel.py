@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -29,8 +30,14 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("preset", quick(["2b", "14b", "30b"], "2b", "30b"))
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    quick(
+        itertools.product(["2b", "14b", "30b"], LAYOUTS),
+        *(("2b", name) for name in ("tp8", "ring8")),
+        *(("30b", name) for name in ("ulysses8", "tp2 x ulysses2 x ring2")),
+    ),
+)
 def test_shared_blocks_never_wait_for_the_device(preset: str, name: str) -> None:
     config, parallel = one_of_each_block(preset), LAYOUTS[name]
     whole = two_clips(config, torch.bfloat16)

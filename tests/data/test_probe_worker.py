@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from contextlib import closing
 from functools import partial
@@ -21,6 +22,7 @@ from kinodit.data.remux import remux
 from tests.data.clips import clip_bytes
 from tests.data.shards import picture, write_tar
 from tests.support.decoders import struck
+from tests.support.quick import quick
 
 SAID = {
     "hold": "opening it takes longer than 1 s: its decoder hung and was killed",
@@ -70,8 +72,19 @@ def test_an_index_leaves_it_out_or_is_refused_with_its_name(
     assert [dataset.row(n).width for n in range(len(dataset))] == [16] * 5
 
 
-@pytest.mark.parametrize("bad", ["picture", "reference", "other container"])
-@pytest.mark.parametrize(("harm", "skip_bad"), [("hold", True), ("crash", True), ("crash", False)])
+@pytest.mark.parametrize(
+    ("harm", "skip_bad", "bad"),
+    quick(
+        (
+            (*one, bad)
+            for one in (("hold", True), ("crash", True), ("crash", False))
+            for bad in ("picture", "reference", "other container")
+        ),
+        ("hold", True, "other container"),
+        ("crash", True, "reference"),
+        ("crash", False, "picture"),
+    ),
+)
 def test_a_pack_has_it_among_the_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str, skip_bad: bool, bad: str
 ) -> None:
@@ -105,8 +118,16 @@ def test_a_pack_has_it_among_the_bad(
     assert report.manifest.num_samples == 2
 
 
-@pytest.mark.parametrize("at", ["probe_worker.probe", "probe_worker.remux", "worker.decode"])
-@pytest.mark.parametrize("harm", ["hold", "crash"])
+@pytest.mark.parametrize(
+    ("harm", "at"),
+    quick(
+        itertools.product(
+            ["hold", "crash"], ["probe_worker.probe", "probe_worker.remux", "worker.decode"]
+        ),
+        *(("crash", at) for at in ("probe_worker.probe", "probe_worker.remux")),
+        ("hold", "worker.decode"),
+    ),
+)
 def test_a_file_that_a_task_is_given_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str, at: str
 ) -> None:

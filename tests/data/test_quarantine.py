@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from kinodit.data.select import plan_spec
 from kinodit.data.spec import CostModel, DatasetSpec, PlanSpec
 from kinodit.models.errors import ConfigError
 from tests.data.clips import clip_bytes, small_records, video_record, write_dataset
+from tests.support.quick import quick
 
 BAD = (3, 11)
 STEPS = 8
+THREADS, PROCESSES = {"num_threads": 4}, {"workers": "processes"}
 SETTINGS = DataConfig(
     num_frames=4, fps=6.0, height=24, width=24, samples_per_step=7, packs_per_step=3,
     quarantine=QuarantineConfig(max_shard_share=1.0),
@@ -99,8 +102,15 @@ def test_every_bad_sample_is_replaced_by_one_of_its_cost_and_named(dataset: Data
         assert ("CRC-32" if item.wanted == BAD[1] else "damaged or not mp4") in fault.reason
 
 
-@pytest.mark.parametrize("changes", [{"num_threads": 4}, {"workers": "processes"}])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    quick(
+        itertools.product([2, 3], [THREADS, PROCESSES]),
+        (3, THREADS),
+        (2, PROCESSES),
+    ),
+    ids=str,
+)
 def test_ranks_threads_and_processes_take_the_same_substitutes(
     dataset: Dataset, changes: dict[str, Any], size: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from kinodit.data.spec import CostModel
 from kinodit.data.storage import StorageError, is_remote, open_storage
 from tests.data.clips import write_dataset
 from tests.data.test_reader import records
+from tests.support.quick import quick
 from tests.support.servers import FileServer, nginx
 
 COUNT = 24
@@ -110,8 +112,13 @@ def test_indexes_are_fetched_side_by_side(
 FAULTS = ["503", "500", "429", "cut", "reset", "stall", "drip"]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("cache_gib", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("fault", "cache_gib"),
+    quick(
+        itertools.product(FAULTS, [0.0, 1.0]),
+        *(("503", 0.0), ("429", 1.0), ("cut", 1.0), ("reset", 0.0), ("stall", 0.0), ("drip", 1.0)),
+    ),
+)
 def test_what_passes_is_tried_again(
     serve: Serve, config: StorageConfig, fault: str, cache_gib: float
 ) -> None:

@@ -31,7 +31,8 @@ def recipe_of(root: Path) -> Path:
                 "more": {"path": str(root / "other"), "weight": 0.5},
             }
         },
-        eval={"every_steps": 3, "num_samples": 5},
+        run={"steps": 4},
+        eval={"every_steps": 2, "num_samples": 5},
     )
 
 

@@ -129,7 +129,7 @@ def test_demo_makes_a_dataset_and_takes_a_subset(
         (["demo", "{tmp}/d", "--actions", "jump"], "choose of move, turn, grow, shrink"),
         (["demo", "{tmp}/d", "--size", "20"], "size is 20"),
         (["demo", "{tmp}/d", "--workers", "0"], "workers is 0"),
-        (["demo", "{tmp}/d", "--stamps", "{tmp}"], "has no stamps"),
+        (["demo", "{tmp}/d", "--stamps", "{tmp}", "--workers", "1"], "has no stamps"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(

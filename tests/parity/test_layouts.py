@@ -28,7 +28,8 @@ from tests.support.ranks import Ranks
 from tests.support.synthetic import synthetic_pack, tiny_model_config
 
 Array = NDArray[np.float64]
-NUM_STEPS = 6
+NUM_STEPS = 3
+"""Moments of the optimizer and averages are those of several gradients from the second one on."""
 PACKS = [[0, 5], [1, 2, 6], [3], [4, 7]]
 FLOAT64 = PrecisionConfig("float64", "float64", "float64")
 

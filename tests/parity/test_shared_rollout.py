@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,9 +16,17 @@ from kinodit.trainer.parallel.apply import PrecisionConfig, parallelize
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.remat import RematConfig
 from tests.parity.test_rollout import OBJECTIVE, TIMES, alone, batch_of, drawn, noise_of
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.tasks import TASKS, av_model
 
+LAYOUTS = {
+    "dp_shard=2": (ParallelConfig(dp_shard=2), True),
+    "cp=2,ring=2": (ParallelConfig(cp=2, ring=2), False),
+    "cp=2": (ParallelConfig(cp=2), False),
+    "tp=2": (ParallelConfig(tp=2), False),
+}
+"""Layout, and whether keys are remembered there."""
 FLOAT64 = PrecisionConfig("float64", "float64", "float64")
 
 
@@ -38,20 +48,18 @@ def blocks_by(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", ["blocks", "blocks, the last seen"])
 @pytest.mark.parametrize(
-    ("parallel", "remembers"),
-    [
-        (ParallelConfig(dp_shard=2), True),
-        (ParallelConfig(cp=2, ring=2), False),
-        (ParallelConfig(cp=2), False),
-        (ParallelConfig(tp=2), False),
-    ],
-    ids=["dp_shard=2", "cp=2,ring=2", "cp=2", "tp=2"],
+    ("name", "layout"),
+    quick(
+        itertools.product(["blocks", "blocks, the last seen"], LAYOUTS),
+        *(("blocks", layout) for layout in ("cp=2", "tp=2")),
+        *(("blocks, the last seen", layout) for layout in ("dp_shard=2", "cp=2,ring=2")),
+    ),
 )
 def test_ranks_draw_the_blocks_of_one_process(
-    name: str, parallel: ParallelConfig, remembers: bool, groups: dict[int, Ranks]
+    name: str, layout: str, groups: dict[int, Ranks]
 ) -> None:
+    parallel, remembers = LAYOUTS[layout]
     expected, _ = blocks_by(0, 1, ParallelConfig(dp_shard=1), name)
     for found, remembered in groups[2].run(blocks_by, parallel, name):
         assert remembered == remembers

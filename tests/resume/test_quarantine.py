@@ -104,7 +104,7 @@ def test_every_bad_sample_is_in_the_ledger_and_in_the_log(recipe: Path, whole: s
 
 @pytest.mark.gloo
 def test_two_ranks_and_restarts_give_the_same_curve(recipe: Path, whole: str, two: Ranks) -> None:
-    for stop in (2, 3, 0):
+    for stop in (2, 0):
         two.run(run_case, (recipe, "cut", (*ALLOWED, f"run.stop_after_steps={stop}")))
     expected = losses(recipe, whole)
     assert [step for step, _ in losses(recipe, "cut")] == [step for step, _ in expected]

@@ -123,11 +123,15 @@ def test_four_ranks_resume_bit_equal(dp_replicate: int, recipe: Path, four: Rank
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    "axes",
-    quick(["cp=2", "cp=2 ring=2", "tp=2"], "tp=2"),
+    ("num_ranks", "axes"),
+    quick([(2, "tp=2"), (4, "cp=2"), (4, "cp=2 ring=2"), (4, "tp=2")], (2, "tp=2")),
 )
-def test_ranks_that_share_packs_resume_bit_equal(axes: str, recipe: Path, four: Ranks) -> None:
-    whole, cut = f"shared-{axes[:2]}{len(axes)}", f"shared-{axes[:2]}{len(axes)}-cut"
+def test_ranks_that_share_packs_resume_bit_equal(
+    num_ranks: int, axes: str, recipe: Path, groups: dict[int, Ranks]
+) -> None:
+    whole = f"shared{num_ranks}-{axes[:2]}{len(axes)}"
+    cut = f"{whole}-cut"
+    ranks = groups[num_ranks]
     layout = [f"parallel.{axis}" for axis in axes.split()]
     sampling = (
         "sample.every_steps=4",
@@ -135,9 +139,9 @@ def test_ranks_that_share_packs_resume_bit_equal(axes: str, recipe: Path, four: 
         "sample.sampler.steps=2",
     )
     extra = (*layout, "eval.every_steps=3", "eval.num_samples=5", *sampling)
-    four.run(run_case, Start(recipe, whole, overrides=extra))
+    ranks.run(run_case, Start(recipe, whole, overrides=extra))
     for stop_after in (2, 0):
-        four.run(run_case, Start(recipe, cut, stop_after, overrides=extra))
+        ranks.run(run_case, Start(recipe, cut, stop_after, overrides=extra))
     assert_equal_bits(final_tensors(recipe, cut), final_tensors(recipe, whole))
     assert metrics(recipe, cut) == metrics(recipe, whole)
 

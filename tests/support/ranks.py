@@ -26,6 +26,7 @@ class Ranks(ranks.Ranks):
         *ranks.PRELOADED,
         "pytest",
         "hypothesis",
+        "kinodit.trainer.engine.deepspeed",
         "kinodit.trainer.run",
     ]
 

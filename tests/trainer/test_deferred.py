@@ -14,6 +14,7 @@ from kinodit.trainer.certify.trace import Array, whole
 from kinodit.trainer.parallel.deferred import initial_values, materialize
 from kinodit.trainer.parallel.mesh import ParallelConfig
 from tests.support.laid_out import PARALLELS, SEED, laid_out
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.synthetic import tiny_model_config
 
@@ -39,7 +40,11 @@ def test_one_process_starts_from_them() -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("parallel", PARALLELS, ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    quick(PARALLELS, ParallelConfig(), ParallelConfig(tp=4), ParallelConfig(tp=2, dp_replicate=2)),
+    ids=str,
+)
 def test_every_layout_starts_from_them(parallel: ParallelConfig, four: Ranks) -> None:
     known = expected()
     for found in four.run(weights, parallel):

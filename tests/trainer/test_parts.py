@@ -11,9 +11,11 @@ from kinodit.models.moe.config import ExpertsConfig
 from kinodit.trainer.parallel.mesh import ParallelConfig, build_mesh
 from kinodit.trainer.parallel.parts import local_part, spread, whole
 from tests.support.laid_out import CPU, PARALLELS, laid_out
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.synthetic import tiny_model_config
 
+DEALT = ParallelConfig(tp=2, ep=2)
 CONFIG = tiny_model_config(num_heads=4, experts={"video": ExpertsConfig(4, 2, 1.0)})
 
 
@@ -42,7 +44,11 @@ def test_some_rows_do_not_divide_evenly() -> None:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("parallel", [*PARALLELS, ParallelConfig(tp=2, ep=2)], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    quick([*PARALLELS, DEALT], ParallelConfig(tp=2, dp_replicate=2), ParallelConfig(tp=4), DEALT),
+    ids=str,
+)
 def test_they_are_those_of_dtensor(parallel: ParallelConfig, four: Ranks) -> None:
     assert four.run(wrong, parallel) == [[]] * 4
 

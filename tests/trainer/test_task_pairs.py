@@ -15,6 +15,7 @@ from kinodit.trainer.parallel.pairs import keys_sent
 from kinodit.trainer.parallel.sequence import Place, deal, pieces_of
 from tests.support.counted import counted_step
 from tests.support.pairs import imbalance, pairs_met
+from tests.support.quick import quick
 from tests.support.ranks import Ranks
 from tests.support.tasks import CONDITIONS, MODEL, STREAMS, TASKS, may_see
 
@@ -88,7 +89,12 @@ def test_keys_are_sent_where_a_query_sees_them(name: str) -> None:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    "name", ["sound by itself", "blocks", "blocks, the last seen", "conditions first"]
+    "name",
+    quick(
+        ["sound by itself", "blocks", "blocks, the last seen", "conditions first"],
+        "sound by itself",
+        "blocks, the last seen",
+    ),
 )
 def test_a_step_sends_those_keys_and_no_more(name: str, groups: dict[int, Ranks]) -> None:
     """Keys and values once in the forward and once in the backward, and their gradients back."""

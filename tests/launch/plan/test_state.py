@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -66,8 +67,18 @@ def ranks() -> Iterator[dict[int, Ranks]]:
         group.close()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    quick(
+        itertools.product(FAMILIES, MODES),
+        # Each family and each policy twice or more.
+        *(
+            (name, MODES[(number + more) % len(MODES)])
+            for number, name in enumerate(FAMILIES)
+            for more in (0, 2)
+        ),
+    ),
+)
 def test_one_process_holds_what_was_planned(name: str, mode: str) -> None:
     """State to the byte, activations within 5 %, for each family and policy."""
     workload, remat = FAMILIES[name], RematConfig(mode=mode)  # type: ignore[arg-type]

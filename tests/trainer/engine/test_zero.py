@@ -50,14 +50,11 @@ def certifier(small: Twin) -> Iterator[Certifier]:
 
 
 FEW = [
-    ("zero1", "dp_shard=2", "float64"),
     ("zero2", "dp_shard=2", "float64"),
     ("zero3", "dp_shard=2", "float64"),
-    ("zero3", "1", "float64"),
     ("zero2", "tp=2", "float64"),
     ("zero1", "cp=2,ring=2", "float64"),
     ("zero1", "dp_shard=2", "bfloat16"),
-    ("zero2", "dp_shard=2,cp=2", "float64"),
 ]
 
 

@@ -138,7 +138,7 @@ def test_ranks_that_share_packs_resume_bit_equal(
         "sample.prompts=[a red square moves left]",
         "sample.sampler.steps=2",
     )
-    extra = (*layout, "eval.every_steps=3", "eval.num_samples=5", *sampling)
+    extra = (*layout, "eval.every_steps=4", "eval.num_samples=3", *sampling)
     ranks.run(run_case, Start(recipe, whole, overrides=extra))
     for stop_after in (2, 0):
         ranks.run(run_case, Start(recipe, cut, stop_after, overrides=extra))

@@ -162,7 +162,7 @@ def test_every_weight_of_experts_and_routers_learns(reference: Routed) -> None:
     assert [name for name in ours if float(np.abs(gradients[name]).max()) == 0] == []
 
 
-@pytest.mark.parametrize("remat", ["full", "selective", "offload"])
+@pytest.mark.parametrize("remat", quick(["full", "selective", "offload"], "selective", "offload"))
 def test_remat(remat: str, reference: Routed) -> None:
     check(trace(0, 1, twin_of(MODEL, remat), ParallelConfig(dp_shard=1)), reference.trace)
 
@@ -228,7 +228,7 @@ def test_choices_among_the_tokens_of_a_sample_do_not_depend_on_packs(selective: 
     check(trace(0, 1, twin_of(AMONG_SAMPLES), parallel, engine_config=merged), selective.trace)
 
 
-@pytest.mark.parametrize("remat", ["full", "selective"])
+@pytest.mark.parametrize("remat", quick(["full", "selective"], "full"))
 def test_choices_among_the_tokens_of_a_sample_are_made_again(remat: str, selective: Routed) -> None:
     check(trace(0, 1, twin_of(AMONG_SAMPLES, remat), ParallelConfig(dp_shard=1)), selective.trace)
 

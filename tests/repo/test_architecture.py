@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -175,15 +176,26 @@ RULES: list[tuple[str, tuple[str, ...], frozenset[str], Rule, str]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def parsed() -> Callable[[Path], ast.Module]:
+    """A file's tree, which all rules walk."""
+    return cache(lambda path: ast.parse(path.read_text()))
+
+
 @pytest.mark.parametrize(
     ("folders", "exempt", "rule"), [row[1:4] for row in RULES], ids=[row[0] for row in RULES]
 )
-def test_rule(folders: tuple[str, ...], exempt: frozenset[str], rule: Rule) -> None:
+def test_rule(
+    folders: tuple[str, ...],
+    exempt: frozenset[str],
+    rule: Rule,
+    parsed: Callable[[Path], ast.Module],
+) -> None:
     broken = [
         f"{name}:{finding}"
         for path in python_files(*folders)
         if (name := path.relative_to(ROOT).as_posix()) not in exempt
-        for finding in rule(ast.parse(path.read_text()))
+        for finding in rule(parsed(path))
     ]
     assert not broken
 

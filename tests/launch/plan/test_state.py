@@ -140,7 +140,7 @@ def peak(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", quick(["none", "selective", "full"], "selective"))
 def test_ranks_with_experts_between_them_hold_the_activations_that_were_planned(
     ranks: dict[int, Ranks], mode: str
 ) -> None:

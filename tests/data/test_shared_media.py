@@ -174,10 +174,19 @@ def hold(link: Connection, directory: Path, dp: tuple[int, int], folder: str) ->
     loader.close()
 
 
-def pss_bytes() -> int:
-    """This process's part of the memory: shared pages are divided among those who map them."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+def pss_bytes(pid: int | str = "self") -> int:
+    """The part of the memory that a process has with those that it started.
+
+    Shared pages are divided among those who map them.
+    """
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    own = sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+    children = {
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    }
+    return own + sum(map(pss_bytes, children))
 
 
 def node_bytes(directory: Path, ranks: list[tuple[int, int]], folder: str) -> int:
@@ -219,7 +228,8 @@ def test_memory_of_a_node_does_not_depend_on_tp_and_cp(tmp_path: Path) -> None:
         together = node_bytes(directory, ranks, str(shared_folder(tmp_path, group)))
         assert together < 1.3 * apart, f"{apart >> 20} MiB became {together >> 20} MiB"
         alone = node_bytes(directory, ranks, "") if group == 4 else 0
-    assert alone > 2.5 * apart, "without sharing it does"
+    # What decoding processes have of their own, about half of it, is the same in all.
+    assert alone > 1.6 * apart, "without sharing it does"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kinodit.data.config import DecodeConfig
 from kinodit.data.container import DecodeError, codec_of, seek_to, within_limit
+from kinodit.data.meta import MAX_SAMPLE_RATE
 from kinodit.data.window import recipe_rate
 
 PREROLL_S = 0.5
@@ -66,6 +67,11 @@ def resampled(resampler: Any, frame: Any) -> list[Any]:
     """What `av.AudioResampler` makes of a frame, or of the end (None). Raises DecodeError."""
     import av
 
+    # The filter of a rate that no sound has takes minutes to work out, and cannot be interrupted.
+    if frame is not None and frame.sample_rate > MAX_SAMPLE_RATE:
+        raise DecodeError(
+            f"its sound claims {frame.sample_rate} samples a second; {MAX_SAMPLE_RATE} are allowed"
+        )
     try:
         frames: list[Any] = resampler.resample(frame)
     except av.FFmpegError:

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from kinodit.data.colour import MATRICES, Planes
 from kinodit.data.config import DecodeConfig
 from kinodit.data.decode import DecodedMedia, DecodeError, decode, pick_view
+from kinodit.data.meta import MAX_SAMPLE_RATE
 from kinodit.data.probe import MediumError, probe
 from kinodit.data.record import Record
 from kinodit.data.window import pick_window, source_rate
@@ -306,6 +307,21 @@ def test_damage_within_a_sound_is_named_or_does_not_matter() -> None:
         except DecodeError as error:
             reasons.append(str(error))
     assert any("its sound has no time stamps" in reason for reason in reasons)
+
+
+@pytest.mark.timeout(20)
+def test_no_filter_is_made_for_a_rate_that_no_sound_has() -> None:
+    """It would take half a minute, in one call of the library."""
+    sound = bytearray(sound_bytes(0.5, 100, "wav"))
+    config = replace(CONFIG, use_audio=True, num_frames=2)
+    for rate in (MAX_SAMPLE_RATE, MAX_SAMPLE_RATE + 1, 1_351_171_712):
+        sound[24:28] = rate.to_bytes(4, "little")
+        record = sound_record("tone", bytes(sound), 0.5)
+        if rate == MAX_SAMPLE_RATE:
+            assert decode(record, config).audio is not None
+            continue
+        with pytest.raises(DecodeError, match=f"claims {rate} samples a second; 1000000 are"):
+            decode(record, config)
 
 
 def test_pixels_of_another_shape_do_not_make_a_picture_of_any_size() -> None:

@@ -16,7 +16,6 @@ from kinodit.data.meta import MODALITIES, Modality, RecordMeta
 from kinodit.data.record import (
     KEY_PATTERN,
     MAX_JSON_DEPTH,
-    MAX_MEMBERS,
     MAX_TEXT_BYTES,
     MEDIA_MEMBERS,
     UNUSED_MEMBERS,
@@ -93,6 +92,6 @@ def _may_be_deep(payload: bytes) -> bool:
 def _modality_of(names: tuple[str, ...]) -> Modality | None:
     """That of a sample with these members, if they are one medium and what goes with any."""
     media = [name for name in names if name not in _NO_MEDIA]
-    if len(media) != 1 or len(names) > MAX_MEMBERS:
+    if len(media) != 1:
         return None
     return next((of for of in MODALITIES if media[0] in MEDIA_MEMBERS[of]), None)

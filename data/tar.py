@@ -186,12 +186,12 @@ def _behind_time(header: bytes) -> re.Pattern[bytes] | None:
     None if it is anything else.
     """
     try:
-        _, claimed, kind, _, _ = _header(memoryview(header), 0)
+        _, claimed, *_ = _header(memoryview(header), 0)
         size = _octal(claimed, "size", 0)
     except TarError:
         return None
     fixed = len("99 mtime=\n")
-    if kind != b"x" or not fixed <= size <= 99:
+    if not fixed <= size <= 99:
         return None
     record = b"%d mtime=[0-9.]{%d}\n.{%d}" % (size, size - fixed, BLOCK - size)
     return re.compile(record + _USUAL_HEADER, re.DOTALL)

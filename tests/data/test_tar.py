@@ -140,9 +140,41 @@ def test_headers_of_plain_files_are_judged_like_all_others(
     assert outcome(bytes(data)) == expected
 
 
+def test_pax_headers_of_times_of_any_length_are_read_in_one_step() -> None:
+    times = [1.5, 1.25, 1700000000.123456, 1.5, 1700000000.12]
+    parts = [archive(tarfile.PAX_FORMAT, mtime=time) for time in times]
+    end = next(members(parts[0], whole=True)).end
+    data = b"".join(part[:end] for part in parts) + bytes(2 * BLOCK)
+    expected = named_by_all(data)
+    assert isinstance(expected, list) and len(expected) == len(times)
+    with patch("kinodit.data.tar._read_member", side_effect=AssertionError):
+        assert named(data) == expected
+
+
+def test_a_checksum_is_no_remainder() -> None:
+    """Adler-32, of which it is taken, counts modulo 65521; a sum of that and more is possible."""
+    data = bytearray(archive(tarfile.USTAR_FORMAT))
+    for start, end in ((157, 257), (265, 345), (346, BLOCK)):
+        data[start:end] = b"\xff" * (end - start)
+    data[148:156] = b" " * 8
+    total = sum(data[:BLOCK])
+    assert total > 65521
+    for said in (total, total - 65521):
+        data[148:156] = b"%06o\0 " % said
+        assert named(bytes(data)) == named_by_all(bytes(data))
+
+
+def test_members_above_the_limit_are_refused_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kinodit.data.tar.MAX_MEMBER_BYTES", 600)
+    for format_ in FORMATS:
+        data = archive(format_)
+        found = named(data)
+        assert found == named_by_all(data) and "700 bytes; 600 are allowed" in found
+
+
 @given(
     format_=st.sampled_from(list(FORMATS)),
-    block=st.integers(0, 4),
+    block=st.integers(0, 8),
     place=st.sampled_from([*EDGES, *range(32)]) | st.integers(0, BLOCK - 1),
     value=st.sampled_from(b"\0 0178x=\n.") | st.integers(0, 255),
     is_signed=st.booleans(),
